@@ -1,0 +1,253 @@
+"""The KV cache: constant history plus the live chunk.
+
+Denoising reads the history and never writes; only `commit` appends a finished chunk, and what leaves the window is dropped while the
+sink stays. There are two backings of one interface:
+
+- `BlockCache` for training: every commit is an immutable block and a `History` is a selection of blocks, so activation
+  checkpointing may recompute a call long after the window has moved on.
+- `SlotCache` for inference: memory is allocated once and each row has its own length, so streams of different ages share a batch.
+  It cannot be read under a gradient, so no graph can ever see its slots overwritten.
+
+Keys are stored with the rotary phase of their absolute frame, or without any when positions are relative to the window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from model import rope
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one layer, [B, L, heads, head_dim] each."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a chunk attends to besides itself."""
+
+    frames: int | None
+    """Latent frames attended to in all: the sink's, the latest before the chunk, and the chunk's own. None is all."""
+    sink: int
+    """First frames that are never evicted."""
+    positions: Literal["absolute", "relative"]
+    """Rotary frame positions: of the video, as published, or counted from the start of the window."""
+
+    def kept(self, seen: int, chunk: int) -> tuple[int, int]:
+        """How many (sink, latest) of `seen` earlier frames a chunk of `chunk` frames attends to."""
+        if self.frames is None or seen + chunk <= self.frames:
+            return 0, seen
+        return self.sink, self.frames - self.sink - chunk
+
+
+class History(Protocol):
+    """The constant context of one chunk, the same for each of its network calls."""
+
+    phase: Tensor
+    """Rotary phase of the live chunk, [1 or B, L, 1, head_dim/2]."""
+    mask: Tensor | None
+    """True where a history token may be attended to, [B, 1, 1, L_history]; None where all may."""
+    absolute: bool
+    """Whether the cache stores keys rotated."""
+
+    def layer(self, index: int) -> KeyValue | None:
+        """Rotated keys and values of a layer, None if there is no history yet."""
+        ...
+
+
+class Cache(Protocol):
+    """What the rollout needs of a cache."""
+
+    def history(self, chunk: int) -> History:
+        """The context of the next `chunk` frames."""
+        ...
+
+    def commit(self, live: Sequence[KeyValue], frames: int) -> None:
+        """Append the keys and values of a finished chunk, one pair a layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Block:
+    frames: int
+    layers: tuple[KeyValue, ...]
+
+
+class _BlockHistory:
+    mask = None
+
+    def __init__(self, spans: list[tuple[_Block, int, int]], phase: Tensor, key_phase: Tensor | None, tokens: int):
+        self.phase = phase
+        self.absolute = key_phase is None
+        self._spans = spans
+        self._key_phase = key_phase
+        self._tokens = tokens
+        self._joined: dict[int, KeyValue] = {}
+
+    def layer(self, index: int) -> KeyValue | None:
+        if not self._spans:
+            return None
+        if index in self._joined and not torch.is_grad_enabled():
+            return self._joined[index]
+        parts = [
+            [tensor[:, first * self._tokens : last * self._tokens] for tensor in block.layers[index]]
+            for block, first, last in self._spans
+        ]
+        key, value = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+        if self._key_phase is not None:
+            key = rope.rotate(key, self._key_phase)
+        # Joined once for all the calls of a chunk, but never where a graph would keep the copy alive.
+        if not torch.is_grad_enabled():
+            self._joined[index] = (key, value)
+        return key, value
+
+
+class BlockCache:
+    """Immutable per-chunk blocks; blocks may carry a gradient."""
+
+    def __init__(self, window: Window, grid: tuple[int, int], head_dim: int, device: torch.device | str = "cpu"):
+        """`grid` is the height and width of a frame in patches."""
+        self.window = window
+        self.grid = grid
+        self.head_dim = head_dim
+        self.device = torch.device(device)
+        self.seen = 0
+        self._blocks: list[_Block] = []
+
+    def _phase(self, first: int, frames: int) -> Tensor:
+        return rope.phases(list(range(first, first + frames)), *self.grid, self.head_dim, self.device)
+
+    def history(self, chunk: int) -> _BlockHistory:
+        sink, latest = self.window.kept(self.seen, chunk)
+        ranges = [(0, sink), (self.seen - latest, self.seen)]
+        spans, start = [], 0
+        for block in self._blocks:
+            for low, high in ranges:
+                first, last = max(low, start), min(high, start + block.frames)
+                if first < last:
+                    spans.append((block, first - start, last - start))
+            start += block.frames
+        if self.window.positions == "absolute":
+            return _BlockHistory(spans, self._phase(self.seen, chunk), None, self.grid[0] * self.grid[1])
+        context = sink + latest
+        return _BlockHistory(
+            spans, self._phase(context, chunk), self._phase(0, context), self.grid[0] * self.grid[1]
+        )
+
+    def commit(self, live: Sequence[KeyValue], frames: int) -> None:
+        self._blocks.append(_Block(frames, tuple(live)))
+        self.seen += frames
+        self._forget()
+
+    def _forget(self) -> None:
+        """Free blocks that no later chunk can see: all but the sink and the newest `window` frames."""
+        if self.window.frames is None:
+            return
+        start = 0
+        for index, block in enumerate(self._blocks):
+            stop = start + block.frames
+            if start >= self.window.sink and stop <= self.seen - self.window.frames and block.layers:
+                self._blocks[index] = _Block(block.frames, ())
+            start = stop
+
+
+class _SlotHistory:
+    def __init__(self, cache: "SlotCache", length: int, phase: Tensor, mask: Tensor | None, key_phase: Tensor | None):
+        self.phase = phase
+        self.mask = mask
+        self.absolute = key_phase is None
+        self._cache = cache
+        self._length = length
+        self._key_phase = key_phase
+        self._rotated: dict[int, Tensor] = {}
+
+    def layer(self, index: int) -> KeyValue | None:
+        if torch.is_grad_enabled():
+            raise RuntimeError("slots are overwritten in place and cannot be read under a gradient; use BlockCache.")
+        if self._length == 0:
+            return None
+        key, value = self._cache.slots[index][:, :, : self._length]
+        if self._key_phase is not None:
+            if index not in self._rotated:
+                self._rotated[index] = rope.rotate(key, self._key_phase)
+            key = self._rotated[index]
+        return key, value
+
+
+class SlotCache:
+    """Preallocated memory, a length per row. For inference only."""
+
+    def __init__(
+        self,
+        window: Window,
+        grid: tuple[int, int],
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        rows: int,
+        chunk: int,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`capacity`, in frames, is needed where the window is None; otherwise it is the window less the chunk."""
+        if window.frames is not None:
+            capacity = window.frames - chunk
+        if capacity is None:
+            raise ValueError("a cache of slots without a window needs a capacity in frames.")
+        self.window = window
+        self.grid = grid
+        self.head_dim = head_dim
+        self.capacity = capacity
+        self.tokens = grid[0] * grid[1]
+        self.slots = [
+            torch.zeros(2, rows, capacity * self.tokens, heads, head_dim, device=device, dtype=dtype)
+            for _ in range(layers)
+        ]
+        self.held = [0] * rows
+        self.seen = [0] * rows
+
+    def history(self, chunk: int) -> _SlotHistory:
+        device = self.slots[0].device
+        length = max(self.held)
+        relative = self.window.positions == "relative"
+        starts = self.held if relative else self.seen
+        phase = self._phase([list(range(start, start + chunk)) for start in starts], device)
+        key_phase = self._phase([list(range(length))], device) if relative and length else None
+        mask = None
+        if min(self.held) < length:
+            held = torch.tensor(self.held, device=device) * self.tokens
+            mask = (torch.arange(length * self.tokens, device=device) < held[:, None])[:, None, None]
+        history = _SlotHistory(self, length * self.tokens, phase, mask, key_phase)
+        history.absolute = not relative
+        return history
+
+    def _phase(self, frames: list[list[int]], device: torch.device) -> Tensor:
+        if all(row == frames[0] for row in frames):
+            frames = frames[:1]
+        return rope.phases(frames, *self.grid, self.head_dim, device)
+
+    def commit(self, live: Sequence[KeyValue], frames: int) -> None:
+        if any(tensor.requires_grad for pair in live for tensor in pair):
+            raise RuntimeError("slots refuse keys and values that carry a gradient; use BlockCache.")
+        for row in range(len(self.held)):
+            self._append(row, live, frames)
+
+    def _append(self, row: int, live: Sequence[KeyValue], frames: int) -> None:
+        held, sink, token = self.held[row], self.window.sink, self.tokens
+        total = held + frames
+        if total > self.capacity and self.window.frames is None:
+            raise RuntimeError(f"the cache holds {self.capacity} frames and without a window none may be evicted.")
+        latest = max(self.capacity - sink, 0)
+        for slots, pair in zip(self.slots, live, strict=True):
+            for side, tensor in zip(slots, pair, strict=True):
+                joined = torch.cat([side[row, : held * token], tensor[row]])
+                if total > self.capacity:
+                    # The sink stays in front, in order, so that attention sums as it does over blocks.
+                    joined = torch.cat([joined[: sink * token], joined[(total - latest) * token :]])
+                side[row, : len(joined)] = joined
+        self.held[row] = min(total, self.capacity)
+        self.seen[row] += frames

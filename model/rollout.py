@@ -1,0 +1,221 @@
+"""The self-rollout: a few-step student generates a video chunk by chunk on its own past (Self Forcing, algorithm 1).
+
+There is one rollout. The student's training step, the critic's data, evaluation and a viewer's stream all drive this step machine:
+
+    state → the next network call → state
+
+For each chunk: denoise at `steps[0]`, …, `steps[exit_step]`, re-noising the predicted x0 between two steps; only the call at
+`exit_step` carries a gradient, and its x0 is the chunk. Then one more call without gradient writes the chunk's keys and values
+into the cache, which later chunks read as constants.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import Cache, History, KeyValue, Window
+from model.noise import Key, NoiseSource, integer
+from model.schedule import FlowSchedule, clean, interpolate
+from model.transformer import WanTransformer
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How a student generates. It is a property of the trained weights and travels with every checkpoint."""
+
+    shift: float = 5.0
+    """Warp of the noise schedule; Wan uses 5."""
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    """Unwarped denoising timesteps, falling, in (0, 1000]."""
+    chunk: int = 3
+    """Latent frames denoised together; 1 is frame-wise."""
+    window: int | None = None
+    """Latent frames attended to in all: sink, latest, and the chunk itself. Null is all, for videos of bounded length only."""
+    sink: int = 0
+    """First frames that stay in the cache for ever."""
+    positions: Literal["absolute", "relative"] = "absolute"
+    """Rotary frame positions: of the video, as published, or counted from the start of the window, for endless streams."""
+    context_noise: Literal["nearest", "none"] = "nearest"
+    """Noise on a finished chunk before it is cached: that of the sigma nearest to timestep 0, as published in training, or none."""
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"rollout.chunk must be at least 1 frame, not {self.chunk}.")
+        if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
+            raise ValueError(f"rollout.steps {list(self.steps)} must fall strictly, for example [1000, 750, 500, 250].")
+        if not all(0 < step <= 1000 for step in self.steps):
+            raise ValueError(f"rollout.steps {list(self.steps)} must lie in (0, 1000].")
+        if self.sink < 0:
+            raise ValueError(f"rollout.sink must not be negative, not {self.sink}; 0 keeps no sink.")
+        if self.window is not None and self.window < self.chunk + self.sink:
+            raise ValueError(
+                f"rollout.window of {self.window} frames is smaller than the chunk of {self.chunk} plus the sink of {self.sink}; "
+                f"use at least {self.chunk + self.sink}."
+            )
+
+    def check_frames(self, frames: int) -> None:
+        """Raise unless chunks divide a video of `frames` latent frames."""
+        if frames < 1 or frames % self.chunk:
+            raise ValueError(
+                f"rollout.chunk of {self.chunk} does not divide {frames} frames; "
+                f"use {max(1, frames // self.chunk) * self.chunk} frames or another chunk."
+            )
+
+    def context_window(self) -> Window:
+        return Window(self.window, self.sink, self.positions)
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """Everything random or variable of one rollout; the coordinator derives it, so every rank makes the same calls."""
+
+    frames: int
+    """Latent frames of the video, a given initial latent included."""
+    exit_step: int
+    """Index into the steps of the call whose x0 is the chunk, the same for every chunk."""
+    noise: Key = ()
+    """What names the noise: (run seed, update, purpose); the sample index is appended."""
+    grad_frames: int = 0
+    """A chunk carries a gradient if its first frame is among the last `grad_frames` ones; 0 is none."""
+    cache_gradient: Literal["constant", "released"] = "constant"
+    """Cached keys and values are constants, or pass gradient on to their chunk's own call as the released code does."""
+
+    @classmethod
+    def draw(cls, config: RolloutConfig, frames: int, *, seed: int, update: int, purpose: str, gradient: bool) -> "RolloutPlan":
+        """A training plan: a uniformly drawn exit step, and gradient over the whole video if any."""
+        exit_step = integer(len(config.steps), seed, update, purpose, "exit")
+        return cls(frames, exit_step, (seed, update, purpose), frames if gradient else 0)
+
+    @classmethod
+    def full(cls, config: RolloutConfig, frames: int, *, seed: int) -> "RolloutPlan":
+        """An inference plan: every step, no gradient."""
+        return cls(frames, len(config.steps) - 1, (seed, "generate"))
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One forward of the student over one chunk."""
+
+    x: Tensor
+    """The chunk as the network sees it, [B, f, C, H, W]."""
+    timestep: Tensor
+    """[B, f]."""
+    history: History
+    gradient: bool
+    keeps_live: bool
+    """Whether the call's keys and values are wanted."""
+
+
+class Rollout:
+    """The state of one batch between two network calls."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        plan: RolloutPlan,
+        *,
+        noise: NoiseSource,
+        cache: Cache,
+        shape: tuple[int, int, int, int],
+        initial: Tensor | None = None,
+    ):
+        """`shape` is (B, C, H, W); `initial` a clean [B, f, C, H, W] that the video starts with (image-to-video)."""
+        if not 0 <= plan.exit_step < len(config.steps):
+            raise ValueError(f"exit_step {plan.exit_step} is beyond the {len(config.steps)} rollout.steps.")
+        config.check_frames(plan.frames - (0 if initial is None else initial.shape[1]))
+        self.config = config
+        self.plan = plan
+        schedule = FlowSchedule(config.shift)
+        self.timesteps = schedule.few_steps(config.steps)
+        self.sigmas = schedule.sigma(torch.tensor(self.timesteps)).tolist()
+        self.context_sigma = schedule.sigma(torch.tensor(0.0)).item()
+        self.noise = noise
+        self.cache = cache
+        self.shape = shape
+        self.start = 0
+        self.exit_live: list[KeyValue] | None = None
+        if initial is None:
+            self._begin_chunk()
+        else:
+            self._begin_commit(initial, cache.history(initial.shape[1]))
+
+    # Either denoising at `steps[self.step]`, or committing a finished chunk (`self.step` is None).
+
+    def _begin_chunk(self) -> None:
+        batch, *frame = self.shape
+        self.step: int | None = 0
+        self.x = self._draw((batch, self.config.chunk, *frame), 0)
+        self.history = self.cache.history(self.config.chunk)
+
+    def _begin_commit(self, context: Tensor, history: History) -> None:
+        self.step = None
+        self.x = context
+        self.history = history
+
+    def _draw(self, shape: Sequence[int], step: int) -> Tensor:
+        return self.noise.draw(shape, self.start // self.config.chunk, step)
+
+    def next_call(self) -> NetworkCall | None:
+        """What the network computes next; None once the video is whole (its last chunk needs no commit)."""
+        end = self.start + (self.x.shape[1] if self.step is None else 0)
+        if end >= self.plan.frames:
+            return None
+        timestep = 0.0 if self.step is None else self.timesteps[self.step]
+        gradient = self.step == self.plan.exit_step and self.start >= self.plan.frames - self.plan.grad_frames
+        return NetworkCall(
+            self.x,
+            torch.full(self.x.shape[:2], timestep, device=self.x.device),
+            # A graph may keep its history long after the chunk; it gets one of its own that holds no joined copies.
+            self.cache.history(self.config.chunk) if gradient else self.history,
+            gradient,
+            self.step is None or (gradient and self.plan.cache_gradient == "released"),
+        )
+
+    def advance(self, velocity: Tensor, live: list[KeyValue] | None) -> Tensor | None:
+        """Take the answer of `next_call`; returns the chunk [B, f, C, H, W] that it finished, if any."""
+        if self.step is None:
+            self._commit(live)
+            return None
+        x0 = clean(self.x, velocity.float(), self.sigmas[self.step])
+        if self.step < self.plan.exit_step:
+            self.step += 1
+            self.x = interpolate(x0, self._draw(x0.shape, self.step), self.sigmas[self.step])
+            return None
+        context = x0.detach()
+        if self.config.context_noise == "nearest":
+            context = interpolate(context, self._draw(context.shape, self.step + 1), self.context_sigma)
+        self.exit_live = live
+        self._begin_commit(context, self.history)
+        return x0
+
+    def _commit(self, live: list[KeyValue]) -> None:
+        if self.exit_live is not None:
+            # The value of the clean call with the graph of the gradient-carrying one, as the released code leaves it.
+            with torch.enable_grad():
+                live = [
+                    tuple(value + (graph - graph.detach()) for value, graph in zip(pair, exit_pair, strict=True))
+                    for pair, exit_pair in zip(live, self.exit_live, strict=True)
+                ]
+            self.exit_live = None
+        frames = self.x.shape[1]
+        self.cache.commit(live, frames)
+        self.start += frames
+        if self.start < self.plan.frames:
+            self._begin_chunk()
+
+
+def generate(model: WanTransformer, rollout: Rollout, context: Tensor) -> Iterator[Tensor]:
+    """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
+
+    `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the plan says, and for no other.
+    """
+    while (call := rollout.next_call()) is not None:
+        with torch.set_grad_enabled(call.gradient):
+            answer = model(call.x, call.timestep, context, history=call.history, return_live=call.keeps_live)
+            velocity, live = answer if call.keeps_live else (answer, None)
+            chunk = rollout.advance(velocity, live)
+        if chunk is not None:
+            yield chunk

@@ -1,0 +1,74 @@
+"""Scores of a video by a bidirectional model: what teacher and critic answer.
+
+Both see the same noisy video (the plan names the noise and the timesteps) and predict x0. The teacher is guided, the critic is not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.noise import Key, SampleNoise, generator
+from model.schedule import TIMESTEPS, FlowSchedule
+from model.transformer import WanTransformer
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How noisy videos are when they are scored, and when the critic trains."""
+
+    shift: float = 5.0
+    """Warp of the score timesteps; the published runs use 5."""
+    minimum: float = 20.0
+    """Lowest score timestep, 0..1000."""
+    maximum: float = 980.0
+    """Highest score timestep, 0..1000."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minimum < self.maximum <= 1000:
+            raise ValueError(f"score.minimum {self.minimum} and score.maximum {self.maximum} must satisfy 0 <= min < max <= 1000.")
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """The random part of one scoring, the same for teacher and critic."""
+
+    noise: Key
+    """(run seed, update, purpose); the sample index is appended."""
+
+    def draw(self, video: Tensor, samples: list[int], config: ScoreConfig) -> tuple[Tensor, Tensor]:
+        """Noise like `video` [B, F, C, H, W] and timesteps [B], for the samples with these indices."""
+        keys = [(*self.noise, sample) for sample in samples]
+        noise = SampleNoise(keys, video.device).draw(video.shape, 0, 0)
+        uniform = torch.stack([torch.randint(TIMESTEPS, (), generator=generator(*key, "timestep")) for key in keys])
+        schedule = FlowSchedule(config.shift)
+        return noise, schedule.score_timestep(uniform, config.minimum, config.maximum).to(video.device)
+
+
+def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance in the published form: `cond + guidance · (cond − uncond)`; 0 is none (Ho & Salimans 2022)."""
+    return cond + guidance * (cond - uncond)
+
+
+def predict_x0(model: WanTransformer, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule) -> Tensor:
+    """x0 [B, F, C, H, W] in float32 from a noisy video, timesteps [B] or [B, F] and a prompt embedding."""
+    return schedule.x0(model(x_t, timestep, context), x_t, timestep)
+
+
+def guided_x0(
+    model: WanTransformer,
+    x_t: Tensor,
+    timestep: Tensor,
+    *,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance: float,
+    schedule: FlowSchedule,
+) -> Tensor:
+    """The guided x0; both branches run as one batch. Without guidance the unconditional branch is left out."""
+    if guidance == 0:
+        return predict_x0(model, x_t, timestep, cond, schedule)
+    both = predict_x0(
+        model, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), torch.cat([cond, uncond.expand_as(cond)]), schedule
+    )
+    return guide(*both.chunk(2), guidance)

@@ -1,0 +1,305 @@
+"""The Wan 2.1 diffusion transformer, in the three ways Self Forcing uses it.
+
+Bidirectional (teacher, critic), block-causal over a whole sequence (ODE regression), and cached, one chunk against a constant
+history (rollout). Parameter names are those of the Wan 2.1 release; every size comes from `TransformerConfig`. Source: Wan 2.1
+(arXiv 2503.20314) for the architecture, CausVid (arXiv 2412.07772) for per-frame timesteps under a block-causal mask.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model import rope
+from model.kv_cache import History, KeyValue
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of one transformer, named as in the Wan 2.1 release."""
+
+    dim: int = 96
+    """Width of the hidden states."""
+    ffn_dim: int = 384
+    """Width of the feed-forward layers."""
+    num_heads: int = 4
+    """Attention heads; must divide `dim`."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    in_dim: int = 4
+    """Latent channels in."""
+    out_dim: int = 4
+    """Latent channels out."""
+    text_len: int = 32
+    """Text tokens, padded; they are not masked."""
+    text_dim: int = 64
+    """Width of the text embedding."""
+    freq_dim: int = 64
+    """Width of the sinusoidal timestep embedding."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Frames, rows and columns of latents that make one token."""
+    cross_attn_norm: bool = True
+    """Whether the norm before the cross-attention has weights."""
+    qk_norm: bool = True
+    """Whether queries and keys are RMS-normed."""
+    eps: float = 1e-6
+    """Epsilon of every norm."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim {self.dim} does not give {self.num_heads} heads of an even size; choose num_heads so that it does."
+            )
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size} must not span frames: its first entry has to be 1.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in a latent frame; raises where the patch does not divide it."""
+        rows, columns = self.patch_size[1:]
+        if height % rows or width % columns:
+            raise ValueError(f"latent frames of {height}x{width} are not divisible by patch_size {self.patch_size}.")
+        return height // rows, width // columns
+
+    def parameters(self) -> int:
+        """The number of weights."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in WanTransformer(self).parameters())
+
+
+def sinusoidal(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding [..., dim] of timesteps, cosines first, computed in float64."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angle = timestep.double()[..., None] * 10000.0**-exponent
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention on [B, L, heads, head_dim] → [B, L, heads · head_dim]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, self.heads = config.dim, config.num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps) if config.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
+        return q, k, v
+
+
+class SelfAttention(Attention):
+    """Self-attention over all tokens, over chunks causally, or over a history and the live chunk."""
+
+    def forward(
+        self, x: Tensor, phase: Tensor, chunk_tokens: int | None, history: History | None, layer: int
+    ) -> tuple[Tensor, KeyValue]:
+        q, k, v = self.project(x, x)
+        q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
+        if history is not None:
+            out = self._with_history(q, rotated, v, history, layer)
+            return self.o(out), (rotated if history.absolute else k, v)
+        if chunk_tokens is not None:
+            # Every chunk sees itself and all before it: a slice of the keys, so no mask is ever materialised.
+            bounds = pairwise(range(0, x.shape[1] + 1, chunk_tokens))
+            out = torch.cat([attend(q[:, a:b], rotated[:, :b], v[:, :b]) for a, b in bounds], dim=1)
+        else:
+            out = attend(q, rotated, v)
+        return self.o(out), (rotated, v)
+
+    @staticmethod
+    def _with_history(q: Tensor, k: Tensor, v: Tensor, history: History, layer: int) -> Tensor:
+        past = history.layer(layer)
+        if past is None:
+            return attend(q, k, v)
+        mask = history.mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1, 1, k.shape[1])], dim=-1)
+        return attend(q, torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1), mask)
+
+
+class CrossAttention(Attention):
+    """Attention from video tokens to text tokens."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.o(attend(*self.project(x, context)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Per-frame affine map of tokens [B, L, D] by [B, 1 or F, D] each."""
+    frames = x.unflatten(1, (shift.shape[1], -1))
+    return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gate(x: Tensor, scale: Tensor) -> Tensor:
+    """Tokens [B, L, D] scaled per frame by [B, 1 or F, D]."""
+    return (x.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1, 2)
+
+
+class Block(nn.Module):
+    """One transformer block with adaptive norms."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = (
+            nn.LayerNorm(config.dim, config.eps, elementwise_affine=True) if config.cross_attn_norm else nn.Identity()
+        )
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor,
+        phase: Tensor,
+        chunk_tokens: int | None,
+        history: History | None,
+        layer: int,
+    ) -> tuple[Tensor, KeyValue]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
+        y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunk_tokens, history, layer)
+        x = x + gate(y, gate1)
+        x = x + self.cross_attn(self.norm3(x), context)
+        x = x + gate(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        return x, live
+
+
+class PatchEmbedding(nn.Module):
+    """The release's Conv3d over patches, computed as one matrix product; its weight is stored as a Conv3d's."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.dim, config.in_dim, *config.patch_size))
+        self.bias = nn.Parameter(torch.zeros(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, p, q = self.patch_size
+        patches = rearrange(x, "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class Head(nn.Module):
+    """The last, modulated projection from tokens to patches of velocity."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        _, p, q = config.patch_size
+        self.head = nn.Linear(config.dim, p * q * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time[:, :, None]).unbind(2)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity of a noisy latent video."""
+
+    def __init__(self, config: TransformerConfig, *, activation_checkpointing: bool = False):
+        """`activation_checkpointing` recomputes each block in the backward pass instead of keeping its activations."""
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier for projections, small normals for embeddings, and a zero head, as in the release."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for sequence in (self.text_embedding, self.time_embedding):
+            for module in sequence:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        chunk: int | None = None,
+        history: History | None = None,
+        return_live: bool = False,
+    ) -> Tensor | tuple[Tensor, list[KeyValue]]:
+        """Velocity [B, F, C, H, W] of noisy latents `x` of that shape.
+
+        `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim]. Without more every frame sees every frame;
+        with `chunk` frames see their own chunk and earlier ones; with `history` all of `x` is one live chunk after it, and
+        `return_live` also returns its keys and values, as a cache stores them. Raises ValueError where `chunk` does not divide F.
+        """
+        frames, height, width = x.shape[1], x.shape[3], x.shape[4]
+        rows, columns = self.config.grid(height, width)
+        if chunk is not None and frames % chunk:
+            raise ValueError(f"a chunk of {chunk} frames does not divide {frames} frames.")
+        dtype = self.head.head.bias.dtype
+        tokens = self.patch_embedding(x.to(dtype))
+        embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(dtype))
+        if embedded.ndim == 2:
+            embedded = embedded[:, None]
+        time = self.time_projection(embedded).unflatten(2, (6, -1))
+        context = self.text_embedding(context.to(dtype))
+        if history is not None:
+            phase = history.phase
+        else:
+            phase = rope.phases(list(range(frames)), rows, columns, self.config.head_dim, x.device)
+        chunk_tokens = None if chunk is None else chunk * rows * columns
+        live = []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            arguments = (tokens, time, context, phase, chunk_tokens, history, layer)
+            if recompute:
+                tokens, pair = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens, pair = block(*arguments)
+            if return_live:
+                live.append(pair)
+        velocity = rearrange(
+            self.head(tokens, embedded),
+            "b (f h w) (p q c) -> b f c (h p) (w q)",
+            f=frames,
+            h=rows,
+            w=columns,
+            p=self.config.patch_size[1],
+            q=self.config.patch_size[2],
+        )
+        return (velocity, live) if return_live else velocity

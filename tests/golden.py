@@ -1,0 +1,228 @@
+"""Compare the product's own code with golden numbers: `python -m tests.golden FILE…`.
+
+A file is recognised by its tensors and metadata (see `tests/golden_data/README.md`). One line a quantity: file, quantity, relative error
+`‖ours − golden‖ / ‖golden‖`. Exit code 1 if an error exceeds 1e-4 or a form is unknown; 3 if all else matches but some quantities
+belong to features that do not exist yet (`not yet`); 0 if everything matches.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.kv_cache import BlockCache
+from model.objectives.dmd import dmd_loss
+from model.objectives.flow_matching import flow_matching_loss
+from model.objectives.regression import regression_terms, trajectory_inputs
+from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
+from model.schedule import FlowSchedule
+from model.score import guide, predict_x0
+from model.transformer import TransformerConfig, WanTransformer
+
+TOLERANCE = 1e-4
+Tensors = dict[str, Tensor]
+Result = tuple[str, float | None]
+"""A quantity and its relative error; None where the feature does not exist yet."""
+
+
+def error(ours: Tensor, golden: Tensor) -> float:
+    """Relative error in float64; where the golden tensor vanishes, the norm of ours."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    difference = torch.linalg.vector_norm(ours.double() - golden.double())
+    norm = torch.linalg.vector_norm(golden.double())
+    value = (difference / norm if norm > 0 else difference).item()
+    return value if value == value else float("inf")
+
+
+def build(tensors: Tensors, meta: dict[str, str], prefix: str) -> WanTransformer:
+    """The product's transformer with the file's sizes and the weights under `prefix`."""
+    sizes = json.loads(meta["cfg"])
+    known = {field.name for field in fields(TransformerConfig)}
+    config = {name: value for name, value in sizes.items() if name in known} | {"patch_size": tuple(sizes["patch_size"])}
+    model = WanTransformer(TransformerConfig(**config))
+    model.load_state_dict(select(tensors, prefix))
+    return model
+
+
+def select(tensors: Tensors, prefix: str) -> Tensors:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def compare_gradients(model: WanTransformer, tensors: Tensors, prefix: str) -> Iterator[Result]:
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, golden in sorted(select(tensors, prefix).items()):
+        gradient = ours[name]
+        yield prefix + name, float("inf") if gradient is None else error(gradient, golden)
+
+
+class Replay:
+    """Noise read from a golden file: the first noise of each frame, then the later draws in order."""
+
+    def __init__(self, noise: Tensor, later: Sequence[Tensor]):
+        self.noise = noise
+        self.later = iter(later)
+        self.start = 0
+
+    def draw(self, shape: Sequence[int], chunk: int, step: int) -> Tensor:
+        if step > 0:
+            return next(self.later).reshape(tuple(shape))
+        first, self.start = self.start, self.start + shape[1]
+        return self.noise[:, first : self.start]
+
+
+def check_rollout(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """A rollout, and its gradient with constant and with released cache gradients."""
+    output = tensors["output"]
+    frames, window = int(meta["frames"]), int(meta["local"])
+    config = RolloutConfig(
+        shift=float(meta.get("shift", 5.0)),
+        steps=tuple(unwarp(tensors["steps"], float(meta.get("shift", 5.0)))),
+        chunk=int(meta["chunk"]),
+        window=None if window < 0 else window,
+        sink=int(meta["sink"]),
+    )
+    yield "steps", error(torch.tensor(FlowSchedule(config.shift).few_steps(config.steps)), tensors["steps"])
+    later = [tensors[name] for name in sorted(tensors) if name.startswith("renoise.")]
+    for variant, prefix in (("constant", "grad_detached."), ("released", "grad.")):
+        wanted = bool(select(tensors, prefix))
+        if not wanted and variant == "released":
+            continue
+        model = build(tensors, meta, "sd.")
+        plan = RolloutPlan(
+            frames,
+            int(meta["exit_step"]),
+            grad_frames=int(meta.get("grad_frames", frames)) if wanted else 0,
+            cache_gradient=variant,
+        )
+        grid = model.config.grid(*output.shape[3:])
+        rollout = Rollout(
+            config,
+            plan,
+            noise=Replay(tensors["noise"], later),
+            cache=BlockCache(config.context_window(), grid, model.config.head_dim),
+            shape=(output.shape[0], *output.shape[2:]),
+            initial=tensors.get("initial"),
+        )
+        chunks = list(generate(model, rollout, tensors["context"]))
+        video = torch.cat([tensors["initial"], *chunks] if "initial" in tensors else chunks, dim=1)
+        yield f"output ({variant})", error(video.detach(), output)
+        if wanted:
+            (video * tensors["cotangent"]).sum().backward()
+            yield from compare_gradients(model, tensors, prefix)
+
+
+def unwarp(timesteps: Tensor, shift: float) -> list[float]:
+    """The unwarped few-step list, so that our own warp is put to the test."""
+    sigma = timesteps.double() / 1000
+    return [round(value, 3) for value in (1000 * sigma / (shift - (shift - 1) * sigma)).tolist()]
+
+
+def check_regression(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """ODE regression under the block-causal mask."""
+    model = build(tensors, meta, "sd.")
+    schedule = FlowSchedule(float(meta["shift"]))
+    noisy, timestep = trajectory_inputs(tensors["trajectory"], tensors["steps"], tensors["index"].long())
+    yield "noisy", error(noisy, tensors["noisy"])
+    yield "timestep", error(timestep, tensors["timestep"])
+    velocity = model(noisy, timestep, tensors["context"], chunk=int(meta["chunk"]))
+    x0 = schedule.x0(velocity, noisy, timestep)
+    total, count = regression_terms(x0, tensors["trajectory"][:, -1], timestep)
+    loss = total / count
+    yield "velocity", error(velocity, tensors["velocity"])
+    yield "x0", error(x0, tensors["x0"])
+    yield "loss", error(loss.reshape(1), tensors["loss"])
+    loss.backward()
+    yield from compare_gradients(model, tensors, "grad.")
+
+
+def check_objectives(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """Scores, DMD and the critic's loss."""
+    teacher, critic = build(tensors, meta, "real."), build(tensors, meta, "fake.")
+    schedule = FlowSchedule(float(meta["shift"]))
+    video = tensors["video"].requires_grad_()
+    timestep = tensors["timestep"][:, 0]
+    noisy = schedule.add_noise(video, tensors["noise"], timestep)
+    yield "noisy", error(noisy, tensors["noisy"])
+    cond = predict_x0(teacher, noisy, timestep, tensors["cond"], schedule)
+    uncond = predict_x0(teacher, noisy, timestep, tensors["uncond"], schedule)
+    fake = predict_x0(critic, noisy, timestep, tensors["cond"], schedule)
+    yield "real_x0_cond", error(cond, tensors["real_x0_cond"])
+    yield "real_x0_uncond", error(uncond, tensors["real_x0_uncond"])
+    yield "fake_x0", error(fake, tensors["fake_x0"])
+    loss = dmd_loss(video, guide(cond, uncond, float(meta["guidance"])), fake)
+    yield "dmd.loss", error(loss.reshape(1), tensors["dmd.loss"])
+    yield "dmd.grad", error(torch.autograd.grad(loss, video)[0], tensors["dmd.grad"])
+    velocity = critic(noisy.detach(), timestep, tensors["cond"])
+    critic_loss = flow_matching_loss(velocity, tensors["noise"], video.detach())
+    critic_loss.backward()
+    yield "critic.loss", error(critic_loss.reshape(1), tensors["critic.loss"])
+    yield from compare_gradients(critic, tensors, "critic.grad.")
+    yield from not_yet(name for name in tensors if name.startswith("sid."))
+
+
+def check_later(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """Forms whose feature does not exist yet: every quantity that the file would have us match."""
+    inputs = ("sd.", "branch.", "noise", "clean", "context", "timestep", "video", "real", "hidden_states", "encoder_")
+    yield from not_yet(name for name in tensors if not name.startswith(inputs) and ".noise" not in name)
+
+
+def not_yet(names: Iterable[str]) -> Iterator[Result]:
+    return ((name, None) for name in sorted(names))
+
+
+Check = Callable[[Tensors, dict[str, str]], Iterator[Result]]
+
+
+def form(tensors: Tensors, meta: dict[str, str]) -> Check | None:
+    """The check for a file, by the tensors it holds."""
+    forms: list[tuple[set[str], set[str], Check]] = [
+        ({"noise", "context", "steps", "output"}, {"chunk", "exit_step", "local", "sink"}, check_rollout),
+        ({"trajectory", "steps", "index", "loss"}, {"chunk", "shift"}, check_regression),
+        ({"video", "noise", "timestep", "cond", "uncond", "dmd.loss"}, {"guidance", "shift"}, check_objectives),
+        ({"clean", "noise", "timestep", "weight", "loss"}, {"chunk", "shift"}, check_later),
+        ({"video", "real", "d.loss", "g.loss"}, {"taps", "shift"}, check_later),
+        ({"hidden_states", "encoder_hidden_states", "output"}, {"cfg"}, check_later),
+    ]
+    for names, keys, check in forms:
+        if names <= tensors.keys() and keys <= meta.keys() and "cfg" in meta:
+            return check
+    return None
+
+
+def check_file(path: Path) -> Iterator[Result]:
+    """Every quantity of one file; ValueError where its form is unknown."""
+    with safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    check = form(tensors, meta)
+    if check is None:
+        raise ValueError("unknown form")
+    yield from check(tensors, meta)
+
+
+def main(paths: Sequence[str]) -> int:
+    if not paths:
+        print("usage: python -m tests.golden FILE…", file=sys.stderr)
+        return 2
+    failed = missing = False
+    for path in map(Path, paths):
+        try:
+            for quantity, value in check_file(path):
+                verdict = "" if value is None or value <= TOLERANCE else "  FAILED"
+                print(f"{path.name} {quantity} {'not yet' if value is None else f'{value:.2e}'}{verdict}")
+                failed |= bool(verdict)
+                missing |= value is None
+        except Exception as problem:
+            print(f"{path.name} {type(problem).__name__}: {problem}  FAILED")
+            failed = True
+    return 1 if failed else 3 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,286 @@
+"""The one reader of Parquet data sets, and the convention their writers share.
+
+A data set is a directory of `*.parquet` shards (or one such file). Text and numbers are ordinary columns. A tensor
+named `video` is three columns: `video` (little-endian bytes), `video_shape` (list<int32>) and `video_dtype` (a torch
+dtype's name); `encode_tensor` and `tensor_fields` make them. Tensors stored as uint8 are pixels and are read as float32
+in [-1, 1]; every other tensor is read as stored.
+
+The reader knows nothing about ranks, devices or models. Its order is a pure function of `(seed, position)`, so a position
+is all the state that a checkpoint keeps, and any number of ranks may share one order.
+"""
+
+import bisect
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+_METADATA_KEY = b"self_forcing"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which data set a pipeline reads, and how far it is shuffled."""
+
+    path: str
+    """Directory of Parquet shards, or a single Parquet file."""
+    shuffle_bytes: int = 2**30
+    """Size in bytes of the window within which samples are shuffled and kept in memory; a data set that fits in it is
+    shuffled as a whole. Changing it changes the order of the samples."""
+
+
+def tensor_fields(name: str) -> list[pa.Field]:
+    """The three schema fields of the tensor `name`, in the order in which `encode_tensor` names them."""
+    return [
+        pa.field(name, pa.binary(), nullable=False),
+        pa.field(f"{name}_shape", pa.list_(pa.int32()), nullable=False),
+        pa.field(f"{name}_dtype", pa.string(), nullable=False),
+    ]
+
+
+def encode_tensor(name: str, tensor: Tensor) -> Row:
+    """`tensor` (any shape, any device) as the three columns of one row; its dtype must be one that the reader knows."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {dtype}; a data set stores {', '.join(_DTYPES)}")
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {name: raw, f"{name}_shape": list(tensor.shape), f"{name}_dtype": dtype}
+
+
+def dataset_schema(fields: Sequence[pa.Field], *, kind: str, provenance: Mapping[str, Any]) -> pa.Schema:
+    """A schema for writing shards, carrying the format version, the kind of data, and (JSON-able) where it came from."""
+    description = {"format_version": FORMAT_VERSION, "kind": kind, "provenance": dict(provenance)}
+    return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(description, sort_keys=True).encode()})
+
+
+def dataset_description(schema: pa.Schema) -> dict[str, Any]:
+    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty for files written by other tools."""
+    return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+
+
+@dataclass(frozen=True)
+class _RowGroup:
+    shard: int
+    index: int
+    first_row: int
+    rows: int
+    size: int
+
+
+class ParquetDataset:
+    """Rows of a directory of Parquet shards, by index or in an endless shuffled order.
+
+    Everything that can be checked without reading the data is checked here, and a mistake is a `ValueError` of one
+    sentence naming the file. Row groups are memory-mapped and decoded on demand; at most about twice `shuffle_bytes` stay
+    decoded.
+
+    A row is a dict of the requested `columns`: `str`, `int` and `float` values, and torch tensors.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        columns: Sequence[str],
+        *,
+        shuffle_bytes: int = DatasetConfig.shuffle_bytes,
+    ) -> None:
+        if shuffle_bytes < 1:
+            raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")
+        self.columns = tuple(columns)
+        self._shards = _find_shards(Path(path))
+        self._cache_bytes = 2 * shuffle_bytes
+        self._metadata: list[pq.FileMetaData] = []
+        self._groups: list[_RowGroup] = []
+        self._length = 0
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cached_bytes = 0
+        self._epoch: tuple[tuple[int, int], list[np.ndarray], list[int]] | None = None
+        self._window: tuple[tuple[int, int, int], np.ndarray] | None = None
+
+        footers = [_read_footer(file) for file in self._shards]
+        first_schema = footers[0][1]
+        self._tensors, self._stored = _stored_columns(self._shards[0], first_schema, self.columns)
+        for shard, (metadata, schema) in enumerate(footers):
+            _stored_columns(self._shards[shard], schema, self.columns)
+            for name in self._stored:
+                if schema.field(name).type != first_schema.field(name).type:
+                    raise ValueError(
+                        f"column {name!r} of {self._shards[shard]} differs from that of {self._shards[0]}"
+                    )
+            self._metadata.append(metadata)
+            for index in range(metadata.num_row_groups):
+                group = metadata.row_group(index)
+                self._groups.append(
+                    _RowGroup(shard, index, self._length, group.num_rows, group.total_byte_size)
+                )
+                self._length += group.num_rows
+        if self._length == 0:
+            raise ValueError(f"the data set {path} holds no rows")
+        self._groups = [group for group in self._groups if group.rows]
+        self._first_rows = [group.first_row for group in self._groups]
+        self._shuffle_bytes = shuffle_bytes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> Row:
+        """Row `index` (0 ≤ index < len) in the order in which the shards store it."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"row {index} of a data set of {self._length}")
+        group = bisect.bisect_right(self._first_rows, index) - 1
+        table = self._table(group)
+        offset = index - self._first_rows[group]
+        row: Row = {}
+        for name in self.columns:
+            value = table[name][offset].as_py()
+            if name in self._tensors:
+                shape, dtype = (table[f"{name}_{part}"][offset].as_py() for part in ("shape", "dtype"))
+                try:
+                    value = _decode_tensor(value, shape, dtype)
+                except (ValueError, TypeError) as error:
+                    shard = self._shards[self._groups[group].shard]
+                    raise ValueError(
+                        f"row {index} of {shard} has a damaged tensor {name!r}: {error}"
+                    ) from error
+            row[name] = value
+        return row
+
+    def batch(self, position: int, size: int, seed: int) -> list[Row]:
+        """Samples `position … position + size − 1` of the endless order of `seed`.
+
+        Sample `p` belongs to epoch `p // len(self)`; every epoch visits each row once, in an order drawn from
+        `(seed, epoch)` alone. R ranks share a batch by each asking for its own part of the positions.
+        """
+        return [self.row(self._shuffled(sample, seed)) for sample in range(position, position + size)]
+
+    def _shuffled(self, position: int, seed: int) -> int:
+        """The row at `position`: row groups in random order, cut into windows, and rows in random order in a window.
+
+        A random row group a sample would decode the whole group for one row once the data exceeds the memory; inside a
+        window each group is decoded once.
+        """
+        epoch, place = divmod(position, self._length)
+        if self._epoch is None or self._epoch[0] != (seed, epoch):
+            windows = self._draw_windows(np.random.default_rng([seed, epoch]))
+            rows = (sum(self._groups[group].rows for group in window) for window in windows)
+            self._epoch = ((seed, epoch), windows, [0, *accumulate(rows)])
+        _, windows, starts = self._epoch
+        window = bisect.bisect_right(starts, place) - 1
+        if self._window is None or self._window[0] != (seed, epoch, window):
+            groups = [self._groups[group] for group in windows[window]]
+            rows = np.concatenate([np.arange(g.first_row, g.first_row + g.rows) for g in groups])
+            self._window = (
+                (seed, epoch, window),
+                np.random.default_rng([seed, epoch, window]).permutation(rows),
+            )
+        return int(self._window[1][place - starts[window]])
+
+    def _draw_windows(self, generator: np.random.Generator) -> list[np.ndarray]:
+        """All row groups in random order, cut into windows of at most `shuffle_bytes` (and at least one group)."""
+        order = generator.permutation(len(self._groups))
+        cuts, filled = [], 0
+        for place, group in enumerate(order):
+            filled += self._groups[group].size
+            if place and filled > self._shuffle_bytes:
+                cuts.append(place)
+                filled = self._groups[group].size
+        return np.split(order, cuts)
+
+    def _table(self, group: int) -> pa.Table:
+        """The decoded row group, from memory if it was used lately."""
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        shard, index = self._groups[group].shard, self._groups[group].index
+        try:
+            with pq.ParquetFile(
+                self._shards[shard],
+                metadata=self._metadata[shard],
+                memory_map=True,
+                page_checksum_verification=True,
+            ) as file:
+                table = file.read_row_group(index, columns=self._stored, use_threads=False).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(_damaged(self._shards[shard], error)) from error
+        self._cache[group] = table
+        self._cached_bytes += table.nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return table
+
+
+def _find_shards(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"the data set {path} does not exist; `self-forcing prepare` writes one")
+    shards = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    if not shards:
+        raise ValueError(f"the data set {path} holds no *.parquet shard; `self-forcing prepare` writes some")
+    return shards
+
+
+def _read_footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    try:
+        metadata = pq.read_metadata(file)
+        schema = metadata.schema.to_arrow_schema()
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(_damaged(file, error)) from error
+    version = dataset_description(schema).get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has data format version {version}; this release reads version {FORMAT_VERSION}"
+        )
+    return metadata, schema
+
+
+def _stored_columns(
+    file: Path, schema: pa.Schema, columns: Sequence[str]
+) -> tuple[frozenset[str], list[str]]:
+    """The names among `columns` that are tensors, and every stored column that `columns` need."""
+    tensors, stored = set(), []
+    for name in columns:
+        if name not in schema.names:
+            raise ValueError(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
+        stored.append(name)
+        if pa.types.is_binary(schema.field(name).type) or pa.types.is_large_binary(schema.field(name).type):
+            tensors.add(name)
+            stored += [f"{name}_shape", f"{name}_dtype"]
+            if not {f"{name}_shape", f"{name}_dtype"} <= set(schema.names):
+                raise ValueError(
+                    f"the tensor {name!r} of {file} lacks its column {name}_shape or {name}_dtype"
+                )
+    return frozenset(tensors), stored
+
+
+def _decode_tensor(raw: bytes, shape: list[int], dtype_name: str) -> Tensor:
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is None:
+        raise ValueError(f"unknown dtype {dtype_name!r}")
+    expected = math.prod(shape) * dtype.itemsize
+    if len(raw) != expected:
+        raise ValueError(f"{len(raw)} bytes instead of {expected} for shape {shape}")
+    # The copy into a bytearray gives torch memory that it may write to; an empty buffer it refuses.
+    flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    tensor = flat.reshape(shape)
+    return tensor.float().div_(127.5).sub_(1.0) if dtype == torch.uint8 else tensor
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0].rstrip(".")
+    return f"the shard {file} is damaged or not a Parquet file ({reason}); write the data set again"
