@@ -1,1 +1,1 @@
-"""The mathematics: one transformer, one cache, one rollout, and the objectives. No Ray, no DeepSpeed, no files."""
+"""The mathematics: one transformer, one cache, one rollout, and the objectives. No Ray, no files."""

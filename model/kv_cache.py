@@ -1,14 +1,16 @@
 """The KV cache: constant history plus the live chunk.
 
-Denoising reads the history and never writes; only `commit` appends a finished chunk, and what leaves the window is dropped while the
-sink stays. There are two backings of one interface:
+Denoising reads the history and never writes; only `commit` appends a finished chunk, and what leaves the
+window is dropped while the sink stays. There are two backings of one interface:
 
-- `BlockCache` for training: every commit is an immutable block and a `History` is a selection of blocks, so activation
-  checkpointing may recompute a call long after the window has moved on.
-- `SlotCache` for inference: memory is allocated once and each row has its own length, so streams of different ages share a batch.
-  It cannot be read under a gradient, so no graph can ever see its slots overwritten.
+- `BlockCache` for training: every commit is an immutable block and a `History` is a selection of blocks, so
+  activation checkpointing may recompute a call long after the window has moved on.
+- `SlotCache` for inference: memory is allocated once and each row has its own length, so streams of
+  different ages share a batch. It cannot be read under a gradient, so no graph can ever see its slots
+  overwritten.
 
-Keys are stored with the rotary phase of their absolute frame, or without any when positions are relative to the window.
+Keys are stored with the rotary phase of their absolute frame, or without any when positions are relative to
+the window.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ class Window:
     """What a chunk attends to besides itself."""
 
     frames: int | None
-    """Latent frames attended to in all: the sink's, the latest before the chunk, and the chunk's own. None is all."""
+    """Latent frames attended to in all: sink, latest, and the chunk. None is all."""
     sink: int
     """First frames that are never evicted."""
     positions: Literal["absolute", "relative"]
@@ -46,7 +48,7 @@ class History(Protocol):
     """The constant context of one chunk, the same for each of its network calls."""
 
     phase: Tensor
-    """Rotary phase of the live chunk, [1 or B, L, 1, head_dim/2]."""
+    """Rotary phase of the live chunk, [1 or B, L, 1, head_dim/2, 2]."""
     mask: Tensor | None
     """True where a history token may be attended to, [B, 1, 1, L_history]; None where all may."""
     absolute: bool
@@ -78,7 +80,15 @@ class _Block:
 class _BlockHistory:
     mask = None
 
-    def __init__(self, spans: list[tuple[_Block, int, int]], phase: Tensor, key_phase: Tensor | None, tokens: int):
+    def __init__(
+        self,
+        spans: list[tuple[_Block, int, int]],
+        tokens: int,
+        *,
+        phase: Tensor,
+        key_phase: Tensor | None,
+    ):
+        """`spans` are blocks with their first and last frame in the window; `tokens` is a frame's."""
         self.phase = phase
         self.absolute = key_phase is None
         self._spans = spans
@@ -107,7 +117,9 @@ class _BlockHistory:
 class BlockCache:
     """Immutable per-chunk blocks; blocks may carry a gradient."""
 
-    def __init__(self, window: Window, grid: tuple[int, int], head_dim: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, window: Window, grid: tuple[int, int], head_dim: int, device: torch.device | str = "cpu"
+    ):
         """`grid` is the height and width of a frame in patches."""
         self.window = window
         self.grid = grid
@@ -117,7 +129,7 @@ class BlockCache:
         self._blocks: list[_Block] = []
 
     def _phase(self, first: int, frames: int) -> Tensor:
-        return rope.phases(list(range(first, first + frames)), *self.grid, self.head_dim, self.device)
+        return rope.phases([range(first, first + frames)], *self.grid, self.head_dim, self.device)
 
     def history(self, chunk: int) -> _BlockHistory:
         sink, latest = self.window.kept(self.seen, chunk)
@@ -129,12 +141,11 @@ class BlockCache:
                 if first < last:
                     spans.append((block, first - start, last - start))
             start += block.frames
+        tokens = self.grid[0] * self.grid[1]
         if self.window.positions == "absolute":
-            return _BlockHistory(spans, self._phase(self.seen, chunk), None, self.grid[0] * self.grid[1])
-        context = sink + latest
-        return _BlockHistory(
-            spans, self._phase(context, chunk), self._phase(0, context), self.grid[0] * self.grid[1]
-        )
+            return _BlockHistory(spans, tokens, phase=self._phase(self.seen, chunk), key_phase=None)
+        held = sink + latest
+        return _BlockHistory(spans, tokens, phase=self._phase(held, chunk), key_phase=self._phase(0, held))
 
     def commit(self, live: Sequence[KeyValue], frames: int) -> None:
         self._blocks.append(_Block(frames, tuple(live)))
@@ -154,21 +165,32 @@ class BlockCache:
 
 
 class _SlotHistory:
-    def __init__(self, cache: "SlotCache", length: int, phase: Tensor, mask: Tensor | None, key_phase: Tensor | None):
+    def __init__(
+        self,
+        slots: list[Tensor],
+        length: int,
+        *,
+        phase: Tensor,
+        key_phase: Tensor | None,
+        mask: Tensor | None,
+    ):
+        """`length` is how many tokens the longest row holds."""
         self.phase = phase
         self.mask = mask
         self.absolute = key_phase is None
-        self._cache = cache
+        self._slots = slots
         self._length = length
         self._key_phase = key_phase
         self._rotated: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> KeyValue | None:
         if torch.is_grad_enabled():
-            raise RuntimeError("slots are overwritten in place and cannot be read under a gradient; use BlockCache.")
+            raise RuntimeError(
+                "slots are overwritten in place and cannot be read under a gradient; use BlockCache."
+            )
         if self._length == 0:
             return None
-        key, value = self._cache.slots[index][:, :, : self._length]
+        key, value = self._slots[index][:, :, : self._length]
         if self._key_phase is not None:
             if index not in self._rotated:
                 self._rotated[index] = rope.rotate(key, self._key_phase)
@@ -193,7 +215,7 @@ class SlotCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        """`capacity`, in frames, is needed where the window is None; otherwise it is the window less the chunk."""
+        """`capacity`, in frames, is needed where the window is None; else it is the window less the chunk."""
         if window.frames is not None:
             capacity = window.frames - chunk
         if capacity is None:
@@ -215,20 +237,17 @@ class SlotCache:
         length = max(self.held)
         relative = self.window.positions == "relative"
         starts = self.held if relative else self.seen
-        phase = self._phase([list(range(start, start + chunk)) for start in starts], device)
-        key_phase = self._phase([list(range(length))], device) if relative and length else None
+        phase = self._phase([range(start, start + chunk) for start in starts], device)
+        key_phase = self._phase([range(length)], device) if relative else None
         mask = None
         if min(self.held) < length:
             held = torch.tensor(self.held, device=device) * self.tokens
             mask = (torch.arange(length * self.tokens, device=device) < held[:, None])[:, None, None]
-        history = _SlotHistory(self, length * self.tokens, phase, mask, key_phase)
-        history.absolute = not relative
-        return history
+        return _SlotHistory(self.slots, length * self.tokens, phase=phase, key_phase=key_phase, mask=mask)
 
-    def _phase(self, frames: list[list[int]], device: torch.device) -> Tensor:
-        if all(row == frames[0] for row in frames):
-            frames = frames[:1]
-        return rope.phases(frames, *self.grid, self.head_dim, device)
+    def _phase(self, frames: list[range], device: torch.device) -> Tensor:
+        shared = all(row == frames[0] for row in frames)
+        return rope.phases(frames[:1] if shared else frames, *self.grid, self.head_dim, device)
 
     def commit(self, live: Sequence[KeyValue], frames: int) -> None:
         if any(tensor.requires_grad for pair in live for tensor in pair):
@@ -240,8 +259,10 @@ class SlotCache:
         held, sink, token = self.held[row], self.window.sink, self.tokens
         total = held + frames
         if total > self.capacity and self.window.frames is None:
-            raise RuntimeError(f"the cache holds {self.capacity} frames and without a window none may be evicted.")
-        latest = max(self.capacity - sink, 0)
+            raise RuntimeError(
+                f"the cache holds {self.capacity} frames and without a window none may be evicted."
+            )
+        latest = self.capacity - sink
         for slots, pair in zip(self.slots, live, strict=True):
             for side, tensor in zip(slots, pair, strict=True):
                 joined = torch.cat([side[row, : held * token], tensor[row]])

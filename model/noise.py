@@ -1,7 +1,8 @@
 """Randomness that depends on what is drawn, never on who draws it.
 
-Every number is drawn from a generator seeded by its full name (run seed, update, purpose, sample index, …). Results therefore do
-not change with the number of ranks, the device, a retry, or a resume, and nothing about randomness has to be saved.
+Every number is drawn from a generator seeded by its full name (run seed, update, purpose, sample index, …).
+Results therefore do not change with the number of ranks, the device, a retry, or a resume, and nothing
+about randomness has to be saved.
 """
 
 import hashlib
@@ -29,14 +30,16 @@ class NoiseSource(Protocol):
     """Where a rollout takes its Gaussian draws from."""
 
     def draw(self, shape: Sequence[int], chunk: int, step: int) -> Tensor:
-        """Standard normal noise [B, f, C, H, W]; step 0 is the chunk's first noise, step k its k-th re-noising."""
+        """Standard normal noise [B, f, C, H, W]; step 0 is a chunk's first, step k its k-th re-noising."""
         ...
 
 
 class SampleNoise:
     """Independent draws for each sample of a batch, named by that sample's key."""
 
-    def __init__(self, keys: Sequence[Key], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, keys: Sequence[Key], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
         self.keys = list(keys)
         self.device = device
         self.dtype = dtype

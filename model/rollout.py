@@ -1,12 +1,13 @@
-"""The self-rollout: a few-step student generates a video chunk by chunk on its own past (Self Forcing, algorithm 1).
+"""The self-rollout: a few-step student generates a video, chunk by chunk, on its own past.
 
-There is one rollout. The student's training step, the critic's data, evaluation and a viewer's stream all drive this step machine:
+This is algorithm 1 of Self Forcing (arXiv 2506.08009). There is one rollout. The student's training step,
+the critic's data, evaluation and a viewer's stream all drive this step machine:
 
     state → the next network call → state
 
-For each chunk: denoise at `steps[0]`, …, `steps[exit_step]`, re-noising the predicted x0 between two steps; only the call at
-`exit_step` carries a gradient, and its x0 is the chunk. Then one more call without gradient writes the chunk's keys and values
-into the cache, which later chunks read as constants.
+For each chunk: denoise at `steps[0]`, …, `steps[exit_step]`, re-noising the predicted x0 between two steps;
+only the call at `exit_step` carries a gradient, and its x0 is the chunk. Then one more call without
+gradient writes the chunk's keys and values into the cache, which later chunks read as constants.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,27 +34,31 @@ class RolloutConfig:
     chunk: int = 3
     """Latent frames denoised together; 1 is frame-wise."""
     window: int | None = None
-    """Latent frames attended to in all: sink, latest, and the chunk itself. Null is all, for videos of bounded length only."""
+    """Latent frames attended to in all: sink, latest, and the chunk. Null is all, for bounded videos only."""
     sink: int = 0
     """First frames that stay in the cache for ever."""
     positions: Literal["absolute", "relative"] = "absolute"
-    """Rotary frame positions: of the video, as published, or counted from the start of the window, for endless streams."""
+    """Rotary frame positions: of the video, as published, or of the window, for endless streams."""
     context_noise: Literal["nearest", "none"] = "nearest"
-    """Noise on a finished chunk before it is cached: that of the sigma nearest to timestep 0, as published in training, or none."""
+    """Noise on a chunk before it is cached: at the sigma nearest to timestep 0, as published, or none."""
 
     def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"rollout.shift must be positive, not {self.shift}; Wan uses 5, no warp is 1.")
         if self.chunk < 1:
             raise ValueError(f"rollout.chunk must be at least 1 frame, not {self.chunk}.")
         if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
-            raise ValueError(f"rollout.steps {list(self.steps)} must fall strictly, for example [1000, 750, 500, 250].")
+            raise ValueError(
+                f"rollout.steps {list(self.steps)} must fall strictly, for example [1000, 750, 500, 250]."
+            )
         if not all(0 < step <= 1000 for step in self.steps):
             raise ValueError(f"rollout.steps {list(self.steps)} must lie in (0, 1000].")
         if self.sink < 0:
             raise ValueError(f"rollout.sink must not be negative, not {self.sink}; 0 keeps no sink.")
         if self.window is not None and self.window < self.chunk + self.sink:
             raise ValueError(
-                f"rollout.window of {self.window} frames is smaller than the chunk of {self.chunk} plus the sink of {self.sink}; "
-                f"use at least {self.chunk + self.sink}."
+                f"rollout.window of {self.window} frames is smaller than the chunk of {self.chunk} plus the "
+                f"sink of {self.sink}; use at least {self.chunk + self.sink}."
             )
 
     def check_frames(self, frames: int) -> None:
@@ -70,7 +75,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """Everything random or variable of one rollout; the coordinator derives it, so every rank makes the same calls."""
+    """All that is random or variable in a rollout; the coordinator derives it, so ranks make the same calls."""
 
     frames: int
     """Latent frames of the video, a given initial latent included."""
@@ -81,13 +86,23 @@ class RolloutPlan:
     grad_frames: int = 0
     """A chunk carries a gradient if its first frame is among the last `grad_frames` ones; 0 is none."""
     cache_gradient: Literal["constant", "released"] = "constant"
-    """Cached keys and values are constants, or pass gradient on to their chunk's own call as the released code does."""
+    """Cached keys and values are constants, or pass gradient on to their chunk's own call, as released."""
 
     @classmethod
-    def draw(cls, config: RolloutConfig, frames: int, *, seed: int, update: int, purpose: str, gradient: bool) -> "RolloutPlan":
+    def draw(
+        cls,
+        config: RolloutConfig,
+        frames: int,
+        *,
+        seed: int,
+        update: int,
+        purpose: str,
+        gradient: bool,
+        cache_gradient: Literal["constant", "released"] = "constant",
+    ) -> "RolloutPlan":
         """A training plan: a uniformly drawn exit step, and gradient over the whole video if any."""
         exit_step = integer(len(config.steps), seed, update, purpose, "exit")
-        return cls(frames, exit_step, (seed, update, purpose), frames if gradient else 0)
+        return cls(frames, exit_step, (seed, update, purpose), frames if gradient else 0, cache_gradient)
 
     @classmethod
     def full(cls, config: RolloutConfig, frames: int, *, seed: int) -> "RolloutPlan":
@@ -122,10 +137,15 @@ class Rollout:
         shape: tuple[int, int, int, int],
         initial: Tensor | None = None,
     ):
-        """`shape` is (B, C, H, W); `initial` a clean [B, f, C, H, W] that the video starts with (image-to-video)."""
+        """`shape` is (B, C, H, W); `initial` [B, f, C, H, W], clean, starts the video (image-to-video)."""
         if not 0 <= plan.exit_step < len(config.steps):
             raise ValueError(f"exit_step {plan.exit_step} is beyond the {len(config.steps)} rollout.steps.")
-        config.check_frames(plan.frames - (0 if initial is None else initial.shape[1]))
+        given = 0 if initial is None else initial.shape[1]
+        if config.window is not None and given > config.window:
+            raise ValueError(
+                f"an initial latent of {given} frames does not fit rollout.window of {config.window}."
+            )
+        config.check_frames(plan.frames - given)
         self.config = config
         self.plan = plan
         schedule = FlowSchedule(config.shift)
@@ -168,7 +188,7 @@ class Rollout:
         return NetworkCall(
             self.x,
             torch.full(self.x.shape[:2], timestep, device=self.x.device),
-            # A graph may keep its history long after the chunk; it gets one of its own that holds no joined copies.
+            # A graph keeps its history long after the chunk: one of its own, which holds no joined copies.
             self.cache.history(self.config.chunk) if gradient else self.history,
             gradient,
             self.step is None or (gradient and self.plan.cache_gradient == "released"),
@@ -177,6 +197,7 @@ class Rollout:
     def advance(self, velocity: Tensor, live: list[KeyValue] | None) -> Tensor | None:
         """Take the answer of `next_call`; returns the chunk [B, f, C, H, W] that it finished, if any."""
         if self.step is None:
+            assert live is not None, "the call of a commit keeps its keys and values"
             self._commit(live)
             return None
         x0 = clean(self.x, velocity.float(), self.sigmas[self.step])
@@ -193,11 +214,11 @@ class Rollout:
 
     def _commit(self, live: list[KeyValue]) -> None:
         if self.exit_live is not None:
-            # The value of the clean call with the graph of the gradient-carrying one, as the released code leaves it.
+            # The value of the clean call with the graph of the call at `exit_step`, as released.
             with torch.enable_grad():
                 live = [
-                    tuple(value + (graph - graph.detach()) for value, graph in zip(pair, exit_pair, strict=True))
-                    for pair, exit_pair in zip(live, self.exit_live, strict=True)
+                    (key + (exit_key - exit_key.detach()), value + (exit_value - exit_value.detach()))
+                    for (key, value), (exit_key, exit_value) in zip(live, self.exit_live, strict=True)
                 ]
             self.exit_live = None
         frames = self.x.shape[1]
@@ -210,7 +231,8 @@ class Rollout:
 def generate(model: WanTransformer, rollout: Rollout, context: Tensor) -> Iterator[Tensor]:
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
-    `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the plan says, and for no other.
+    `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the
+    plan says, and for no other.
     """
     while (call := rollout.next_call()) is not None:
         with torch.set_grad_enabled(call.gradient):

@@ -1,10 +1,12 @@
 """Rotary positions over (frame, row, column), as in Wan 2.1 (Su et al. 2021 in three axes).
 
-A head of size d turns `d − 4⌊d/6⌋` channels by frame, `2⌊d/6⌋` by row and `2⌊d/6⌋` by column. Angles are computed, not read from a
-table, so positions have no upper end; whether a model is any good beyond the positions it was trained on is another matter, which
-is why the rollout can also number frames relative to its window.
+A head of size d turns `d − 4⌊d/6⌋` channels by frame, `2⌊d/6⌋` by row and `2⌊d/6⌋` by column. Angles are
+computed, not read from a table, so positions have no upper end; whether a model is any good beyond the
+positions it was trained on is another matter, which is why the rollout can also number frames relative to
+its window.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -17,8 +19,13 @@ def _frequencies(channels: int) -> Tensor:
     return THETA ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
 
 
-@lru_cache(maxsize=256)
-def _phases(frames: tuple[tuple[int, ...], ...], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+# Enough for the chunks of one training rollout; a stream at absolute positions never asks twice.
+@lru_cache(maxsize=32)
+# A tensor made in inference mode could not be saved for a later backward pass.
+@torch.inference_mode(False)
+def _phases(
+    frames: tuple[tuple[int, ...], ...], height: int, width: int, head_dim: int, device: torch.device
+) -> Tensor:
     spatial = 2 * (head_dim // 6)
     position = torch.tensor(frames, dtype=torch.float64)
     by_frame = position[..., None] * _frequencies(head_dim - 2 * spatial)
@@ -33,19 +40,25 @@ def _phases(frames: tuple[tuple[int, ...], ...], height: int, width: int, head_d
         ],
         dim=-1,
     )
-    return torch.polar(torch.ones_like(angle), angle).to(device, torch.complex64).reshape(rows, -1, 1, head_dim // 2)
+    turn = torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
+    return turn.reshape(rows, -1, 1, head_dim // 2, 2)
 
 
-def phases(frames: list[list[int]] | list[int], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Unit complex numbers [1 or B, len(frames)·height·width, 1, head_dim/2] for frame positions, per sample if nested.
+def phases(
+    frames: Sequence[Sequence[int]], height: int, width: int, head_dim: int, device: torch.device
+) -> Tensor:
+    """Cosines and sines [1 or B, f·height·width, 1, head_dim/2, 2] for the f frame positions of all samples
+    or of each.
 
     `height` and `width` count patches, not latents.
     """
-    nested = frames if frames and isinstance(frames[0], list) else [frames]
-    return _phases(tuple(tuple(row) for row in nested), height, width, head_dim, torch.device(device))  # type: ignore[arg-type]
+    return _phases(tuple(tuple(row) for row in frames), height, width, head_dim, torch.device(device))
 
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
-    """Turn pairs of channels of `x` [B, L, heads, head_dim] by `phase` [1 or B, L, 1, head_dim/2], in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * phase).flatten(-2).to(x.dtype)
+    """Turn pairs of channels of `x` [B, L, heads, head_dim] by `phase`, in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = phase.unbind(-1)
+    return (
+        torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
+    )

@@ -1,7 +1,8 @@
 """The flow-matching schedule: a straight path from clean video to noise, warped towards the noisy end.
 
-`x_t = (1 − sigma) x0 + sigma noise`; the network predicts `velocity = noise − x0`. Timesteps run from 0 (clean) to 1000 (noise).
-Source: Lipman et al. 2022 (flow matching); the timestep shift is that of Esser et al. 2024, section 5.3.2.
+`x_t = (1 − sigma) x0 + sigma noise`; the network predicts `velocity = noise − x0`. Timesteps run from 0
+(clean) to 1000 (noise). Source: Lipman et al. 2022 (flow matching); the timestep shift is that of Esser et
+al. 2024, section 5.3.2.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,10 @@ def per_frame(value: Tensor, like: Tensor) -> Tensor:
 
 
 class FlowSchedule:
-    """The table `sigma_i = shift s_i / (1 + (shift − 1) s_i)`, `s = linspace(1, 0, 1001)[:-1]`, `timestep_i = 1000 sigma_i`.
+    """The table `sigma_i = shift s_i / (1 + (shift − 1) s_i)` with `s = linspace(1, 0, 1001)[:-1]`.
 
-    A timestep's sigma is that of the nearest entry, so timestep 0 has the smallest sigma of the table, not zero.
+    Its timesteps are `1000 sigma_i`. A timestep's sigma is that of the nearest entry, so timestep 0 has the
+    smallest sigma of the table, not zero.
     """
 
     def __init__(self, shift: float = 5.0):
@@ -51,7 +53,7 @@ class FlowSchedule:
         return self.warp(torch.tensor(steps, dtype=torch.float32)).tolist()
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """The sigma of the table entry nearest to each timestep; any shape, float32, on the timestep's device."""
+        """The sigma of the table entry nearest to each timestep, in float32; any shape, on its device."""
         flat = timestep.detach().float().reshape(-1, 1).cpu()
         index = (self.timesteps - flat).abs().argmin(dim=1)
         return self.sigmas[index].reshape(timestep.shape).to(timestep.device)

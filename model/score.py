@@ -1,6 +1,7 @@
 """Scores of a video by a bidirectional model: what teacher and critic answer.
 
-Both see the same noisy video (the plan names the noise and the timesteps) and predict x0. The teacher is guided, the critic is not.
+Both see the same noisy video (the plan names the noise and the timesteps) and predict x0. The teacher is
+guided, the critic is not.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,13 @@ class ScoreConfig:
     """Highest score timestep, 0..1000."""
 
     def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"score.shift must be positive, not {self.shift}; Wan uses 5, no warp is 1.")
         if not 0 <= self.minimum < self.maximum <= 1000:
-            raise ValueError(f"score.minimum {self.minimum} and score.maximum {self.maximum} must satisfy 0 <= min < max <= 1000.")
+            raise ValueError(
+                f"score.minimum {self.minimum} and score.maximum {self.maximum} must satisfy "
+                "0 <= minimum < maximum <= 1000."
+            )
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,23 @@ class ScorePlan:
         """Noise like `video` [B, F, C, H, W] and timesteps [B], for the samples with these indices."""
         keys = [(*self.noise, sample) for sample in samples]
         noise = SampleNoise(keys, video.device).draw(video.shape, 0, 0)
-        uniform = torch.stack([torch.randint(TIMESTEPS, (), generator=generator(*key, "timestep")) for key in keys])
+        uniform = torch.stack(
+            [torch.randint(TIMESTEPS, (), generator=generator(*key, "timestep")) for key in keys]
+        )
         schedule = FlowSchedule(config.shift)
         return noise, schedule.score_timestep(uniform, config.minimum, config.maximum).to(video.device)
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance in the published form: `cond + guidance · (cond − uncond)`; 0 is none (Ho & Salimans 2022)."""
+    """Classifier-free guidance in the published form: `cond + guidance · (cond − uncond)`; 0 is none (Ho &
+    Salimans 2022).
+    """
     return cond + guidance * (cond - uncond)
 
 
-def predict_x0(model: WanTransformer, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule) -> Tensor:
+def predict_x0(
+    model: WanTransformer, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule
+) -> Tensor:
     """x0 [B, F, C, H, W] in float32 from a noisy video, timesteps [B] or [B, F] and a prompt embedding."""
     return schedule.x0(model(x_t, timestep, context), x_t, timestep)
 
@@ -65,10 +77,15 @@ def guided_x0(
     guidance: float,
     schedule: FlowSchedule,
 ) -> Tensor:
-    """The guided x0; both branches run as one batch. Without guidance the unconditional branch is left out."""
+    """The guided x0; both branches run as one batch. Without guidance only the conditional one runs."""
     if guidance == 0:
         return predict_x0(model, x_t, timestep, cond, schedule)
     both = predict_x0(
-        model, torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), torch.cat([cond, uncond.expand_as(cond)]), schedule
+        model,
+        torch.cat([x_t, x_t]),
+        torch.cat([timestep, timestep]),
+        torch.cat([cond, uncond.expand_as(cond)]),
+        schedule,
     )
-    return guide(*both.chunk(2), guidance)
+    cond_x0, uncond_x0 = both.chunk(2)
+    return guide(cond_x0, uncond_x0, guidance)

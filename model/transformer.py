@@ -1,12 +1,12 @@
 """The Wan 2.1 diffusion transformer, in the three ways Self Forcing uses it.
 
-Bidirectional (teacher, critic), block-causal over a whole sequence (ODE regression), and cached, one chunk against a constant
-history (rollout). Parameter names are those of the Wan 2.1 release; every size comes from `TransformerConfig`. Source: Wan 2.1
-(arXiv 2503.20314) for the architecture, CausVid (arXiv 2412.07772) for per-frame timesteps under a block-causal mask.
+Bidirectional (teacher, critic), block-causal over a whole sequence (ODE regression), and cached, one chunk
+against a constant history (rollout). Parameter names are those of the Wan 2.1 release; every size comes
+from `TransformerConfig`. Source: Wan 2.1 (arXiv 2503.20314) for the architecture, CausVid (arXiv
+2412.07772) for per-frame timesteps under a block-causal mask.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import rope
-from model.kv_cache import History, KeyValue
+from model.kv_cache import History, KeyValue, Window
+
+EVERYTHING = Window(None, 0, "absolute")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,17 @@ class TransformerConfig:
     """Epsilon of every norm."""
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        if self.num_heads < 1 or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(
-                f"dim {self.dim} does not give {self.num_heads} heads of an even size; choose num_heads so that it does."
+                f"dim {self.dim} does not give {self.num_heads} heads of an even size; "
+                "choose num_heads so that it does."
             )
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim {self.freq_dim} must be even: half are cosines, half are sines.")
         if self.patch_size[0] != 1:
-            raise ValueError(f"patch_size {self.patch_size} must not span frames: its first entry has to be 1.")
+            raise ValueError(
+                f"patch_size {self.patch_size} must not span frames: its first entry has to be 1."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -65,7 +72,9 @@ class TransformerConfig:
         """Rows and columns of patches in a latent frame; raises where the patch does not divide it."""
         rows, columns = self.patch_size[1:]
         if height % rows or width % columns:
-            raise ValueError(f"latent frames of {height}x{width} are not divisible by patch_size {self.patch_size}.")
+            raise ValueError(
+                f"latent frames of {height}x{width} are not divisible by patch_size {self.patch_size}."
+            )
         return height // rows, width // columns
 
     def parameters(self) -> int:
@@ -84,7 +93,9 @@ def sinusoidal(timestep: Tensor, dim: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention on [B, L, heads, head_dim] → [B, L, heads · head_dim]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -107,24 +118,39 @@ class Attention(nn.Module):
         return q, k, v
 
 
+@dataclass(frozen=True)
+class ChunkView:
+    """What one chunk of a block-causal sequence looks at, in tokens."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    """The sink, and the latest tokens up to the chunk's own end."""
+    query_phase: Tensor
+    key_phase: Tensor
+
+
 class SelfAttention(Attention):
     """Self-attention over all tokens, over chunks causally, or over a history and the live chunk."""
 
     def forward(
-        self, x: Tensor, phase: Tensor, chunk_tokens: int | None, history: History | None, layer: int
+        self, x: Tensor, phase: Tensor, chunks: list[ChunkView] | None, history: History | None, layer: int
     ) -> tuple[Tensor, KeyValue]:
         q, k, v = self.project(x, x)
+        if chunks is not None:
+            # Every chunk sees itself and what the window holds of the past: slices of the keys, so no mask
+            # is ever materialised.
+            return self.o(torch.cat([self._over_chunk(q, k, v, chunk) for chunk in chunks], dim=1)), (k, v)
         q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
-        if history is not None:
-            out = self._with_history(q, rotated, v, history, layer)
-            return self.o(out), (rotated if history.absolute else k, v)
-        if chunk_tokens is not None:
-            # Every chunk sees itself and all before it: a slice of the keys, so no mask is ever materialised.
-            bounds = pairwise(range(0, x.shape[1] + 1, chunk_tokens))
-            out = torch.cat([attend(q[:, a:b], rotated[:, :b], v[:, :b]) for a, b in bounds], dim=1)
-        else:
-            out = attend(q, rotated, v)
-        return self.o(out), (rotated, v)
+        if history is None:
+            return self.o(attend(q, rotated, v)), (rotated, v)
+        out = self._with_history(q, rotated, v, history, layer)
+        return self.o(out), (rotated if history.absolute else k, v)
+
+    @staticmethod
+    def _over_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: ChunkView) -> Tensor:
+        keys, values = (torch.cat([x[:, span] for span in chunk.keys], dim=1) for x in (k, v))
+        queries = rope.rotate(q[:, chunk.queries], chunk.query_phase)
+        return attend(queries, rope.rotate(keys, chunk.key_phase), values)
 
     @staticmethod
     def _with_history(q: Tensor, k: Tensor, v: Tensor, history: History, layer: int) -> Tensor:
@@ -163,7 +189,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.self_attn = SelfAttention(config)
         self.norm3 = (
-            nn.LayerNorm(config.dim, config.eps, elementwise_affine=True) if config.cross_attn_norm else nn.Identity()
+            nn.LayerNorm(config.dim, config.eps, elementwise_affine=True)
+            if config.cross_attn_norm
+            else nn.Identity()
         )
         self.cross_attn = CrossAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
@@ -178,12 +206,12 @@ class Block(nn.Module):
         time: Tensor,
         context: Tensor,
         phase: Tensor,
-        chunk_tokens: int | None,
+        chunks: list[ChunkView] | None,
         history: History | None,
         layer: int,
     ) -> tuple[Tensor, KeyValue]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
-        y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunk_tokens, history, layer)
+        y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunks, history, layer)
         x = x + gate(y, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
         x = x + gate(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
@@ -191,7 +219,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """The release's Conv3d over patches, computed as one matrix product; its weight is stored as a Conv3d's."""
+    """The release's Conv3d over patches, computed as one matrix product; its weight has a Conv3d's shape."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -224,13 +252,17 @@ class WanTransformer(nn.Module):
     """Predicts the velocity of a noisy latent video."""
 
     def __init__(self, config: TransformerConfig, *, activation_checkpointing: bool = False):
-        """`activation_checkpointing` recomputes each block in the backward pass instead of keeping its activations."""
+        """`activation_checkpointing` recomputes each block in the backward pass instead of keeping its
+        activations.
+        """
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -240,16 +272,22 @@ class WanTransformer(nn.Module):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Xavier for projections, small normals for embeddings, and a zero head, as in the release."""
-        for module in self.modules():
+        embeddings = {*self.text_embedding, *self.time_embedding}
+
+        def initialize(module: nn.Module) -> None:
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for sequence in (self.text_embedding, self.time_embedding):
-            for module in sequence:
-                if isinstance(module, nn.Linear):
+                if module is self.head.head:
+                    nn.init.zeros_(module.weight)
+                elif module in embeddings:
                     nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.head.head.weight)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+            elif isinstance(module, PatchEmbedding):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+
+        # Not a loop over modules: ZeRO-3 shards weights as they are made, and gathers them for `apply` only.
+        self.apply(initialize)
 
     def forward(
         self,
@@ -258,19 +296,19 @@ class WanTransformer(nn.Module):
         context: Tensor,
         *,
         chunk: int | None = None,
+        window: Window = EVERYTHING,
         history: History | None = None,
         return_live: bool = False,
     ) -> Tensor | tuple[Tensor, list[KeyValue]]:
         """Velocity [B, F, C, H, W] of noisy latents `x` of that shape.
 
-        `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim]. Without more every frame sees every frame;
-        with `chunk` frames see their own chunk and earlier ones; with `history` all of `x` is one live chunk after it, and
-        `return_live` also returns its keys and values, as a cache stores them. Raises ValueError where `chunk` does not divide F.
+        `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim]. Without more every frame
+        sees every frame; with `chunk` frames see their own chunk and what `window` holds of earlier ones, as
+        in a rollout; with `history` all of `x` is one live chunk after it, and `return_live` also returns its
+        keys and values, as a cache stores them. Raises ValueError where `chunk` does not divide F.
         """
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
         rows, columns = self.config.grid(height, width)
-        if chunk is not None and frames % chunk:
-            raise ValueError(f"a chunk of {chunk} frames does not divide {frames} frames.")
         dtype = self.head.head.bias.dtype
         tokens = self.patch_embedding(x.to(dtype))
         embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(dtype))
@@ -281,12 +319,12 @@ class WanTransformer(nn.Module):
         if history is not None:
             phase = history.phase
         else:
-            phase = rope.phases(list(range(frames)), rows, columns, self.config.head_dim, x.device)
-        chunk_tokens = None if chunk is None else chunk * rows * columns
+            phase = rope.phases([range(frames)], rows, columns, self.config.head_dim, x.device)
+        chunks = None if chunk is None else self._chunk_views(frames, chunk, window, phase)
         live = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            arguments = (tokens, time, context, phase, chunk_tokens, history, layer)
+            arguments = (tokens, time, context, phase, chunks, history, layer)
             if recompute:
                 tokens, pair = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -303,3 +341,24 @@ class WanTransformer(nn.Module):
             q=self.config.patch_size[2],
         )
         return (velocity, live) if return_live else velocity
+
+    @staticmethod
+    def _chunk_views(frames: int, chunk: int, window: Window, phase: Tensor) -> list[ChunkView]:
+        if frames % chunk:
+            raise ValueError(f"a chunk of {chunk} frames does not divide {frames} frames.")
+        tokens = phase.shape[1] // frames
+        views = []
+        for start in range(0, frames, chunk):
+            sink, latest = window.kept(start, chunk)
+            queries = slice(start * tokens, (start + chunk) * tokens)
+            keys = (slice(0, sink * tokens), slice((start - latest) * tokens, queries.stop))
+            if window.positions == "absolute":
+                query_phase, key_phase = (
+                    phase[:, queries],
+                    torch.cat([phase[:, span] for span in keys], dim=1),
+                )
+            else:
+                seen, end = (sink + latest) * tokens, (sink + latest + chunk) * tokens
+                query_phase, key_phase = phase[:, seen:end], phase[:, :end]
+            views.append(ChunkView(queries, keys, query_phase, key_phase))
+        return views

@@ -1,7 +1,7 @@
-"""Moving digits: real handwritten digits that drift over a small wrapping canvas, as their prompts truthfully say.
+"""Moving digits: real handwritten digits drift over a small wrapping canvas, as their prompts truthfully say.
 
-The scans are scikit-learn's `load_digits` (1,797 of 8×8 pixels with values 0 to 16; Alpaydin and Kaynak, UCI, 1998). A
-fixed stratified fifth of them is held out and appears in evaluation videos only.
+The scans are scikit-learn's `load_digits` (1,797 of 8×8 pixels with values 0 to 16; Alpaydin and Kaynak, UCI,
+1998). A fixed stratified fifth of them is held out and appears in evaluation videos only.
 """
 
 import os
@@ -87,9 +87,10 @@ def scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
 def render(
     images: np.ndarray, directions: Sequence[Direction], starts: np.ndarray, frames: int
 ) -> np.ndarray:
-    """N videos, uint8 `[N, F, 1, 16, 16]` in 0..255: each scan moves one pixel a frame and wraps around the edges.
+    """N videos, uint8 `[N, F, 1, 16, 16]` in 0..255: each scan moves one pixel a frame and wraps around.
 
-    `images` are scans `[N, 8, 8]`, `starts` the row and column `[N, 2]` of their upper left corner in the first frame.
+    `images` are scans `[N, 8, 8]`, `starts` the row and column `[N, 2]` of their upper left corner in the
+    first frame.
     """
     canvas = np.zeros((len(images), CANVAS, CANVAS), dtype=np.uint8)
     canvas[:, :SCAN, :SCAN] = images
@@ -128,9 +129,9 @@ def sample_videos(
 def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, split: Split) -> None:
     """Write `videos` moving digits of `frames` frames each as Parquet shards under the directory `path`.
 
-    Columns: `prompt`, the tensor `video` (uint8 `[F, 1, 16, 16]`), `digit`, `direction`. The bytes depend on the arguments
-    alone. The directory appears whole or not at all; one that already holds this very data set is left as it is, and any
-    other existing `path` is a `ValueError`.
+    Columns: `prompt`, the tensor `video` (uint8 `[F, 1, 16, 16]`), `digit`, `direction`. The bytes depend on
+    the arguments alone. The directory appears whole or not at all; one that already holds this very data set
+    is left as it is, and any other existing `path` is a `ValueError`.
     """
     for name, value, least in (("videos", videos, 1), ("frames", frames, 1), ("seed", seed, 0)):
         if value < least:

@@ -1,8 +1,9 @@
 """Compare the product's own code with golden numbers: `python -m tests.golden FILE…`.
 
-A file is recognised by its tensors and metadata (see `tests/golden_data/README.md`). One line a quantity: file, quantity, relative error
-`‖ours − golden‖ / ‖golden‖`. Exit code 1 if an error exceeds 1e-4 or a form is unknown; 3 if all else matches but some quantities
-belong to features that do not exist yet (`not yet`); 0 if everything matches.
+A file is recognised by its tensors and metadata (see `tests/golden_data/README.md`). One line a quantity:
+file, quantity, relative error `‖ours − golden‖ / ‖golden‖`. Exit code 1 if an error exceeds 1e-4 or a form
+is unknown; 3 if all else matches but some quantities belong to features that do not exist yet (`not yet`);
+0 if everything matches.
 """
 
 import json
@@ -44,7 +45,9 @@ def build(tensors: Tensors, meta: dict[str, str], prefix: str) -> WanTransformer
     """The product's transformer with the file's sizes and the weights under `prefix`."""
     sizes = json.loads(meta["cfg"])
     known = {field.name for field in fields(TransformerConfig)}
-    config = {name: value for name, value in sizes.items() if name in known} | {"patch_size": tuple(sizes["patch_size"])}
+    config = {name: value for name, value in sizes.items() if name in known} | {
+        "patch_size": tuple(sizes["patch_size"])
+    }
     model = WanTransformer(TransformerConfig(**config))
     model.load_state_dict(select(tensors, prefix))
     return model
@@ -168,7 +171,18 @@ def check_objectives(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]
 
 def check_later(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
     """Forms whose feature does not exist yet: every quantity that the file would have us match."""
-    inputs = ("sd.", "branch.", "noise", "clean", "context", "timestep", "video", "real", "hidden_states", "encoder_")
+    inputs = (
+        "sd.",
+        "branch.",
+        "noise",
+        "clean",
+        "context",
+        "timestep",
+        "video",
+        "real",
+        "hidden_states",
+        "encoder_",
+    )
     yield from not_yet(name for name in tensors if not name.startswith(inputs) and ".noise" not in name)
 
 
@@ -184,7 +198,11 @@ def form(tensors: Tensors, meta: dict[str, str]) -> Check | None:
     forms: list[tuple[set[str], set[str], Check]] = [
         ({"noise", "context", "steps", "output"}, {"chunk", "exit_step", "local", "sink"}, check_rollout),
         ({"trajectory", "steps", "index", "loss"}, {"chunk", "shift"}, check_regression),
-        ({"video", "noise", "timestep", "cond", "uncond", "dmd.loss"}, {"guidance", "shift"}, check_objectives),
+        (
+            {"video", "noise", "timestep", "cond", "uncond", "dmd.loss"},
+            {"guidance", "shift"},
+            check_objectives,
+        ),
         ({"clean", "noise", "timestep", "weight", "loss"}, {"chunk", "shift"}, check_later),
         ({"video", "real", "d.loss", "g.loss"}, {"taps", "shift"}, check_later),
         ({"hidden_states", "encoder_hidden_states", "output"}, {"cfg"}, check_later),

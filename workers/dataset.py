@@ -1,12 +1,12 @@
 """The one reader of Parquet data sets, and the convention their writers share.
 
-A data set is a directory of `*.parquet` shards (or one such file). Text and numbers are ordinary columns. A tensor
-named `video` is three columns: `video` (little-endian bytes), `video_shape` (list<int32>) and `video_dtype` (a torch
-dtype's name); `encode_tensor` and `tensor_fields` make them. Tensors stored as uint8 are pixels and are read as float32
-in [-1, 1]; every other tensor is read as stored.
+A data set is a directory of `*.parquet` shards (or one such file). Text and numbers are ordinary columns. A
+tensor named `video` is three columns: `video` (little-endian bytes), `video_shape` (list<int32>) and
+`video_dtype` (a torch dtype's name); `encode_tensor` and `tensor_fields` make them. Tensors stored as uint8
+are pixels and are read as float32 in [-1, 1]; every other tensor is read as stored.
 
-The reader knows nothing about ranks, devices or models. Its order is a pure function of `(seed, position)`, so a position
-is all the state that a checkpoint keeps, and any number of ranks may share one order.
+The reader knows nothing about ranks, devices or models. Its order is a pure function of `(seed, position)`,
+so a position is all the state that a checkpoint keeps, and any number of ranks may share one order.
 """
 
 import bisect
@@ -42,8 +42,8 @@ class DatasetConfig:
     path: str
     """Directory of Parquet shards, or a single Parquet file."""
     shuffle_bytes: int = 2**30
-    """Size in bytes of the window within which samples are shuffled and kept in memory; a data set that fits in it is
-    shuffled as a whole. Changing it changes the order of the samples."""
+    """Size in bytes of the window within which samples are shuffled and kept in memory; a data set that fits
+    in it is shuffled as a whole. Changing it changes the order of the samples."""
 
 
 def tensor_fields(name: str) -> list[pa.Field]:
@@ -87,9 +87,9 @@ class _RowGroup:
 class ParquetDataset:
     """Rows of a directory of Parquet shards, by index or in an endless shuffled order.
 
-    Everything that can be checked without reading the data is checked here, and a mistake is a `ValueError` of one
-    sentence naming the file. Row groups are memory-mapped and decoded on demand; at most about twice `shuffle_bytes` stay
-    decoded.
+    Everything that can be checked without reading the data is checked here, and a mistake is a `ValueError`
+    of one sentence naming the file. Row groups are memory-mapped and decoded on demand; at most about twice
+    `shuffle_bytes` stay decoded.
 
     A row is a dict of the requested `columns`: `str`, `int` and `float` values, and torch tensors.
     """
@@ -171,16 +171,16 @@ class ParquetDataset:
         return [self.row(self._shuffled(sample, seed)) for sample in range(position, position + size)]
 
     def _shuffled(self, position: int, seed: int) -> int:
-        """The row at `position`: row groups in random order, cut into windows, and rows in random order in a window.
+        """The row at `position`: row groups in random order, cut into windows that are shuffled row by row.
 
-        A random row group a sample would decode the whole group for one row once the data exceeds the memory; inside a
-        window each group is decoded once.
+        A random row group for each sample would decode the whole group for one row once the data exceeds the
+        memory; inside a window each group is decoded once.
         """
         epoch, place = divmod(position, self._length)
         if self._epoch is None or self._epoch[0] != (seed, epoch):
             windows = self._draw_windows(np.random.default_rng([seed, epoch]))
-            rows = (sum(self._groups[group].rows for group in window) for window in windows)
-            self._epoch = ((seed, epoch), windows, [0, *accumulate(rows)])
+            sizes = (sum(self._groups[group].rows for group in window) for window in windows)
+            self._epoch = ((seed, epoch), windows, [0, *accumulate(sizes)])
         _, windows, starts = self._epoch
         window = bisect.bisect_right(starts, place) - 1
         if self._window is None or self._window[0] != (seed, epoch, window):

@@ -1,1 +1,1 @@
-"""Objectives: plain functions of videos and predictions, and the gradients that the score protocol passes on."""
+"""Objectives: plain functions of videos and predictions, and the gradients that workers pass on."""

@@ -1,13 +1,13 @@
-"""Distribution matching distillation on the whole video (Yin et al., arXiv 2311.18828; Self Forcing, equation 5)."""
+"""Distribution matching distillation (Yin et al., arXiv 2311.18828; Self Forcing, equation 5)."""
 
 from torch import Tensor
 
 
 def dmd_loss(video: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """DMD loss whose gradient with respect to `video` is `g / numel`, with `g = (fake − real) / mean|video − real|`.
+    """DMD loss `½ mean(g²)`, `g = (fake − real) / mean|video − real|`; its gradient is `g / numel`.
 
-    All are x0 videos [B, F, C, H, W]: the student's, the guided teacher's prediction, and the critic's. The normaliser is per sample.
-    Gradient reaches `video` only. The value is `½ mean(g²)`.
+    All are x0 videos [B, F, C, H, W]: the student's, the guided teacher's prediction, and the critic's. The
+    normaliser is per sample. Gradient reaches `video` only.
     """
     normaliser = (video - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     g = ((fake - real) / normaliser).detach()

@@ -1,4 +1,4 @@
-"""Flow-matching regression of the velocity (Lipman et al. 2022): pretraining, and the critic on the student's videos."""
+"""Flow matching (Lipman et al. 2022): pretraining, and the critic on the student's videos."""
 
 from torch import Tensor
 

@@ -140,7 +140,7 @@ def test_publish_replaces_and_refuses(tmp_path: Path) -> None:
     storage.verify(tmp_path / "one")
     assert (tmp_path / "one" / "b.bin").read_text() == "newnew"
     assert os.listdir(tmp_path) == ["one"]
-    with pytest.raises(storage.StorageError, match="staging directory .* does not exist"):
+    with pytest.raises(storage.StorageError, match=r"staging directory .* does not exist"):
         storage.publish(tmp_path / "nowhere", tmp_path / "two", {})
     staging = storage.begin(tmp_path / "two")
     (Path(staging) / "link").symlink_to(tmp_path / "one")

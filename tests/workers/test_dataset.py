@@ -90,7 +90,7 @@ def test_the_order_is_a_pure_function_of_seed_and_position(dataset_path: Path, s
     assert prompts(resumed.batch(7, 5, seed=3)) == whole[7:12]
     ranks = [fresh() for _ in range(4)]
     shared = [prompts(ranks[rank].batch(40 + 5 * rank, 5, seed=3)) for rank in range(4)]
-    assert sum(shared, []) == whole[40:60]
+    assert [prompt for part in shared for prompt in part] == whole[40:60]
     assert prompts(fresh().batch(0, 50, seed=4)) != epochs[0]
 
 

@@ -1,0 +1,241 @@
+"""One run on the MLflow side: found or created, and given the records of a spool.
+
+The only training-side module that imports mlflow, and not before it is used: that takes a second. Every call here may
+fail for want of a server, and every one may be repeated: repetitions change nothing.
+"""
+
+import importlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from infra.spool import Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_KEY_TAG = "self_forcing.key"  # this side's name for a run, by which it is found again
+_POINTS_PER_REQUEST = 1000  # the most that log_batch takes
+_NAMES_PER_REQUEST = 100  # the same for params and tags
+_LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones
+_ARTIFACT_ATTEMPTS = 3
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # repeating the request would not help
+_ENVIRONMENT = {
+    # Left alone, MLflow repeats a request for minutes. The tracker repeats, so each request may fail early.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def load_mlflow() -> None:
+    """Imports mlflow with settings that suit a client in the background; what the environment sets comes first."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    importlib.import_module("mlflow.tracking")
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.WARNING
+    )  # it reports a new database at length
+
+
+@dataclass
+class MlflowRun:
+    """A run that exists on the tracking server."""
+
+    client: "MlflowClient"
+    run_id: str
+    experiment_id: str
+    created: bool
+    """Whether nothing had been delivered to it when it was opened."""
+    _artifact_attempts: int = 0
+
+    @classmethod
+    def open(cls, uri: str, *, experiment: str, run_id: str, name: str, start_ms: int) -> Self:
+        """Finds the run by MLflow's id or by the caller's key for it; creates it where there is none.
+
+        Args:
+            uri: tracking URI.
+            experiment: name of the experiment, created if absent.
+            run_id: MLflow's id, or the key under which an earlier call created the run.
+            name: shown in the UI.
+            start_ms: when the run began, in milliseconds since 1970.
+        """
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(uri)
+        run = _find_run(client, run_id)
+        created = run is None
+        if run is None:
+            found = client.get_experiment_by_name(experiment)
+            experiment_id = (
+                found.experiment_id
+                if found
+                else client.create_experiment(experiment, artifact_location=_artifact_location(uri))
+            )
+            run = client.create_run(
+                experiment_id, start_time=start_ms, run_name=name, tags={_KEY_TAG: run_id}
+            )
+        return cls(client, run.info.run_id, run.info.experiment_id, created)
+
+    def deliver(self, records: Sequence[Record]) -> list[str]:
+        """Delivers metrics (any number), or one record of another kind.
+
+        Returns:
+            Why records were refused for good, one reason each.
+
+        Raises:
+            Exception: whatever kept the records from arriving; repeat the call later.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            match records[0]["kind"]:
+                case "metrics":
+                    self._metrics(records)
+                case "open":
+                    self._opening(records[0])
+                case "artifact":
+                    return self._artifact(records[0])
+                case "close":
+                    self.client.set_terminated(self.run_id, records[0]["status"], records[0]["time"])
+        except MlflowException as error:
+            if error.error_code not in _REFUSALS:
+                raise
+            # One bad name must not take the others with it.
+            parts = _points(records) if records[0]["kind"] == "metrics" else list(records)
+            if len(parts) == 1:
+                return [str(error)]
+            return [reason for part in parts for reason in self.deliver([part])]
+        return []
+
+    def _metrics(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(_allowed(name), value, record["time"], record["step"])
+            for record in records
+            for name, value in record["values"].items()
+        ]
+        for chunk in _chunks(points, _POINTS_PER_REQUEST):
+            self.client.log_batch(self.run_id, metrics=chunk, synchronous=True)
+
+    def _opening(self, opening: Record) -> None:
+        from mlflow.entities import Param, RunTag
+
+        run = self.client.get_run(self.run_id)
+        if run.info.status != "RUNNING":
+            self.client.update_run(self.run_id, status="RUNNING")
+        known = run.data.params
+        params = {_allowed(name): value[:_LONGEST_PARAM] for name, value in opening["params"].items()}
+        tags = opening["tags"] | self._link(opening)
+        # Params of a run never change in MLflow, so what a resumed run sets differently becomes a tag.
+        tags |= {
+            f"resumed.{name}": value for name, value in params.items() if known.get(name, value) != value
+        }
+        new = [Param(name, value) for name, value in params.items() if name not in known]
+        for some in _chunks(new, _NAMES_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=some, synchronous=True)
+        for some in _chunks(
+            [RunTag(_allowed(name), value) for name, value in tags.items()], _NAMES_PER_REQUEST
+        ):
+            self.client.log_batch(self.run_id, tags=some, synchronous=True)
+
+    def _link(self, opening: Record) -> dict[str, str]:
+        """Tags that lead from this run to its parents; on the parents it sets tags that lead here."""
+        tags, links = {}, []
+        for role, parent_id in opening["parents"].items():
+            parent = _find_run(self.client, parent_id)
+            tags[f"lineage.{role}"] = parent.info.run_id if parent else parent_id
+            if parent:
+                self.client.set_tag(
+                    parent.info.run_id, f"lineage.child.{self.run_id}", opening["tags"]["stage"]
+                )
+                links.append(f"[{role}](#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id})")
+        return tags | ({"mlflow.note.content": "From " + ", ".join(links)} if links else {})
+
+    def _artifact(self, record: Record) -> list[str]:
+        path = Path(record["path"])
+        if not path.exists():
+            return [f"the artifact {path} is gone"]
+        log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+        try:
+            log(self.run_id, str(path), record["folder"])
+        except Exception as error:
+            self.client.get_run(
+                self.run_id
+            )  # raises where the server is down, and then the artifact waits too
+            self._artifact_attempts += 1
+            if self._artifact_attempts < _ARTIFACT_ATTEMPTS:
+                raise
+            self._artifact_attempts = 0
+            return [f"the artifact {path}: {error}"]
+        self._artifact_attempts = 0
+        return []
+
+
+def system_monitors() -> list[Any]:
+    """MLflow's own monitors of CPU, memory, disk, network and GPUs, as far as this machine has what they need."""
+    monitors: list[Any] = []
+    for module, name in (
+        ("cpu_monitor", "CPUMonitor"),
+        ("disk_monitor", "DiskMonitor"),
+        ("network_monitor", "NetworkMonitor"),
+        ("gpu_monitor", "GPUMonitor"),
+    ):
+        try:
+            monitors.append(
+                getattr(importlib.import_module(f"mlflow.system_metrics.metrics.{module}"), name)()
+            )
+        except (ImportError, RuntimeError):  # no psutil; no NVIDIA driver
+            continue
+    return monitors
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of an sqlite tracking URI."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Beside an sqlite file, where MLflow would take the current directory; a server decides for itself."""
+    database = sqlite_file(uri)
+    return (database.parent / "mlflow-artifacts").as_uri() if database else None
+
+
+def _allowed(name: str) -> str:
+    """`name` with the characters that MLflow allows in names."""
+    return re.sub(r"[^\w.\-/ :]", "_", name)
+
+
+def _points(records: Sequence[Record]) -> list[Record]:
+    """The same metrics as one record for each point."""
+    return [
+        {**record, "values": {name: value}} for record in records for name, value in record["values"].items()
+    ]
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _find_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run with this id of MLflow's, or with this id of ours; `None` where there is none, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+        if run.info.lifecycle_stage == "active":
+            return run
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", *_REFUSALS):
+            raise
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`{_KEY_TAG}` = '{run_id}'", max_results=1)
+    return runs[0] if runs else None

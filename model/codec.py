@@ -1,0 +1,35 @@
+"""Latents ⇄ frames. The embedded default rearranges pixels; a VAE implements the same interface.
+
+Frames are [B, T, channels, height, width] in [−1, 1]; latents are [B, F, C, H, W].
+"""
+
+from typing import Protocol
+
+from einops import rearrange
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """What pipelines need of a video codec."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Latents of frames."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of latents, clamped to [−1, 1]."""
+        ...
+
+
+class SpaceToDepth:
+    """Each block of `factor` × `factor` pixels becomes channels; nothing is lost and nothing is learned."""
+
+    def __init__(self, factor: int = 2):
+        self.factor = factor
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return rearrange(frames, "b t c (h p) (w q) -> b t (c p q) h w", p=self.factor, q=self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        frames = rearrange(latents, "b t (c p q) h w -> b t c (h p) (w q)", p=self.factor, q=self.factor)
+        return frames.clamp(-1, 1)

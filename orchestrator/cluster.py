@@ -1,0 +1,282 @@
+"""Ray itself: reach a cluster or start one here, ship our code to it, and reserve a share of its machines.
+
+The same pipeline runs in three places, and `connect` finds out which: on this machine (no address: a Ray of our own,
+stopped at the end), on a running cluster (`--address` or `RAY_ADDRESS`), and inside a Ray job (Ray sets `RAY_ADDRESS`).
+
+**Tokens.** A cluster with token authentication refuses every call that lacks its token. Ray looks for the token in
+`RAY_AUTH_TOKEN`, then in the file that `RAY_AUTH_TOKEN_PATH` names, then in `~/.ray/auth_token`, and sends it only if
+`RAY_AUTH_MODE` is `token`. Given an explicit address, Ray leaves an unset `RAY_AUTH_MODE` unset, and so sends nothing;
+`use_token` sets it wherever a token can be found. A Ray started here always has tokens on, and writes a new one to
+`~/.ray/auth_token` if there is none. Workers and jobs inherit the token from the node that they run on.
+"""
+
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import (  # type: ignore[attr-defined]  # compiled, without stubs
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    Config,
+    get_authentication_mode,
+)
+from ray.exceptions import AuthenticationError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+PACKAGES = ("orchestrator", "workers", "model", "pipelines", "infra")
+CODE_ROOT = Path(__file__).resolve().parents[1]
+# On top of .gitignore and .rayignore, which Ray reads, and of .git, .venv, venv and __pycache__, which it leaves out.
+EXCLUDES = ["outputs", "mlruns", "mlartifacts", "*.egg-info", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
+TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to what `ray get-auth-token` prints on the head node"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that this process is a driver of."""
+
+    address: str
+    """`host:port` of its control service (GCS): what `--address` takes."""
+    dashboard_url: str | None
+    """Where its dashboard and job server listen; `None` where it runs without."""
+    started_here: bool
+    """True if `connect` started it, so that it ends with this process and never grows."""
+
+
+@contextmanager
+def connect(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    object_store_bytes: int | None = None,
+    worker_logs: bool = False,
+    timeout_s: float = 10.0,
+) -> Iterator[Cluster]:
+    """Make this process a Ray driver for the length of the `with` block.
+
+    `address` is `host:port`, `auto` (a cluster running on this machine), `local` (start one) or `None`: `RAY_ADDRESS`
+    if that is set, as it is inside a Ray job, and otherwise `local`. If this process is a driver already, that
+    connection is used and left open. `num_cpus` (logical; default: the machine's) and `object_store_bytes` (default:
+    Ray's, 30 % of memory, within /dev/shm) matter to a Ray started here only. `worker_logs` prints what workers print.
+
+    On a running cluster, workers import the code that this process imports: the checkout becomes their working
+    directory, or an installed wheel's packages are shipped. So a relative path means something else to a worker:
+    make paths absolute first. Inside a job, the job's own environment stays as it is.
+
+    Raises `ValueError` if the cluster cannot be reached within `timeout_s` seconds or refuses the token.
+    """
+    if ray.is_initialized():
+        yield _describe(started_here=False)
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options = {"logging_level": "error", "log_to_driver": worker_logs}
+    if address == "local":
+        _start(options, num_cpus, object_store_bytes)
+    else:
+        _join(options, address, timeout_s)
+    try:
+        yield _describe(started_here=address == "local")
+    finally:
+        ray.shutdown()
+
+
+def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) -> None:
+    _set_token_mode(os.environ.get("RAY_AUTH_MODE", "token"))
+    # Inherited by the node and its workers. A runtime environment would do as well, but every worker would then
+    # start from cold.
+    paths = [str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        object_store_memory=object_store_bytes,
+        include_dashboard=False,
+        **options,
+    )
+
+
+def _join(options: dict, address: str, timeout_s: float) -> None:
+    if "://" in address:
+        raise ValueError(
+            f"address {address} is not one that a pipeline can run from: give host:port of the cluster's control"
+            " service (GCS), or hand the run over with `self-forcing submit`."
+        )
+    use_token()
+    address = probe(address, timeout_s)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        options["runtime_env"] = code_environment(CODE_ROOT if _is_checkout() else None)
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise ValueError(
+            f"this machine cannot work on the Ray cluster at {address} ({reason}): start the pipeline on one of the"
+            f" cluster's nodes under Ray {ray.__version__} and Python {sys.version.split()[0]}, or hand it over with"
+            " `self-forcing submit`."
+        ) from error
+
+
+def _describe(*, started_here: bool) -> Cluster:
+    context = ray.get_runtime_context()
+    node = ray._private.worker.global_worker.node
+    assert node is not None
+    dashboard = node.address_info["webui_url"]
+    return Cluster(context.gcs_address, f"http://{dashboard}" if dashboard else None, started_here)
+
+
+def use_token() -> None:
+    """Have this process send Ray's token if it can find one, unless `RAY_AUTH_MODE` says otherwise (see above).
+
+    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or if a token is asked for and there is none.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    tokens = AuthenticationTokenLoader.instance()
+    try:
+        found = tokens.has_token(ignore_auth_mode=True)
+    except AuthenticationError as error:
+        raise ValueError(
+            f"RAY_AUTH_TOKEN_PATH is {os.environ.get('RAY_AUTH_TOKEN_PATH')}, which cannot be read or is empty:"
+            f" {TOKEN_ADVICE}."
+        ) from error
+    if mode == "token" and not found:
+        raise ValueError(f"RAY_AUTH_MODE is token, but there is no token: {TOKEN_ADVICE}.")
+    _set_token_mode(mode or ("token" if found else "disabled"))
+
+
+def _set_token_mode(mode: str) -> None:
+    os.environ["RAY_AUTH_MODE"] = mode
+    # Ray reads the variable once, when it is imported. Read again only where it must be: that also forgets the
+    # settings that a connected process has from its cluster.
+    if (get_authentication_mode() == AuthenticationMode.TOKEN) != (mode == "token"):
+        Config.initialize("")
+
+
+def probe(address: str, timeout_s: float) -> str:
+    """Ask the control service at `address` (`host:port` or `auto`) whether it lives, and return its `host:port`.
+
+    `ray.init` would retry an unreachable address for minutes and a wrong token for 20 s, both noisily.
+    Raises `ValueError` for no answer within `timeout_s` seconds, another answer than Ray's, or a refused token.
+    """
+    unfound: Exception | None = None
+    found = None
+    try:
+        found = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError) as error:
+        unfound = error
+    if found is None:
+        advice = "give host:port of the cluster's control service (GCS, port 6379 by default)"
+        raise ValueError(f"no Ray cluster found by address {address}: {advice}.") from unfound
+    with init_grpc_channel(found) as channel:
+        alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            alive(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                sent = (
+                    "refuses this token" if os.environ.get("RAY_AUTH_MODE") == "token" else "asks for a token"
+                )
+                raise ValueError(f"the Ray cluster at {found} {sent}: {TOKEN_ADVICE}.") from error
+            met = (
+                "no answer"
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                else "nothing there speaks Ray"
+            )
+            raise ValueError(
+                f"cannot reach a Ray cluster at {found} within {timeout_s:g} s ({met}): check that it runs and that"
+                " the address names its control service (GCS, port 6379 by default), not its dashboard."
+            ) from error
+    return found
+
+
+def code_environment(working_dir: Path | None) -> dict:
+    """The Ray runtime environment in which a cluster's workers can import our packages.
+
+    They run in a copy of `working_dir` (`None`: where the node runs them); if our packages are not in it, those that
+    this process imports are shipped beside it. What .gitignore, .rayignore and `EXCLUDES` name stays behind.
+    """
+    environment: dict = {"excludes": EXCLUDES}
+    if working_dir is not None:
+        environment["working_dir"] = str(working_dir)
+    if working_dir is None or not (working_dir / "orchestrator" / "cluster.py").exists():
+        environment["py_modules"] = [str(CODE_ROOT / name) for name in PACKAGES]
+    return environment
+
+
+def _is_checkout() -> bool:
+    return (CODE_ROOT / "pyproject.toml").exists()
+
+
+def reserve(
+    bundles: Sequence[Mapping[str, float]], *, purpose: str, strategy: str = "PACK", timeout_s: float = 60.0
+) -> PlacementGroup:
+    """Reserve `bundles` (each a mapping like `{"CPU": 1, "GPU": 1}`, all of it on one node) as a placement group.
+
+    `strategy` is Ray's: `PACK`, `SPREAD`, `STRICT_PACK` (one node for all) or `STRICT_SPREAD` (a node for each).
+    Waits up to `timeout_s` seconds, so that a cluster may grow or another run may end. Raises `ValueError` with
+    `purpose`, what was asked for, what the cluster has and what is free, having withdrawn the request.
+    """
+    group = placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
+    try:
+        ready = group.wait(timeout_s)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    if not ready:
+        # Before the group is removed, so that nothing of it counts as free that was not.
+        missing = _missing(bundles, strategy)
+        remove_placement_group(group)
+        raise ValueError(f"no room for {purpose} within {timeout_s:g} s: {missing}")
+    return group
+
+
+def release(group: PlacementGroup) -> None:
+    """Give a reservation back. Actors and tasks that still run in it are killed."""
+    remove_placement_group(group)
+
+
+def _missing(bundles: Sequence[Mapping[str, float]], strategy: str) -> str:
+    """What keeps `bundles` from being placed: the first of the reasons that holds, in words."""
+    asked: Counter[str] = Counter()
+    for bundle in bundles:
+        asked.update(bundle)
+    total, free = ray.cluster_resources(), ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def fits(request: Mapping[str, float]) -> bool:
+        return any(all(node.get(name, 0) >= amount for name, amount in request.items()) for node in nodes)
+
+    def amounts(names: Sequence[str]) -> str:
+        return ", ".join(
+            f"{name}: {asked[name]:g} asked for, {total.get(name, 0):g} in the cluster, {_floor(free.get(name, 0))} free"
+            for name in names
+        )
+
+    lacking = [name for name in asked if asked[name] > total.get(name, 0)]
+    if lacking:
+        return f"{amounts(lacking)}; ask for fewer ranks or less for each, or add nodes."
+    if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
+        return (
+            f"{len(bundles)} nodes asked for, {len(nodes)} in the cluster; ask for fewer ranks or add nodes."
+        )
+    for request in [asked] if strategy == "STRICT_PACK" else bundles:
+        if not fits(request):
+            largest = ", ".join(f"{name} {max(node.get(name, 0) for node in nodes):g}" for name in request)
+            wanted = ", ".join(f"{name} {amount:g}" for name, amount in request.items())
+            return f"{wanted} asked for on one node, the most that any node has is {largest}; ask for less on one node."
+    short = [name for name in asked if asked[name] > free.get(name, 0)]
+    if short:
+        return f"{amounts(short)}; wait for other runs to end, or ask for less."
+    return f"{amounts(list(asked))}, but not together on nodes as {strategy} wants them; wait, or use PACK."
+
+
+def _floor(amount: float) -> str:
+    """An amount of a resource to two digits, never more than there is."""
+    return f"{math.floor(amount * 100) / 100:g}"

@@ -1,0 +1,313 @@
+"""The run config: one frozen tree that a YAML recipe and dotted overrides fill, checked before anything starts.
+
+Types that belong to a part live with that part; this module composes them and checks what only the whole can know.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from infra.tracking import TrackingConfig, sqlite_uri
+from model.rollout import RolloutConfig
+from model.score import ScoreConfig
+from model.transformer import TransformerConfig
+from workers.engine import EngineConfig
+from workers.model_directory import TextConfig, VideoConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where videos and prompts come from."""
+
+    train: str = "outputs/data/train"
+    """Parquet data set of videos or latents to train on."""
+    held_out: str = "outputs/data/held_out"
+    """Parquet data set to evaluate against."""
+    videos: int = 16384
+    """Moving-digit training videos that `prepare` writes."""
+    held_out_videos: int = 1024
+    """Moving-digit evaluation videos that `prepare` writes, from scans that training never sees."""
+    held_out_frames: int = 27
+    """Frames of each evaluation video."""
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """The processes of one role, one Ray actor each."""
+
+    ranks: int = 1
+    """Data-parallel ranks of this role."""
+    cpus: float = 1.0
+    """Logical CPUs that Ray reserves for each rank."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for each rank."""
+    threads: int = 1
+    """Threads that torch uses in each rank."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.threads < 1 or self.cpus < 0 or self.gpus < 0:
+            raise ValueError("a role needs ranks and threads of at least 1, and cpus and gpus of at least 0.")
+
+
+@dataclass(frozen=True)
+class TrainRole(RanksConfig):
+    """A role that learns: student or critic."""
+
+    engine: EngineConfig = EngineConfig(learning_rate=1e-4)
+    """Optimizer and sharding."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class TeacherRole(RanksConfig):
+    """The frozen teacher."""
+
+    zero_stage: int = 0
+    """0 replicates the teacher on each rank, 3 shards it over them."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type the teacher computes in."""
+    guidance: float = 3.0
+    """Classifier-free guidance in the form cond + guidance · (cond − uncond); 0 is none."""
+    negative_prompt: str = ""
+    """Prompt of the unconditional branch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.zero_stage not in (0, 3):
+            raise ValueError(f"teacher.zero_stage is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Which devices the roles share."""
+
+    mode: Literal["colocated", "disaggregated"] = "colocated"
+    """Colocated packs the roles together on as few nodes as possible; disaggregated gives each role nodes of its own where it can."""
+    timeout_s: float = 120.0
+    """Seconds to wait for the cluster to have room."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretraining of the bidirectional teacher."""
+
+    output: str = "outputs/teacher"
+    """Run directory; the teacher is written to its `model`."""
+    updates: int = 3000
+    """Optimizer steps."""
+    batch: int = 32
+    """Videos per optimizer step, over all ranks."""
+    warmup: int = 100
+    """Steps of linear warm-up; then the learning rate falls linearly to zero."""
+    dropout: float = 0.1
+    """Share of prompts that are dropped, for classifier-free guidance."""
+    role: TrainRole = TrainRole(
+        engine=EngineConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), clip=1.0, ema_decay=0.998)
+    )
+    """Ranks, optimizer and sharding."""
+    compile: bool = False
+    """Compile the model with TorchInductor, which needs a C++ compiler on a CPU."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class InitializeConfig:
+    """The initial student: regression on ODE pairs of the teacher."""
+
+    output: str = "outputs/initial"
+    """Run directory; the initial student is written to its `model`."""
+    teacher: str = "outputs/teacher/model"
+    """Model directory of the teacher, of the student's size: it makes the pairs, and the student starts from its weights."""
+    pairs: int = 512
+    """ODE trajectories that the teacher generates."""
+    pairs_path: str = "outputs/data/ode_pairs"
+    """Parquet data set of the trajectories."""
+    ode_steps: int = 24
+    """Euler steps of each trajectory."""
+    guidance: float = 2.0
+    """Classifier-free guidance of the trajectories, in the form cond + guidance · (cond − uncond)."""
+    samplers: int = 1
+    """Actors that make pairs, each with the CPUs and GPUs of a rank."""
+    updates: int = 250
+    """Optimizer steps."""
+    batch: int = 16
+    """Trajectories per optimizer step, over all ranks."""
+    warmup: int = 10
+    """Steps of linear warm-up; then the learning rate falls linearly to zero."""
+    role: TrainRole = TrainRole(engine=EngineConfig(learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0))
+    """Ranks, optimizer and sharding."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class RolesConfig:
+    """The three roles of distillation."""
+
+    student: TrainRole = TrainRole(engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40))
+    teacher: TeacherRole = TeacherRole()
+    critic: TrainRole = TrainRole(engine=EngineConfig(learning_rate=4e-4))
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Self Forcing: student, teacher and critic."""
+
+    output: str = "outputs/distilled"
+    """Run directory: checkpoints, samples, and the distilled student."""
+    teacher: str = "outputs/teacher/model"
+    """Model directory of the frozen teacher."""
+    student: str = "outputs/initial/model"
+    """Model directory of the initial student."""
+    critic: str | None = None
+    """Model directory that the critic starts from, of the student's size; null takes the teacher."""
+    iterations: int = 500
+    """Critic updates; every `student_every`-th begins with a student update."""
+    student_every: int = 5
+    """Iterations for one student update."""
+    batch: int = 16
+    """Videos per update, over all ranks."""
+    overlap: bool = True
+    """Request the next rollout while the critic trains; the results are the same to the bit."""
+    cache_gradient: Literal["constant", "released"] = "constant"
+    """Cached keys and values are constants, or pass gradient on as the released code does."""
+    roles: RolesConfig = RolesConfig()
+    """Ranks and optimizers of the three roles."""
+    checkpoint_every: int = 50
+    """Iterations between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept; the newest complete one always is."""
+    sample_every: int = 100
+    """Iterations between sample videos; 0 makes none."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation of teacher, initial and distilled student on moving digits."""
+
+    output: str = "outputs/evaluation"
+    """Where the report is written."""
+    videos: int = 256
+    """Videos generated by each model."""
+    frames: int = 27
+    """Latent frames of each of the students' videos; those beyond the trained length show drift."""
+    batch: int = 64
+    """Videos generated together."""
+    teacher_steps: int = 32
+    """Euler steps of the teacher's sampler."""
+    threads: int = 1
+    """Threads that torch uses in each actor."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One lineage of models: teacher, initial student, distilled student."""
+
+    seed: int = 0
+    """Everything random follows from it."""
+    root: str = "."
+    """Directory that relative paths start from, readable from every node; models are also looked for in the working directory."""
+    video: VideoConfig = VideoConfig()
+    """Shape of a latent video."""
+    text: TextConfig = TextConfig()
+    """Prompt embedding."""
+    teacher: TransformerConfig = TransformerConfig()
+    """Sizes of the teacher."""
+    student: TransformerConfig = TransformerConfig()
+    """Sizes of student and critic."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How the student generates."""
+    score: ScoreConfig = ScoreConfig()
+    """Noise levels at which videos are scored."""
+    data: DataConfig = DataConfig()
+    """Data sets."""
+    pretrain: PretrainConfig = PretrainConfig()
+    """Teacher."""
+    initialize: InitializeConfig = InitializeConfig()
+    """Initial student."""
+    distill: DistillConfig = DistillConfig()
+    """Distilled student."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Report."""
+    placement: PlacementConfig = PlacementConfig()
+    """Where the roles of distillation run."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        frames, channels, height, width = self.video.shape
+        self.rollout.check_frames(frames)
+        for name, sizes in (("teacher", self.teacher), ("student", self.student)):
+            if (sizes.in_dim, sizes.out_dim) != (channels, channels):
+                raise ValueError(
+                    f"{name}.in_dim {sizes.in_dim} and {name}.out_dim {sizes.out_dim} must be the {channels} video.channels."
+                )
+            sizes.grid(height, width)
+        if (self.teacher.text_len, self.teacher.text_dim) != (self.student.text_len, self.student.text_dim):
+            raise ValueError(
+                "teacher and student must have the same text_len and text_dim, for they read the same prompts."
+            )
+        _check_batch("pretrain", self.pretrain.batch, self.pretrain.role)
+        _check_batch("initialize", self.initialize.batch, self.initialize.role)
+        roles = self.distill.roles
+        _check_batch("distill", self.distill.batch, roles.student, "roles.student.")
+        _check_batch("distill", self.distill.batch, roles.critic, "roles.critic.")
+        scored = self.distill.batch // roles.student.engine.accumulation
+        for name, ranks in (("teacher", roles.teacher.ranks), ("critic", roles.critic.ranks)):
+            if scored % ranks:
+                raise ValueError(
+                    f"distill.roles.{name}.ranks of {ranks} does not divide the {scored} videos scored at once "
+                    f"(distill.batch / roles.student.engine.accumulation)."
+                )
+        if self.pretrain.compile and self.pretrain.role.engine.zero_stage == 3:
+            raise ValueError(
+                "pretrain.compile does not work with zero_stage 3; use zero_stage 2, or compile: false."
+            )
+
+    def located(self) -> "RunConfig":
+        """The same config with absolute paths, for actors do not share the driver's working directory."""
+        root = Path(self.root).absolute()
+
+        def under(path: str) -> str:
+            return str(root / path)
+
+        def model(path: str) -> str:
+            here = Path(path).absolute()
+            return str(here) if here.exists() and not (root / path).exists() else str(root / path)
+
+        data = replace(self.data, train=under(self.data.train), held_out=under(self.data.held_out))
+        distill = replace(
+            self.distill,
+            output=under(self.distill.output),
+            teacher=model(self.distill.teacher),
+            student=model(self.distill.student),
+            critic=None if self.distill.critic is None else model(self.distill.critic),
+        )
+        return replace(
+            self,
+            root=str(root),
+            data=data,
+            pretrain=replace(self.pretrain, output=under(self.pretrain.output)),
+            initialize=replace(
+                self.initialize,
+                teacher=model(self.initialize.teacher),
+                output=under(self.initialize.output),
+                pairs_path=under(self.initialize.pairs_path),
+            ),
+            distill=distill,
+            evaluate=replace(self.evaluate, output=under(self.evaluate.output)),
+            tracking=replace(
+                self.tracking, uri=self.tracking.uri or sqlite_uri(root / "outputs" / "mlflow.db")
+            ),
+        )
+
+
+def _check_batch(stage: str, batch: int, role: TrainRole, prefix: str = "role.") -> None:
+    parts = role.ranks * role.engine.accumulation
+    if batch < 1 or batch % parts:
+        raise ValueError(
+            f"{stage}.batch of {batch} is not divisible by {stage}.{prefix}ranks x engine.accumulation = {parts}; "
+            f"use {max(1, batch // parts) * parts}."
+        )

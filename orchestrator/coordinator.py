@@ -1,0 +1,172 @@
+"""Self Forcing across actors (arXiv 2506.08009, algorithm 1): who does what when. It moves references, never tensors.
+
+In every iteration: if it is a fifth, the student rolls out, is scored by the teacher and the current critic, pulls the gradient back and
+steps. Then, every iteration, the critic trains on a fresh rollout of the student as it now is.
+
+Between two student updates the student's weights stand still, so whatever rollout comes next is requested before the critic is waited for.
+What is computed is the same to the bit; only when it is computed changes.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from model.rollout import RolloutPlan
+from model.score import ScorePlan
+from orchestrator.config import RunConfig
+from orchestrator.worker_group import WorkerGroup
+
+Purpose = Literal["student", "critic"]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """References to a batch of videos and what they were made from."""
+
+    samples: list[int]
+    contexts: list[ObjectRef]
+    videos: list[ObjectRef]
+    stats: list[ObjectRef]
+
+
+@dataclass
+class Coordinator:
+    """The update plan of one run."""
+
+    config: RunConfig
+    student: WorkerGroup
+    teacher: WorkerGroup
+    critic: WorkerGroup
+    prompts: ActorHandle
+    uncond: ObjectRef
+    ahead: dict[tuple[int, Purpose, int], Rollouts] = field(default_factory=dict)
+
+    def run(self, start: int) -> Iterator[tuple[int, Metrics]]:
+        """Iterations from `start` on, yielding how many are done and what was measured.
+
+        Raises FloatingPointError, naming role, iteration and batch, where a number is not finite.
+        """
+        for iteration in range(start, self.config.distill.iterations):
+            began = time.perf_counter()
+            timer = Timer()
+            if self.updates_student(iteration):
+                self.update_student(iteration, timer)
+            self.update_critic(iteration, timer)
+            yield iteration + 1, timer.metrics(time.perf_counter() - began)
+
+    def update_student(self, iteration: int, timer: "Timer") -> None:
+        plan = ScorePlan((self.config.seed, iteration, "score"))
+        for part in range(self.config.distill.roles.student.engine.accumulation):
+            made = self.rollout(iteration, "student", part)
+            inputs = (made.samples, made.videos, made.contexts)
+            by_teacher, real = self.teacher.scatter("score", *inputs, head=(self.uncond, plan))
+            by_critic, fake = self.critic.scatter("score", *inputs, head=(plan,))
+            pulled, _ = self.student.scatter("pullback", made.samples, real, fake, results=False)
+            timer.add("rollout", "student", self.student.stats(made.stats))
+            timer.add("score", "teacher", self.teacher.stats(by_teacher))
+            timer.add("score", "critic", self.critic.stats(by_critic))
+            timer.add("pullback", "student", self.finite("student", iteration, self.student.stats(pulled)))
+        stepped = self.student.stats(self.student.broadcast("step"))
+        timer.add("step", "student", self.finite("student", iteration, stepped))
+
+    def update_critic(self, iteration: int, timer: "Timer") -> None:
+        plan = ScorePlan((self.config.seed, iteration, "critic-score"))
+        made = [
+            self.rollout(iteration, "critic", part)
+            for part in range(self.config.distill.roles.student.engine.accumulation)
+        ]
+        samples = [sample for part in made for sample in part.samples]
+        videos = [video for part in made for video in part.videos]
+        contexts = [context for part in made for context in part.contexts]
+        size = len(samples) // self.config.distill.roles.critic.engine.accumulation
+        updates = []
+        for first in range(0, len(samples), size):
+            part = slice(first, first + size)
+            stats, _ = self.critic.scatter(
+                "update", samples[part], videos[part], contexts[part], head=(plan,), results=False
+            )
+            updates.append(stats)
+        if self.config.distill.overlap:
+            self.look_ahead(iteration + 1)
+        for rollouts in made:
+            timer.add("rollout", "student", self.student.stats(rollouts.stats))
+        for stats in updates:
+            timer.add("update", "critic", self.finite("critic", iteration, self.critic.stats(stats)))
+
+    def look_ahead(self, iteration: int) -> None:
+        """Request the first rollout of a coming iteration; its weights are those of now."""
+        if iteration < self.config.distill.iterations:
+            purpose: Purpose = "student" if self.updates_student(iteration) else "critic"
+            self.ahead[iteration, purpose, 0] = self.rollout(iteration, purpose, 0)
+
+    def rollout(self, iteration: int, purpose: Purpose, part: int) -> Rollouts:
+        """The videos of one micro-batch, unless they were requested already."""
+        if (iteration, purpose, part) in self.ahead:
+            return self.ahead.pop((iteration, purpose, part))
+        distill = self.config.distill
+        plan = RolloutPlan.draw(
+            self.config.rollout,
+            self.config.video.frames,
+            seed=self.config.seed,
+            update=iteration,
+            purpose=purpose,
+            gradient=purpose == "student",
+            cache_gradient=distill.cache_gradient,
+        )
+        size = distill.batch // distill.roles.student.engine.accumulation
+        samples = list(range(part * size, (part + 1) * size))
+        position = self.batch_index(iteration, purpose) * distill.batch + part * size
+        contexts = self.prompts.batch.options(num_returns=size).remote(position, size)
+        contexts = [contexts] if size == 1 else list(contexts)
+        stats, videos = self.student.scatter("rollout", samples, contexts, head=(plan,))
+        return Rollouts(samples, contexts, videos, stats)
+
+    def updates_student(self, iteration: int) -> bool:
+        return iteration % self.config.distill.student_every == 0
+
+    def batch_index(self, iteration: int, purpose: Purpose) -> int:
+        """Which batch of prompts a rollout uses: every rollout takes the next one, so a resumed run needs no saved position."""
+        before = iteration + math.ceil(iteration / self.config.distill.student_every)
+        return before + (1 if purpose == "critic" and self.updates_student(iteration) else 0)
+
+    def finite(self, role: Purpose, iteration: int, stats: Metrics) -> Metrics:
+        for name, value in stats.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{role} {name} is {value} in iteration {iteration} (prompt batch {self.batch_index(iteration, role)}); "
+                    "the newest whole checkpoint is kept: lower the learning rate and --resume."
+                )
+        return stats
+
+
+class Timer:
+    """Adds up what the roles report within one iteration."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.busy: dict[str, float] = {"student": 0.0, "teacher": 0.0, "critic": 0.0}
+
+    def add(self, verb: str, role: str, stats: Metrics) -> None:
+        seconds = stats["seconds"]
+        self.seconds[f"seconds/{role}_{verb}"] += seconds
+        self.busy[role] += seconds
+        for name, value in stats.items():
+            if name != "seconds":
+                self.values[f"{role}/{name}"].append(value)
+
+    def metrics(self, wall: float) -> Metrics:
+        """Means of values, sums of seconds, and the share of the iteration in which a role had nothing to do.
+
+        A rollout requested ahead counts in the iteration that uses it, so a single iteration's idle share may be off; their mean is not.
+        """
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        idle = {f"idle/{role}": max(0.0, 1 - busy / wall) for role, busy in self.busy.items()}
+        return {**means, **self.seconds, "seconds/iteration": wall, **idle}

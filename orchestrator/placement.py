@@ -1,0 +1,81 @@
+"""Roles → placement groups: who shares devices with whom, and where the actors of each rank go."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.cluster import reserve
+from orchestrator.config import PlacementConfig, RanksConfig
+
+Options = dict[str, Any]
+
+
+def place(
+    roles: Mapping[str, RanksConfig], config: PlacementConfig, *, grows: bool
+) -> tuple[PlacementGroup, dict[str, list[Options]]]:
+    """Reserve room for all ranks of all roles, and say with which Ray options each actor is to be created.
+
+    Colocated, rank i of every role shares one bundle, and its devices; disaggregated, a role has bundles of its own, spread over nodes.
+    `grows` is whether more nodes may come; if not, there is nothing to wait for. ValueError says which resource is missing.
+    """
+    if config.mode == "colocated":
+        bundles, places = _colocated(roles)
+        strategy = "PACK"
+    else:
+        bundles, places = _disaggregated(roles)
+        strategy = "SPREAD"
+    purpose = ", ".join(f"{role.ranks} {name} rank{'s' if role.ranks > 1 else ''}" for name, role in roles.items())
+    timeout_s = config.timeout_s if grows else min(config.timeout_s, 5.0)
+    group = reserve(bundles, purpose=purpose, strategy=strategy, timeout_s=timeout_s)
+    options: dict[str, list[Options]] = {
+        name: [
+            {
+                "num_cpus": roles[name].cpus,
+                "num_gpus": gpus,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
+            }
+            for bundle, gpus in ranks
+        ]
+        for name, ranks in places.items()
+    }
+    return group, options
+
+
+Places = dict[str, list[tuple[int, float]]]
+"""For each role's ranks: the bundle, and the share of its GPUs."""
+
+
+def _colocated(roles: Mapping[str, RanksConfig]) -> tuple[list[dict[str, float]], Places]:
+    bundles, places = [], {name: [] for name in roles}
+    for rank in range(max(role.ranks for role in roles.values())):
+        here = {name: role for name, role in roles.items() if rank < role.ranks}
+        gpus, asked = max(role.gpus for role in here.values()), sum(role.gpus for role in here.values())
+        bundles.append(_bundle(sum(role.cpus for role in here.values()), gpus))
+        for name, role in here.items():
+            # Roles on one device take turns; Ray is told a share each, so that all of them fit.
+            places[name].append((rank, round(role.gpus * gpus / asked, 4) if asked else 0.0))
+    return bundles, places
+
+
+def _disaggregated(roles: Mapping[str, RanksConfig]) -> tuple[list[dict[str, float]], Places]:
+    bundles: list[dict[str, float]] = []
+    places: Places = {name: [] for name in roles}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, role in roles.items():
+        whole = _bundle(role.cpus * role.ranks, role.gpus * role.ranks)
+        # A role stays on one node where it fits on one, for its ranks talk to each other most.
+        if any(all(node.get(resource, 0) >= amount for resource, amount in whole.items()) for node in nodes):
+            bundles.append(whole)
+            places[name] = [(len(bundles) - 1, role.gpus)] * role.ranks
+            continue
+        for _ in range(role.ranks):
+            bundles.append(_bundle(role.cpus, role.gpus))
+            places[name].append((len(bundles) - 1, role.gpus))
+    return bundles, places
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}

@@ -1,0 +1,139 @@
+"""The command line: `self-forcing COMMAND [RECIPE] [--dotted.overrides …]`.
+
+A recipe is a YAML file, or the name of one that ships with the package; every setting of the run config can be overridden with a dotted option.
+A user's mistake is one sentence and exit code 2; a run that had to stop (a loss that is not finite, a lost actor) is one sentence and exit code 1.
+"""
+
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+# Before Ray or DeepSpeed are imported, by this process or by one that it starts.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+from jsonargparse import ArgumentError, ArgumentParser  # noqa: E402
+
+from orchestrator.config import RunConfig  # noqa: E402
+
+RECIPES = Path(__file__).parent / "recipes"
+COMMANDS = {
+    "prepare": "write the moving-digit data sets",
+    "pretrain": "train the bidirectional teacher",
+    "initialize": "make the initial student from the teacher's ODE pairs",
+    "distill": "Self Forcing: distil the student from teacher and critic",
+    "generate": "make a video from a prompt",
+    "evaluate": "measure teacher, initial and distilled student",
+    "run": "all stages that are not done yet, then evaluate",
+    "submit": "run a command as a Ray job on a cluster",
+}
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe file by path, or by the name of one that ships with the package."""
+    path = Path(name)
+    shipped = RECIPES / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    raise ValueError(f"there is no recipe {name!r}; name a YAML file or one of {names}.")
+
+
+def config_parser(command: str) -> ArgumentParser:
+    """A parser of every setting of the run config, plus what concerns this call alone."""
+    parser = ArgumentParser(
+        prog=f"self-forcing {command}", description=COMMANDS[command].capitalize() + ".", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="recipe file")
+    parser.add_class_arguments(RunConfig, None, sub_configs=False)
+    call = parser.add_argument_group("this call")
+    call.add_argument("--address", type=str | None, default=None, help="Ray cluster; RAY_ADDRESS, or this machine, by default")
+    call.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    call.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    if command == "generate":
+        call.add_argument("--model", type=str, help="directory of a student")
+        call.add_argument("--prompt", type=str, help="what the video shows")
+        call.add_argument("--frames", type=int | None, default=None, help="latent frames; the trained length by default")
+        call.add_argument("--output", type=str, default="outputs/sample.mp4", help="path ending in .mp4 or .gif")
+    return parser
+
+
+def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
+    """The run config and the call's own options."""
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments[:1] = ["--config", str(recipe_path(arguments[0]))]
+    parser = config_parser(command)
+    try:
+        options = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(explain(str(error))) from None
+    return RunConfig(**{f.name: options[f.name] for f in fields(RunConfig)}), options
+
+
+def explain(message: str) -> str:
+    """The parser's complaint as one sentence, with the nearest setting where a key is unknown."""
+    message = re.sub(r"\s+", " ", message).strip().rstrip(".")
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'", message
+    )
+    unknown = unknown or re.search(r"[Kk]ey '([\w.]+)' is not expected|option '([\w.]+)' is not accepted", message)
+    if unknown is None:
+        wrong = re.match(r'Parser key "([\w.]+)": (.*)', message)
+        return f"{wrong[1]}: {wrong[2]}." if wrong else f"{message}."
+    key = ".".join(part for part in unknown.groups() if part)
+    close = difflib.get_close_matches(key, list(settings(RunConfig)), n=1, cutoff=0.0)
+    return f"there is no setting {key}; the nearest is {close[0]}."
+
+
+def settings(kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a config type."""
+    names = []
+    for f in fields(kind):
+        nested = f.default if is_dataclass(f.default) else None
+        names += settings(type(nested), f"{prefix}{f.name}.") if nested is not None else [prefix + f.name]
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: self-forcing COMMAND [RECIPE] [--dotted.setting VALUE …]\n\ncommands:")
+        print("\n".join(f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()))
+        print("\n`self-forcing COMMAND --help` lists every setting.")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in COMMANDS:
+            raise ValueError(f"there is no command {command!r}; use one of {', '.join(COMMANDS)}.")
+        from pipelines import stages
+
+        return stages.dispatch(command, rest)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(error, 2, rest)
+    except (FloatingPointError, RuntimeError) as error:
+        return _fail(error, 1, rest)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _fail(error: BaseException, code: int, arguments: Sequence[str]) -> int:
+    if "--traceback" in arguments:
+        raise error
+    print(f"self-forcing: {str(error).strip()}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What a person sees while a stage runs: progress with time left, the losses, and a summary."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOG_EVERY_S = 10.0
+console = Console(highlight=False)
+
+
+def losses(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class Display:
+    """Progress of one stage: a live bar in a terminal, a line every few seconds in a log."""
+
+    def __init__(self, stage: str, total: int, *, done: int = 0):
+        self.stage, self.total, self.done = stage, total, done
+        self._first, self._began, self._said = done, time.monotonic(), 0.0
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            disable=not sys.stdout.isatty(),
+        )
+        self._task = self._bar.add_task(stage, total=total, completed=done, losses="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, values: Mapping[str, float]) -> None:
+        """`done` units in all, and what to show of them."""
+        self.done = done
+        self._bar.update(self._task, completed=done, losses=losses(values))
+        now = time.monotonic()
+        if self._bar.disable and (now - self._said > LOG_EVERY_S or done == self.total):
+            self._said = now
+            speed = (done - self._first) / max(now - self._began, 1e-9)
+            left = (self.total - done) / speed if speed else 0.0
+            print(f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses(values)}", flush=True)
+
+
+def say(text: str) -> None:
+    """One line, printed above a running progress bar."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def summary(title: str, rows: Mapping[str, str]) -> None:
+    """The last thing that a stage prints."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(Panel(table, title=title, expand=False))

@@ -1,0 +1,219 @@
+"""`self-forcing distill`: Self Forcing with a student, a teacher and a critic, each a group of Ray actors."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from infra import storage
+from infra.tracking import Tracker
+from model.rollout import RolloutPlan
+from orchestrator import checkpoint
+from orchestrator.cluster import release
+from orchestrator.config import RunConfig
+from orchestrator.coordinator import Coordinator
+from orchestrator.placement import place
+from orchestrator.worker_group import WorkerGroup
+from pipelines.console import Display, say
+from pipelines.media import contact_sheet, grid, write_video
+from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
+from workers.prompts import PromptWorker
+from workers.scorers import CriticWorker, TeacherWorker
+from workers.student import StudentWorker
+
+SAMPLES = 8
+MAY_CHANGE = ("iterations", "overlap", "checkpoint_every", "keep", "sample_every", "output", "teacher", "student", "critic")
+"""Settings of `distill` that do not change the numbers, so a resumed run may have others."""
+
+
+def numbers(config: RunConfig) -> dict[str, Any]:
+    """The part of the config that decides what is computed."""
+    whole = asdict(config)
+    distill = {name: value for name, value in whole["distill"].items() if name not in MAY_CHANGE}
+    kept = ("seed", "video", "text", "teacher", "student", "rollout", "score")
+    return {**{name: whole[name] for name in kept}, "distill": distill}
+
+
+def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
+    """The three models that the roles start from; ValueError, naming the setting, where one is missing or does not fit."""
+    paths = {
+        "teacher": config.distill.teacher,
+        "student": config.distill.student,
+        "critic": config.distill.critic or config.distill.teacher,
+    }
+    models = {role: ModelDirectory(path) for role, path in paths.items()}
+    for role, sizes in (("teacher", config.teacher), ("student", config.student), ("critic", config.student)):
+        card = models[role].card
+        if card.transformer != sizes:
+            name = "teacher" if role == "teacher" else "student"
+            raise ValueError(f"distill.{role} at {paths[role]} has other sizes than `{name}` in this recipe; use a model of these sizes.")
+        if card.video.shape[1:] != config.video.shape[1:]:
+            raise ValueError(
+                f"distill.{role} at {paths[role]} makes latents of {card.video.shape[1:]}, and `video` says {config.video.shape[1:]}."
+            )
+    return models
+
+
+@contextmanager
+def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
+    """All roles, placed, started and connected to a coordinator; they end with the block."""
+    roles = config.distill.roles
+    group, options = place(
+        {"student": roles.student, "teacher": roles.teacher, "critic": roles.critic}, config.placement, grows=grows
+    )
+    try:
+
+        def spawn(name: str, kind: type, role: Any, **settings: Any) -> WorkerGroup:
+            make = ray.remote(kind)
+            return WorkerGroup(
+                name,
+                [
+                    make.options(**option).remote(rank=rank, ranks=role.ranks, threads=role.threads, **settings)
+                    for rank, option in enumerate(options[name])
+                ],
+            )
+
+        def learning(role: Any) -> dict[str, Any]:
+            return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
+
+        distill = config.distill
+        student = spawn(
+            "student", StudentWorker, roles.student, model=distill.student, rollout=config.rollout, **learning(roles.student)
+        )
+        teacher = spawn(
+            "teacher",
+            TeacherWorker,
+            roles.teacher,
+            model=distill.teacher,
+            score=config.score,
+            zero_stage=roles.teacher.zero_stage,
+            dtype=roles.teacher.dtype,
+            guidance=roles.teacher.guidance,
+        )
+        critic = spawn(
+            "critic",
+            CriticWorker,
+            roles.critic,
+            model=distill.critic or distill.teacher,
+            score=config.score,
+            **learning(roles.critic),
+        )
+        prompts = ray.remote(PromptWorker).options(num_cpus=0).remote(config.data.train, config.seed, distill.student)
+        for each in (student, teacher, critic):
+            each.start()
+        (uncond,) = embed(prompts, [roles.teacher.negative_prompt])
+        yield Coordinator(config, student, teacher, critic, prompts, uncond)
+    finally:
+        release(group)
+
+
+def embed(prompts: Any, texts: list[str]) -> list[ray.ObjectRef]:
+    """References to the embeddings of texts."""
+    references = prompts.embed.options(num_returns=len(texts)).remote(texts)
+    return [references] if len(texts) == 1 else list(references)
+
+
+def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -> str:
+    """Run to the last iteration on the connected cluster, and return the distilled student's path."""
+    models = check_models(config)
+    checkpoints = f"{config.distill.output}/checkpoints"
+    found = checkpoint.newest(checkpoints)
+    if found and not resume:
+        raise ValueError(f"{config.distill.output} already holds checkpoints; continue with --resume, or choose another distill.output.")
+    start = 0
+    if found:
+        path, metadata = found
+        changed = differences(metadata["numbers"], numbers(config))
+        if changed:
+            raise ValueError(f"{path} was made with another {changed[0]}; resume with the same, or choose another distill.output.")
+        start = metadata["iteration"]
+        say(f"distill: resuming from iteration {start} ({path})")
+    settings = config.distill
+    with actors(config, grows=grows) as coordinator:
+        groups = {"student": coordinator.student, "critic": coordinator.critic}
+        if found:
+            checkpoint.load(found[0], groups)
+        with Display("distill", settings.iterations, done=start) as display:
+            for done, metrics in coordinator.run(start):
+                display.update(done, shown(metrics))
+                tracker.metrics(done, metrics)
+                last = done == settings.iterations
+                if done % settings.checkpoint_every == 0 and not last:
+                    state = {"numbers": numbers(config), "run_id": tracker.run_id}
+                    checkpoint.save(checkpoints, done, groups, state, settings.keep)
+                if settings.sample_every and (done % settings.sample_every == 0 or last):
+                    for file in sample(config, coordinator, models["student"], done):
+                        tracker.artifact(file, "samples")
+        return export(config, coordinator, models, tracker.run_id)
+
+
+def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The losses that a person follows."""
+    names = {"student/loss": "student", "critic/loss": "critic"}
+    return {short: metrics[name] for name, short in names.items() if name in metrics}
+
+
+def sample(config: RunConfig, coordinator: Coordinator, student: ModelDirectory, done: int) -> list[Path]:
+    """A video and a contact sheet of the student as it is now, written where the frames are, not here."""
+    if config.video.make_codec() is None:
+        return []
+    embed_count = coordinator.student.actors
+    count = max(SAMPLES // len(embed_count), 1) * len(embed_count)
+    position = 0
+    contexts = coordinator.prompts.batch.options(num_returns=count).remote(position, count)
+    contexts = [contexts] if count == 1 else list(contexts)
+    plan = replace(RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed))
+    _, videos = coordinator.student.scatter("rollout", list(range(count)), contexts, head=(plan,))
+    stem = f"{config.distill.output}/samples/{done:07d}"
+    files = ray.get(write_samples.remote(stem, config.video, *videos))
+    return [Path(file) for file in files]
+
+
+@ray.remote(num_cpus=0)
+def write_samples(stem: str, video: VideoConfig, *latents: Tensor) -> list[str]:
+    """Decode latent videos [F, C, H, W] and write `stem`.mp4 and `stem`.png; returns their paths."""
+    codec = video.make_codec()
+    frames = [codec.decode(latent[None])[0] for latent in latents]
+    write_video(f"{stem}.mp4", grid(frames), video.fps)
+    contact_sheet(f"{stem}.png", frames)
+    return [f"{stem}.mp4", f"{stem}.png"]
+
+
+def export(config: RunConfig, coordinator: Coordinator, models: Mapping[str, ModelDirectory], run_id: str) -> str:
+    """Publish the distilled student."""
+    path = f"{config.distill.output}/model"
+    card = ModelCard(
+        "student",
+        config.student,
+        config.video,
+        models["student"].card.text,
+        rollout=config.rollout,
+        shift=config.rollout.shift,
+        lineage={**models["teacher"].card.lineage, **models["student"].card.lineage, "distilled": run_id},
+        recipe=asdict(config),
+    )
+    staging = storage.begin(path)
+    coordinator.student.wait(coordinator.student.broadcast("export", staging, card))
+    storage.publish(staging, path, {"kind": "student"})
+    return path
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of settings that differ."""
+    names = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differences(a, b, f"{prefix}{name}.")
+        elif plain(a) != plain(b):
+            names.append(prefix + name)
+    return names
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

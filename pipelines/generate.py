@@ -1,0 +1,100 @@
+"""`self-forcing generate`: a video from a prompt, of any length.
+
+A student generates through the one rollout, with the window, positions and context noise that its checkpoint says; a teacher by integrating
+its ODE over the trained length. `Generator` is what evaluation uses too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import SlotCache
+from model.noise import Key, SampleNoise
+from model.rollout import Rollout, RolloutPlan, generate
+from pipelines.initialize import integrate
+from workers.model_directory import ModelDirectory
+
+
+class Generator:
+    """A model on one device that makes videos."""
+
+    def __init__(self, model: str, threads: int = 1):
+        torch.set_num_threads(threads)
+        self.source = ModelDirectory(model)
+        self.card = self.source.card
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = self.source.transformer(self.device)
+        self.text = self.source.text_encoder(self.device)
+        self.codec = self.card.video.make_codec()
+
+    def frames_of_chunks(self, frames: int) -> int:
+        """At least `frames` latent frames, in whole chunks of the student."""
+        chunk = self.card.rollout.chunk if self.card.rollout else 1
+        return -(-frames // chunk) * chunk
+
+    @torch.no_grad()
+    def student(self, prompts: Sequence[str], noise: Sequence[Key], frames: int) -> Tensor:
+        """Latent videos [B, frames, C, H, W] by rollout, one prompt and one noise key a video."""
+        config, sizes, video = self.card.rollout, self.card.transformer, self.card.video
+        if config is None:
+            raise ValueError(f"the model at {self.source.path} is a teacher; streaming needs a student.")
+        cache = SlotCache(
+            config.context_window(),
+            sizes.grid(video.height, video.width),
+            layers=sizes.num_layers,
+            heads=sizes.num_heads,
+            head_dim=sizes.head_dim,
+            rows=len(prompts),
+            chunk=config.chunk,
+            capacity=frames,
+            device=self.device,
+        )
+        rollout = Rollout(
+            config,
+            RolloutPlan(frames, len(config.steps) - 1),
+            noise=SampleNoise(noise, self.device),
+            cache=cache,
+            shape=(len(prompts), video.channels, video.height, video.width),
+        )
+        return torch.cat([chunk.cpu() for chunk in generate(self.model, rollout, self.text.encode(prompts))], dim=1)
+
+    @torch.no_grad()
+    def teacher(
+        self, prompts: Sequence[str], noise: Sequence[Key], *, steps: int, guidance: float, negative_prompt: str = ""
+    ) -> Tensor:
+        """Latent videos [B, F, C, H, W] of the trained length by Euler's method with guidance."""
+        x = SampleNoise(noise, self.device).draw((len(prompts), *self.card.video.shape), 0, 0)
+        path = integrate(
+            self.model,
+            x,
+            cond=self.text.encode(prompts),
+            uncond=self.text.encode([negative_prompt]),
+            guidance=guidance,
+            shift=self.card.shift,
+            grid=torch.linspace(1000, 0, steps + 1).tolist(),
+        )
+        return path[-1].cpu()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames [B, T, channels, height, width] in [−1, 1]; ValueError where the model has no codec."""
+        if self.codec is None:
+            raise ValueError(f"the model at {self.source.path} has video.codec none; its latents cannot be shown.")
+        return self.codec.decode(latents)
+
+
+def generate_video(*, model: str, prompt: str, frames: int | None, seed: int, output: str) -> Path:
+    """Write one video; ValueError for an empty prompt, another ending than .mp4 or .gif, or a model that cannot do it."""
+    from pipelines.media import check_suffix, write_video
+
+    path = check_suffix(output)
+    if not prompt.strip():
+        raise ValueError("--prompt is empty; say what the video shows, for example 'a seven drifting left'.")
+    generator = Generator(model)
+    wanted = frames or generator.card.video.frames
+    if wanted < 1:
+        raise ValueError(f"--frames must be at least 1, not {wanted}.")
+    latents = generator.student([prompt], [(seed, "generate", 0)], generator.frames_of_chunks(wanted))
+    write_video(path, generator.decode(latents)[0, :wanted], generator.card.video.fps)
+    return path

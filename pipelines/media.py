@@ -1,0 +1,67 @@
+"""Frames → files: MP4 through PyAV, GIF and contact sheets through Pillow."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = (".mp4", ".gif")
+SHORT_SIDE = 256
+"""Smallest height of a written video; smaller frames are enlarged by whole pixels, so that a person can see them."""
+
+
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """Frames [T, channels, height, width] in [−1, 1], 1 or 3 channels → uint8 [T, height, width, 3]."""
+    pixels = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    pixels = rearrange(pixels, "t c h w -> t h w c")
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def enlarge(frames: np.ndarray, short_side: int = SHORT_SIDE) -> np.ndarray:
+    """Whole-pixel enlargement of [T, height, width, 3] to at least `short_side`."""
+    factor = -(-short_side // min(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def check_suffix(path: str | Path) -> Path:
+    if Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"the output {path} must end in {' or '.join(SUFFIXES)}.")
+    return Path(path)
+
+
+def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
+    """Write frames [T, channels, height, width] in [−1, 1] as MP4 or GIF, whole or not at all."""
+    path = check_suffix(path)
+    pixels = enlarge(to_uint8(frames))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    if path.suffix == ".gif":
+        first, *rest = [Image.fromarray(frame) for frame in pixels]
+        first.save(aside, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    else:
+        with av.open(aside, "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps))
+            stream.height, stream.width = pixels.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for frame in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    os.replace(aside, path)
+
+
+def contact_sheet(path: str | Path, videos: list[Tensor], scale: int = 3) -> None:
+    """One row of frames a video, each [T, channels, height, width] in [−1, 1], as PNG."""
+    rows = [rearrange(to_uint8(video), "t h w c -> h (t w) c") for video in videos]
+    sheet = np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)
+
+
+def grid(videos: list[Tensor]) -> Tensor:
+    """Videos [T, channels, height, width] side by side, as one video."""
+    return rearrange([*videos], "n t c h w -> t c h (n w)")

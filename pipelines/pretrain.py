@@ -1,0 +1,130 @@
+"""`self-forcing pretrain`: the bidirectional teacher, by flow matching with classifier-free dropout.
+
+A byte encoder of prompts, where there is one, is trained with the teacher and frozen afterwards.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from infra import storage
+from model.noise import integer
+from model.objectives.flow_matching import flow_matching_loss
+from model.schedule import FlowSchedule
+from model.score import ScoreConfig, ScorePlan
+from model.text import ByteEncoder
+from model.transformer import WanTransformer
+from orchestrator.config import RunConfig
+from pipelines.training import Stage, Task, share
+from workers.dataset import ParquetDataset
+from workers.engine import TrainEngine
+from workers.model_directory import ModelCard, ModelWriter
+
+EVERY_TIMESTEP = (0.0, 1000.0)
+
+
+class TextToVideo(nn.Module):
+    """A transformer and the encoder trained with it, as one module for the engine."""
+
+    def __init__(self, transformer: WanTransformer, text: ByteEncoder):
+        super().__init__()
+        self.transformer = transformer
+        self.text = text
+
+    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
+        return self.transformer(x, timestep, self.text(tokens, present))
+
+
+@dataclass
+class Pretrain(Task):
+    """Flow matching on a data set of videos."""
+
+    config: RunConfig
+    run_id: str = ""
+
+    @property
+    def compile(self) -> bool:  # type: ignore[override]
+        return self.config.pretrain.compile
+
+    def weights(self) -> None:
+        return None
+
+    def build(self) -> nn.Module:
+        sizes = self.config.teacher
+        transformer = WanTransformer(sizes, activation_checkpointing=self.config.pretrain.role.activation_checkpointing)
+        return TextToVideo(transformer, ByteEncoder(sizes.text_len, sizes.text_dim))
+
+    def open(self, device: torch.device) -> None:
+        self.device = device
+        self.data = ParquetDataset(self.config.data.train, ["prompt", "video"])
+        self.codec = self.config.video.make_codec()
+        self.schedule = FlowSchedule(self.config.score.shift)
+
+    def loss(self, module: nn.Module, update: int, samples: range, batch: int) -> Tensor:
+        seed = self.config.seed
+        rows = self.data.batch(update * batch + samples.start, len(samples), seed)
+        x0 = self.codec.encode(torch.stack([row["video"] for row in rows])).to(self.device)
+        plan = ScorePlan((seed, update, "pretrain"))
+        noise, timestep = plan.draw(x0, list(samples), ScoreConfig(self.config.score.shift, *EVERY_TIMESTEP))
+        dropped = [integer(1000, seed, update, "drop", i) < 1000 * self.config.pretrain.dropout for i in samples]
+        prompts = ["" if drop else row["prompt"] for row, drop in zip(rows, dropped, strict=True)]
+        tokens, present = self._encoder().tokenize(prompts)
+        velocity = module(self.schedule.add_noise(x0, noise, timestep), timestep, tokens.to(self.device), present.to(self.device))
+        return flow_matching_loss(velocity, noise, x0)
+
+    def _encoder(self) -> ByteEncoder:
+        if not hasattr(self, "_tokenizer"):
+            self._tokenizer = ByteEncoder(self.config.teacher.text_len, 1)
+        return self._tokenizer
+
+    def export(self, engine: TrainEngine, path: str) -> None:
+        card = ModelCard(
+            "teacher",
+            self.config.teacher,
+            self.config.video,
+            self.config.text,
+            shift=self.config.score.shift,
+            lineage={"teacher": self.run_id},
+            recipe=asdict(self.config),
+        )
+        export_model(engine, path, card)
+
+
+def export_model(engine: TrainEngine, path: str, card: ModelCard, text: dict[str, Tensor] | None = None) -> None:
+    """Publish an engine's weights (the averaged ones, if it keeps them) as a model directory; on all ranks.
+
+    Weights under `text.` are the prompt encoder's; `text` gives them where the engine does not train them.
+    """
+    text = dict(text or {})
+    staging = share(storage.begin(path) if dist.get_rank() == 0 else None)
+    with storage.writing(staging) as directory:
+        writer = ModelWriter(directory)
+
+        def write(name: str, tensor: Tensor) -> None:
+            if name.startswith("text."):
+                text[name.removeprefix("text.")] = tensor
+            else:
+                writer.write(name.removeprefix("transformer."), tensor)
+
+        engine.export(write, ema=engine.config.ema_decay is not None)
+        if dist.get_rank() == 0:
+            writer.finish(card, text)
+    if dist.get_rank() == 0:
+        storage.publish(staging, path, {"kind": card.kind})
+    dist.barrier()
+
+
+def stage(config: RunConfig) -> Stage:
+    settings = config.pretrain
+    return Stage(
+        "pretrain",
+        settings.output,
+        settings.updates,
+        settings.batch,
+        settings.warmup,
+        settings.checkpoint_every,
+        settings.role,
+        config.seed,
+    )

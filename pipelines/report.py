@@ -1,0 +1,437 @@
+"""What an evaluation found, as files, pictures, tracked curves and a table for the terminal.
+
+It computes nothing but ratios of what `pipelines/evaluate.py` measured, and the verdicts that follow from them.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.table import Table
+from torch import Tensor
+
+from infra.provenance import git_commit, versions
+from infra.tracking import Tracker
+from model.metrics import Estimate
+from orchestrator.config import RunConfig
+
+FORMAT = 1
+METRICS = {
+    "digit_accuracy": "digit accuracy",
+    "motion_following": "motion following",
+    "diversity": "diversity within a prompt, real = 1",
+    "kernel_distance": "kernel distance to real videos",
+}
+ROWS = ("real", "teacher", "initial", "distilled")
+PICTURES = {
+    "digit_accuracy": "drift.png",
+    "motion_following": "motion.png",
+    "diversity": "diversity.png",
+    "kernel_distance": "distance.png",
+}
+SPANS = {"inside": "inside the trained length", "beyond": "beyond it", "overall": "all frames"}
+NAMES = {
+    "real": "real videos",
+    "teacher": "teacher",
+    "initial": "initial student",
+    "distilled": "distilled student",
+}
+# Okabe and Ito's palette, which stays apart for colour-blind readers; line styles for those who print in grey.
+_LOOKS = {
+    "real": ("#6e6e6e", ":"),
+    "teacher": ("#0072B2", "--"),
+    "initial": ("#E69F00", "-."),
+    "distilled": ("#009E73", "-"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The videos of one model, or real ones, measured. Each mapping goes from a name in `METRICS` to its estimate,
+    which is NaN where the metric is not defined (such as any beyond the trained length for a teacher)."""
+
+    frames: int
+    """Frames of each video."""
+    by_frame: Mapping[str, Estimate]
+    """`[frames]`; motion following at a frame is how the content got there from the one before, NaN at frame 0."""
+    by_chunk: Mapping[str, Estimate]
+    """`[chunks]`, means over a chunk's frames."""
+    inside: Mapping[str, Estimate]
+    """Scalars: means over the frames of the trained length."""
+    beyond: Mapping[str, Estimate]
+    """Scalars: means over the frames after it."""
+    overall: Mapping[str, Estimate]
+    """Scalars: means over all frames."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim about the models and whether the numbers support it."""
+
+    claim: str
+    value: float
+    """What was measured; NaN supports no claim."""
+    bound: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that an evaluation found."""
+
+    config: RunConfig
+    """With absolute paths."""
+    models: Mapping[str, Mapping[str, Any]]
+    """Of teacher, initial and distilled: path, manifest and lineage."""
+    rows: Mapping[str, Row]
+    """Of real, teacher, initial and distilled."""
+    trained: int
+    """Frames of the trained length."""
+    chunk: int
+    """Frames that the students denoise together."""
+    steps: int
+    """Denoising steps of the students for each chunk."""
+    samples: Mapping[str, Tensor]
+    """Of each row a few videos for the contact sheet, uint8 `[P, F, 1, H, W]`."""
+    sample_prompts: Sequence[str]
+    """The P prompts of the samples."""
+    seconds: float
+    """How long it took."""
+
+    def relative(self, name: str, metric: str) -> Estimate:
+        """What share of the teacher's `metric`, inside the trained length, a model reaches.
+
+        The interval is that of the most and the least favourable pair of ends, hence wider than 95 %.
+        """
+        model, teacher = self.rows[name].inside[metric], self.rows["teacher"].inside[metric]
+        return Estimate(model.value / teacher.value, model.low / teacher.high, model.high / teacher.low)
+
+    def verdicts(self) -> list[Verdict]:
+        """What a distillation is asked for: quality, motion, diversity, and no drift."""
+        real, teacher, initial, distilled = (self.rows[name] for name in ROWS)
+
+        def least(claim: str, value: float, bound: float, *, strictly: bool = False) -> Verdict:
+            return Verdict(claim, value, bound, value > bound if strictly else value >= bound)
+
+        def gap(upper: Estimate, lower: Estimate) -> Tensor:
+            return upper.low - lower.high
+
+        accuracy = "digit_accuracy"
+        gaps = gap(distilled.by_chunk[accuracy], initial.by_chunk[accuracy])[1:]
+        return [
+            least("the reader's accuracy on held-out real videos", real.overall[accuracy].value.item(), 0.98),
+            least("the teacher's digit accuracy", teacher.inside[accuracy].value.item(), 0.9),
+            least(
+                "the distilled student's digit accuracy inside the trained length, as a share of the teacher's",
+                self.relative("distilled", accuracy).value.item(),
+                0.9,
+            ),
+            least(
+                "the distilled student's motion following inside the trained length",
+                distilled.inside["motion_following"].value.item(),
+                0.9,
+            ),
+            least(
+                "the distilled student's diversity, as a share of the teacher's",
+                self.relative("distilled", "diversity").value.item(),
+                0.7,
+            ),
+            least(
+                "the smallest gap, in any chunk from the second on, between the 95 % intervals of the distilled and the initial "
+                "student's digit accuracy",
+                gaps.min().item() if len(gaps) else math.nan,
+                0.0,
+                strictly=True,
+            ),
+            least(
+                "the same gap beyond the trained length",
+                gap(distilled.beyond[accuracy], initial.beyond[accuracy]).item(),
+                0.0,
+                strictly=True,
+            ),
+            least(
+                "by how much the distilled student's digit accuracy exceeds the initial student's on average",
+                (distilled.overall[accuracy].value - initial.overall[accuracy].value).item(),
+                0.0,
+                strictly=True,
+            ),
+        ]
+
+
+def write_report(report: Report, tracker: Tracker | None) -> None:
+    """Write tables and pictures to `evaluate.output`, and record them and the curves with the tracker."""
+    output = Path(report.config.evaluate.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for metric, picture in PICTURES.items():
+        _plot_curves(report, metric, output / picture)
+    _plot_samples(report, output / "contact_sheet.png")
+    # The tracker's address may hold a password, and is no part of what was measured.
+    settings = {name: value for name, value in _portable(report).items() if name != "tracking"}
+    _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    _write(output / "report.md", _markdown(report))
+    _write(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
+    if tracker is None:
+        return
+    for name, row in report.rows.items():
+        for frame in range(row.frames):
+            curves = {metric: _at(estimate, frame) for metric, estimate in row.by_frame.items()}
+            tracker.metrics(frame, _tracked(name, curves))
+        for span in SPANS:
+            scalars = {f"{metric}_{span}": estimate for metric, estimate in getattr(row, span).items()}
+            tracker.metrics(0, _tracked(name, scalars))
+    for file in (*PICTURES.values(), "contact_sheet.png", "config.yaml", "report.md", "metrics.json"):
+        tracker.artifact(output / file, "evaluation")
+
+
+def summary_table(report: Report) -> Table:
+    """The drift curve for a terminal: digit accuracy chunk by chunk, with 95 % intervals."""
+    verdict = report.verdicts()[-1]
+    table = Table(
+        title="Digit accuracy by frame, with 95 % intervals",
+        caption=f"distilled − initial on average: {verdict.value:+.3f}",
+    )
+    table.add_column("frames")
+    for name in report.rows:
+        table.add_column(NAMES[name], justify="right")
+    last_inside = (report.trained - 1) // report.chunk
+    for index, (label, cells) in enumerate(_drift(report)):
+        table.add_row(label, *cells, end_section=index == last_inside)
+    table.add_section()
+    for span, words in SPANS.items():
+        table.add_row(words, *(_show(getattr(row, span)["digit_accuracy"]) for row in report.rows.values()))
+    return table
+
+
+def _drift(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """Frames of each chunk and the digit accuracy of every row in it."""
+    chunks = max(len(row.by_chunk["digit_accuracy"].value) for row in report.rows.values())
+    frames = max(row.frames for row in report.rows.values())
+    for index in range(chunks):
+        first, last = index * report.chunk, min((index + 1) * report.chunk, frames) - 1
+        estimates = [row.by_chunk["digit_accuracy"] for row in report.rows.values()]
+        cells = [_show(_at(e, index)) if index < len(e.value) else "" for e in estimates]
+        yield f"{first}–{last}" if last > first else str(first), cells
+
+
+def _at(estimate: Estimate, index: int) -> Estimate:
+    return Estimate(estimate.value[index], estimate.low[index], estimate.high[index])
+
+
+def _show(estimate: Estimate) -> str:
+    value, low, high = (part.item() for part in (estimate.value, estimate.low, estimate.high))
+    return "–" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _tracked(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    values = {}
+    for metric, estimate in estimates.items():
+        for suffix, part in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high)):
+            values[f"evaluation/{name}/{metric}{suffix}"] = part.item()
+    return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def _portable(report: Report) -> dict[str, Any]:
+    """The config with paths below `root` made relative, so that it means the same elsewhere."""
+    config = report.config
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [shorten(item) for item in value]
+        return _relative(value, config.root) if isinstance(value, str) else value
+
+    return {**shorten(asdict(config)), "root": "."}
+
+
+def _relative(path: str, root: str) -> str:
+    return path.removeprefix(root.rstrip("/") + "/")
+
+
+def _json(report: Report) -> dict[str, Any]:
+    def estimates(values: Mapping[str, Estimate]) -> dict[str, Any]:
+        parts = ("value", "low", "high")
+        return {
+            metric: {part: _finite(getattr(e, part).tolist()) for part in parts}
+            for metric, e in values.items()
+        }
+
+    tables = ("by_frame", "by_chunk", *SPANS)
+    return {
+        "format": FORMAT,
+        "seed": report.config.seed,
+        "settings": asdict(report.config.evaluate)
+        | {"output": _relative(report.config.evaluate.output, report.config.root)},
+        "trained_frames": report.trained,
+        "chunk": report.chunk,
+        "steps": report.steps,
+        "seconds": round(report.seconds, 1),
+        "models": {
+            name: {**model, "path": _relative(model["path"], report.config.root)}
+            for name, model in report.models.items()
+        },
+        "rows": {
+            name: {"frames": row.frames, **{table: estimates(getattr(row, table)) for table in tables}}
+            for name, row in report.rows.items()
+        },
+        "relative_to_teacher_inside": {
+            name: estimates(
+                {metric: report.relative(name, metric) for metric in ("digit_accuracy", "diversity")}
+            )
+            for name in ("initial", "distilled")
+        },
+        "verdicts": [asdict(verdict) | {"value": _finite(verdict.value)} for verdict in report.verdicts()],
+        "made_with": versions() | git_commit(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null stands for a value that is not defined."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def _markdown(report: Report) -> str:
+    settings, rows = report.config.evaluate, report.rows
+    output = _relative(settings.output, report.config.root)
+
+    def table(head: Sequence[str], lines: Iterator[Sequence[str]]) -> list[str]:
+        return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)] + [""]
+
+    def metric_lines(span: str) -> Iterator[Sequence[str]]:
+        for name, row in rows.items():
+            yield [NAMES[name], *(_show(getattr(row, span)[metric]) for metric in METRICS)]
+
+    lines = [
+        "# Evaluation on moving digits",
+        "",
+        f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of {report.chunk} with "
+        f"{report.steps} steps a chunk, the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps "
+        f"at guidance {report.config.distill.roles.teacher.guidance:g}. Brackets hold 95 % bootstrap intervals over videos.",
+        "",
+        "![digit accuracy by frame](drift.png)",
+        "",
+        "## What was asked",
+        "",
+        *table(
+            ["", "measured", "asked for", "met"],
+            (
+                [
+                    v.claim,
+                    f"{v.value:.3f}",
+                    f"{'more than' if v.bound == 0 else 'at least'} {v.bound:g}",
+                    "yes" if v.met else "no",
+                ]
+                for v in report.verdicts()
+            ),
+        ),
+    ]
+    for span, words in SPANS.items():
+        lines += [f"## {words.capitalize()}", "", *table(["", *METRICS.values()], metric_lines(span))]
+    lines += [
+        "## Digit accuracy by frame",
+        "",
+        *table(
+            ["frames", *(NAMES[name] for name in rows)], ([label, *cells] for label, cells in _drift(report))
+        ),
+        "![samples](contact_sheet.png)",
+        "",
+        "![motion following](motion.png)",
+        "",
+        "![diversity](diversity.png)",
+        "",
+        "![kernel distance](distance.png)",
+        "",
+        "## How it was measured",
+        "",
+        "- *Digit accuracy*: a classifier, trained on scans of the training split, reads each frame.",
+        "- *Motion following*: whether the content moved from the frame before as the prompt says.",
+        "- *Diversity*: how far apart the correctly read frames of one prompt are in the classifier's features, as a share of how "
+        "far apart real ones are.",
+        "- *Kernel distance*: unbiased squared maximum mean discrepancy between the classifier's features of generated and real "
+        "frames of one index; the real videos' row compares two disjoint sets of real videos.",
+        "- Intervals of diversity and distance over several frames are means of the frames' intervals, hence never too narrow.",
+        "- A dash is a value that is not defined.",
+        "",
+        "All numbers are in `metrics.json`. Computed in "
+        f"{report.seconds:.0f} s; to do it again from the same directory:",
+        "",
+        f"    self-forcing evaluate {output}/config.yaml",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def _plot_curves(report: Report, metric: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for name, row in report.rows.items():
+        estimate, (color, style) = row.by_frame[metric], _LOOKS[name]
+        frames = np.arange(row.frames)
+        axes.fill_between(frames, estimate.low, estimate.high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(frames, estimate.value, style, color=color, linewidth=2, label=NAMES[name])
+    axes.axvline(report.trained - 0.5, color="0.3", linewidth=1)
+    axes.annotate(
+        "trained length",
+        (report.trained - 0.5, 1.01),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        color="0.3",
+        fontsize=9,
+    )
+    if metric in ("digit_accuracy", "motion_following"):
+        axes.set_ylim(-0.02, 1.04)
+    axes.set_xlim(0, max(row.frames for row in report.rows.values()) - 1)
+    axes.set_xlabel("frame")
+    axes.set_ylabel(METRICS[metric])
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(report.rows), frameon=False)
+    figure.savefig(path)
+
+
+def _plot_samples(report: Report, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    frames = max(row.frames for row in report.rows.values())
+    figure = Figure(
+        figsize=(0.42 * frames + 2, 2.1 * len(report.sample_prompts)), dpi=100, layout="constrained"
+    )
+    for index, prompt in enumerate(report.sample_prompts):
+        axes = figure.add_subplot(len(report.sample_prompts), 1, index + 1)
+        strips = [_strip(videos[index], frames) for videos in report.samples.values()]
+        height = strips[0].shape[0]
+        axes.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.axvline(report.trained * height - 1, color="#D55E00", linewidth=2)
+        axes.set_yticks(
+            [height * (row + 0.5) for row in range(len(strips))], [NAMES[name] for name in report.samples]
+        )
+        step = max(1, report.chunk)
+        axes.set_xticks([height * (f + 0.5) for f in range(0, frames, step)], range(0, frames, step))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(prompt, loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def _strip(video: Tensor, frames: int) -> np.ndarray:
+    """Frames `[F, 1, H, W]` side by side with grey between and behind them, `[H + 1, frames · (W + 1)]`."""
+    padded = torch.nn.functional.pad(video[:, 0], (0, 1, 0, 1), value=96)
+    missing = torch.full((frames - len(padded), *padded.shape[1:]), 96, dtype=padded.dtype)
+    return torch.cat([padded, missing]).permute(1, 0, 2).flatten(1).numpy()

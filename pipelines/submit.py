@@ -1,0 +1,259 @@
+"""`self-forcing submit`: run a command as a Ray job, follow it from here, and stop it.
+
+The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. What it knows of
+the cluster is the job server's address. What it deliberately does not know is what the command does.
+
+Ray runs a job once. So it is this process that hands a failed job in again, with `--resume`.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from orchestrator import cluster
+
+QUIET = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+)
+BAD_INPUT = 2
+DETACHED = 130
+STOPPED = 143
+LOST_CONTACT_S = 60.0
+"""How long the job server may be silent before following gives up."""
+
+
+def submit(
+    command: str,
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    address: str | None = None,
+    working_dir: Path | None = None,
+    wait: bool = True,
+    retries: int = 0,
+) -> int:
+    """Run `self-forcing COMMAND RECIPE OVERRIDES` as a job and return its exit code (0 at once unless `wait`).
+
+    `recipe` is a file below `working_dir` (default: here), or a name that the command knows. See `run_job`.
+    """
+    working_dir = (working_dir or Path.cwd()).resolve()
+    path = Path(recipe)
+    if path.is_file():
+        if not path.resolve().is_relative_to(working_dir):
+            raise ValueError(
+                f"recipe {recipe} lies outside {working_dir}, which is all that a job gets: copy it there."
+            )
+        recipe = str(path.resolve().relative_to(working_dir))
+    words = ["python", "-m", "pipelines.cli", command, recipe, *overrides]
+    return run_job(words, address=address, working_dir=working_dir, wait=wait, retries=retries)
+
+
+def run_job(
+    words: Sequence[str], *, address: str | None, working_dir: Path, wait: bool = True, retries: int = 0
+) -> int:
+    """Run the command line `words` as a job in a copy of `working_dir`, print its output and return its exit code.
+
+    A job that fails is handed in again, up to `retries` times, with `--resume` at the end; one that was stopped, or
+    that refused its input (exit code 2), is not. The code is the command's own, 143 for a job that was stopped, 130
+    if following ended with Ctrl-C (the job runs on), 1 if the job never got to start or the cluster was lost.
+    Raises `ValueError` for a cluster that cannot be reached, refuses the token or refuses the job.
+    """
+    if retries and not wait:
+        raise ValueError(
+            "retries need someone who waits for the job: leave out --no-wait, or set retries to 0."
+        )
+    client = job_client(address)
+    for attempt in range(retries + 1):
+        resumed = ["--resume"] if attempt and "--resume" not in words else []
+        job_id = _hand_in(client, shlex.join([*words, *resumed]), working_dir)
+        print(f"Submitted {job_id} to {client.get_address()}.", flush=True)
+        if not wait:
+            print(_how_to(client, job_id), flush=True)
+            return 0
+        code = follow(job_id, client=client)
+        if code in (0, BAD_INPUT, STOPPED, DETACHED) or client.get_job_status(job_id) != JobStatus.FAILED:
+            return code
+        if attempt < retries:
+            print(f"{job_id} failed with exit code {code}: retry {attempt + 1} of {retries}.", flush=True)
+    return code
+
+
+def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClient | None = None) -> int:
+    """Print a job's output from its beginning until it ends, and return its exit code (see `run_job`).
+
+    Ctrl-C ends the following, not the job, and prints how to come back to it and how to stop it.
+    """
+    client = client or job_client(address)
+    _details(client, job_id)
+    try:
+        details = asyncio.run(_follow(client, job_id))
+    except KeyboardInterrupt:
+        print(f"\n{job_id} runs on without being followed. {_how_to(client, job_id)}", flush=True)
+        return DETACHED
+    except ConnectionError:
+        print(
+            f"Lost contact with {client.get_address()}. {_how_to(client, job_id)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        print(f"{job_id} was stopped.", flush=True)
+        return STOPPED
+    if details.driver_exit_code is None:
+        print(f"{job_id} did not run: {details.message}", file=sys.stderr, flush=True)
+        return 1
+    # A command that died of signal n has the code -n, which a shell calls 128 + n.
+    return details.driver_exit_code if details.driver_exit_code > 0 else 128 - details.driver_exit_code
+
+
+def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) -> int:
+    """Stop a job and wait until it has stopped. Returns 0, also if it had ended before; 1 if it would not end.
+
+    Ray sends SIGTERM and, three seconds later, SIGKILL (`RAY_JOB_STOP_WAIT_TIME_S` on the cluster changes that).
+    """
+    client = job_client(address)
+    _details(client, job_id)
+    client.stop_job(job_id)
+    deadline = time.monotonic() + timeout_s
+    while not (status := client.get_job_status(job_id)).is_terminal():
+        if time.monotonic() > deadline:
+            print(f"{job_id} has not stopped within {timeout_s:g} s.", file=sys.stderr, flush=True)
+            return 1
+        time.sleep(0.2)
+    print(
+        f"{job_id} was stopped." if status == JobStatus.STOPPED else f"{job_id} had ended: {status}.",
+        flush=True,
+    )
+    return 0
+
+
+def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmissionClient:
+    """The job server of the cluster at `address`: `http://host:port` of its dashboard, `host:port` of its control
+    service, or `auto`. `None`: `RAY_API_SERVER_ADDRESS`, then `RAY_ADDRESS`, then a cluster on this machine.
+
+    Raises `ValueError` if nothing answers within `timeout_s` seconds or the token is refused.
+    """
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "auto"
+    cluster.use_token()
+    try:
+        # Both would otherwise be retried for minutes.
+        if "://" in address:
+            url = urlsplit(address)
+            port = url.port or {"https": 443, "http": 80}.get(url.scheme, 10001)
+            socket.create_connection((url.hostname or "", port), timeout=timeout_s).close()
+        else:
+            address = cluster.probe(address, timeout_s)
+        with _ray_address(address):
+            return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        refused = "refuses this token" if os.environ.get("RAY_AUTH_MODE") == "token" else "asks for a token"
+        raise ValueError(f"the job server at {address} {refused}: {cluster.TOKEN_ADVICE}.") from error
+    except (OSError, RuntimeError, requests.RequestException) as error:
+        raise ValueError(
+            f"no Ray job server answers at {address}: give http://host:port of the cluster's dashboard (port 8265 by"
+            " default), or host:port of its control service (GCS, port 6379 by default)."
+        ) from error
+
+
+@contextmanager
+def _ray_address(address: str) -> Iterator[None]:
+    """Ray's client lets these variables overrule the address that it is given; here they say the same."""
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> str:
+    # Lines as they are written, as wide as the terminal that shows them.
+    shown = {"PYTHONUNBUFFERED": "1", "COLUMNS": str(shutil.get_terminal_size((100, 24)).columns)}
+    environment = cluster.code_environment(working_dir) | {"env_vars": shown}
+    try:
+        return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the cluster did not take the job ({reason}): if {working_dir} is too large, name in .gitignore or"
+            " .rayignore what the job does not need."
+        ) from error
+
+
+async def _follow(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    """Copy the job's output to stdout until it ends. A connection that breaks is made anew, and no line comes twice."""
+    printed = 0
+
+    async def copy() -> None:
+        seen = 0
+        async for text in client.tail_job_logs(job_id):
+            new = text[max(0, printed - seen) :]
+            seen += len(text)
+            show(new)
+
+    def show(text: str) -> None:
+        nonlocal printed
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        printed += len(text)
+
+    last_contact = time.monotonic()
+    while True:
+        copying = asyncio.create_task(copy())
+        try:
+            while not copying.done():
+                details = client.get_job_info(job_id)
+                last_contact = time.monotonic()
+                if details.status.is_terminal():
+                    # The log's own end is not waited for: the server looks for it once a second.
+                    show(client.get_job_logs(job_id)[printed:])
+                    return details
+                await asyncio.wait({copying}, timeout=0.5)
+        except requests.RequestException as error:
+            if time.monotonic() - last_contact > LOST_CONTACT_S:
+                raise ConnectionError(str(error)) from error
+        finally:
+            copying.cancel()
+            await asyncio.gather(copying, return_exceptions=True)
+        await asyncio.sleep(0.5)
+
+
+def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    try:
+        return client.get_job_info(job_id)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the cluster at {client.get_address()} has no job {job_id}: `ray job list` shows those that it has."
+        ) from error
+
+
+def _how_to(client: JobSubmissionClient, job_id: str) -> str:
+    here = f"--address {client.get_address()}"
+    return (
+        f"Follow it with `self-forcing submit --follow {job_id} {here}`,"
+        f" stop it with `self-forcing submit --stop {job_id} {here}`."
+    )

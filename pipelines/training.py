@@ -1,0 +1,206 @@
+"""Training of one model on Ray Train: what pretraining and initialisation share.
+
+The loop is the same on every rank: seeded batches by position, one engine step, a checkpoint now and then. All that is random is named by
+(seed, update, sample), so any number of ranks computes the same thing and a resumed run goes on with the same numbers.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import RunConfig as RayRunConfig
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+from torch import Tensor, nn
+
+from infra import storage
+from infra.tracking import Tracker
+from orchestrator.config import TrainRole
+from pipelines.console import Display, say
+from workers.engine import TrainEngine, WeightSource, init_process_group
+
+REPORT_EVERY = 10
+TIMEOUT_S = 600.0
+
+
+class Task(Protocol):
+    """What one stage trains; it travels to every rank."""
+
+    compile: bool
+
+    def weights(self) -> WeightSource | None:
+        """What the module starts from; none keeps what `build` drew."""
+        ...
+
+    def build(self) -> nn.Module:
+        """The module in training, with its initial weights drawn."""
+        ...
+
+    def open(self, device: torch.device) -> None:
+        """Open data sets; called once on every rank."""
+        ...
+
+    def loss(self, module: nn.Module, update: int, samples: range, batch: int) -> Tensor:
+        """The mean loss over `samples`, a part of the `batch` samples of this update."""
+        ...
+
+    def export(self, engine: TrainEngine, path: str) -> None:
+        """Publish the finished model; called on every rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one model is trained."""
+
+    name: str
+    output: str
+    updates: int
+    batch: int
+    warmup: int
+    checkpoint_every: int
+    role: TrainRole
+    seed: int
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.output}/checkpoints"
+
+    @property
+    def model(self) -> str:
+        return f"{self.output}/model"
+
+    def learning_rate(self, update: int) -> float:
+        """Linear warm-up, then linear decay to zero."""
+        rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+        return self.role.engine.learning_rate * rise * (1 - update / self.updates)
+
+
+def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
+    """Train on the connected cluster until the last update, and return the model directory's path.
+
+    Raises ValueError where there are checkpoints already and `resume` is false, and FloatingPointError where the loss is not finite.
+    """
+    newest = storage.newest_complete(stage.checkpoints)
+    if newest and not resume:
+        raise ValueError(f"{stage.output} already holds checkpoints; continue with --resume, or choose another output.")
+    if newest:
+        say(f"{stage.name}: resuming from {newest}")
+    start = int(storage.read_metadata(newest)["update"]) if newest else 0
+    reports = Queue(actor_options={"num_cpus": 0})
+    with Display(stage.name, stage.updates, done=start) as display:
+        reader = threading.Thread(target=_read_reports, args=(reports, display, tracker), daemon=True)
+        reader.start()
+        trainer = TorchTrainer(
+            _loop,
+            train_loop_config={"stage": stage, "task": task, "newest": newest, "reports": reports, "run_id": tracker.run_id},
+            torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
+            scaling_config=ScalingConfig(
+                num_workers=stage.role.ranks,
+                use_gpu=stage.role.gpus > 0,
+                resources_per_worker={"CPU": stage.role.cpus, "GPU": stage.role.gpus},
+            ),
+            run_config=RayRunConfig(name=stage.name, storage_path=str(Path(stage.output).absolute() / "ray")),
+        )
+        try:
+            trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            raise _cause(error) from None
+        finally:
+            reports.put(None)
+            reader.join()
+            reports.shutdown()
+    return stage.model
+
+
+def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
+    """The user's mistake behind a failed worker group, or the failure itself."""
+    for failure in error.worker_failures.values():
+        for known in (ValueError, FloatingPointError):
+            if isinstance(failure, known) or isinstance(getattr(failure, "cause", None), known):
+                return known(str(getattr(failure, "cause", failure)))
+    return error
+
+
+def _read_reports(reports: Queue, display: Display, tracker: Tracker) -> None:
+    while (report := reports.get()) is not None:
+        update, values = report
+        display.update(update, {"loss": values["loss"]})
+        tracker.metrics(update, values)
+
+
+def _loop(config: Mapping[str, Any]) -> None:
+    stage: Stage = config["stage"]
+    task: Task = config["task"]
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(stage.role.threads)
+    init_process_group(
+        rank=rank,
+        world_size=ranks,
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+        timeout_s=TIMEOUT_S,
+    )
+    torch.manual_seed(stage.seed)
+    engine = TrainEngine(task.build, stage.role.engine, weights=task.weights())
+    task.open(engine.device)
+    start = 0
+    if config["newest"]:
+        with storage.reading(config["newest"]) as directory:
+            engine.load(directory)
+        start = int(storage.read_metadata(config["newest"])["update"])
+    module = torch.compile(engine.module) if task.compile else engine.module
+    parts = ranks * stage.role.engine.accumulation
+    size = stage.batch // parts
+    for update in range(start, stage.updates):
+        engine.set_learning_rate(stage.learning_rate(update))
+        total = torch.zeros((), dtype=torch.float64)
+        for part in range(rank, parts, ranks):
+            loss = task.loss(module, update, range(part * size, (part + 1) * size), stage.batch)
+            engine.backward(loss)
+            total += loss.detach().cpu().double() / parts
+        if ranks > 1:
+            dist.all_reduce(total)
+        value = total.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{stage.name}: the loss of update {update} is not finite; the newest whole checkpoint is kept, "
+                "lower the learning rate and --resume."
+            )
+        result = engine.step()
+        done = update + 1
+        if rank == 0 and (done % REPORT_EVERY == 0 or done == stage.updates):
+            config["reports"].put(
+                (done, {"loss": value, "grad_norm": result.grad_norm, "learning_rate": stage.learning_rate(update)})
+            )
+        if done % stage.checkpoint_every == 0 and done < stage.updates:
+            _save(stage, engine, {"stage": stage.name, "update": done, "run_id": config["run_id"]})
+    task.export(engine, stage.model)
+
+
+def _save(stage: Stage, engine: TrainEngine, metadata: Mapping[str, Any]) -> None:
+    path = f"{stage.checkpoints}/{metadata['update']:07d}"
+    staging = share(storage.begin(path) if dist.get_rank() == 0 else None)
+    with storage.writing(staging) as directory:
+        engine.save(directory)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        storage.publish(staging, path, metadata)
+        storage.prune(stage.checkpoints, keep=2)
+
+
+def share(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,199 @@
+"""Evaluation: metrics of videos whose answer is known, and the whole of it on tiny models in a real Ray."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from infra import storage
+from infra.tracking import Tracker, TrackingConfig, sqlite_uri
+from model.metrics import Estimate
+from model.rollout import RolloutConfig
+from model.text import ByteEncoder
+from model.transformer import TransformerConfig, WanTransformer
+from orchestrator.config import DataConfig, DistillConfig, EvaluateConfig, RunConfig
+from pipelines import cli
+from pipelines.digit_reader import load_or_train, read_videos
+from pipelines.evaluate import READER_SEED, Videos, evaluate, measure, real_videos
+from pipelines.moving_digits import PROMPTS, write_dataset
+from pipelines.report import METRICS, ROWS, Report, Row, summary_table
+from workers.model_directory import ModelCard, ModelWriter, TextConfig, VideoConfig
+
+SIZES = TransformerConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=16)
+VIDEO = VideoConfig(frames=4)
+ROLLOUT = RolloutConfig(steps=(1000, 500), chunk=2, window=4, positions="relative")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a trained digit reader and held-out videos of 6 frames."""
+    root = tmp_path_factory.mktemp("root")
+    load_or_train(root / "outputs" / "digit_reader", READER_SEED)
+    write_dataset(root / "outputs" / "data" / "held_out", videos=480, frames=6, seed=1, split="held_out")
+    return root
+
+
+def run_config(root: Path) -> RunConfig:
+    return RunConfig(
+        root=str(root),
+        video=VIDEO,
+        teacher=SIZES,
+        student=SIZES,
+        rollout=ROLLOUT,
+        data=DataConfig(held_out_frames=6),
+        distill=DistillConfig(),
+        evaluate=EvaluateConfig(videos=80, frames=6, batch=48, teacher_steps=2),
+        tracking=TrackingConfig(uri=sqlite_uri(root / "mlflow.db"), system_metrics_every_s=0),
+    )
+
+
+def write_model(path: str, kind: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    transformer, text = WanTransformer(SIZES), ByteEncoder(SIZES.text_len, SIZES.text_dim)
+    rollout = ROLLOUT if kind == "student" else None
+    staging = storage.begin(path)
+    with storage.writing(staging) as directory:
+        writer = ModelWriter(directory)
+        for name, tensor in transformer.state_dict().items():
+            writer.write(name, tensor)
+        writer.finish(ModelCard(kind, SIZES, VIDEO, TextConfig(), rollout=rollout), text.state_dict())
+    storage.publish(staging, path, {})
+
+
+@pytest.mark.slow
+def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) -> None:
+    real, reference = real_videos(run_config(root).located())
+    assert len(real.prompts) == 80 and len(reference.prompts) == 400
+    reader = load_or_train(root / "outputs" / "digit_reader", READER_SEED)
+    features = read_videos(reader, reference.frames())[1]
+
+    def row(videos: Videos) -> Row:
+        return measure(reader, videos, features, reference.numbers(), chunk=2, trained=4, seed=0, threads=1)
+
+    whole = row(real)
+    assert whole.by_frame["digit_accuracy"].value.min() >= 0.95
+    assert whole.by_frame["motion_following"].value[0].isnan() and whole.inside["motion_following"].value == 1
+    assert 0.8 < whole.overall["diversity"].value < 1.2
+    assert whole.overall["kernel_distance"].low < 0.05 < whole.overall["kernel_distance"].high + 0.05
+
+    # From the fifth frame on another digit stands still.
+    spoiled = real.pixels.clone()
+    spoiled[:, 4:] = real.pixels[[real.prompts.index(PROMPTS[(i + 8) % 40]) for i in real.numbers()]][:, 4:5]
+    drifted = row(Videos(spoiled, real.prompts))
+    for metric in METRICS:
+        assert torch.equal(drifted.inside[metric].value, whole.inside[metric].value)
+    assert drifted.beyond["digit_accuracy"].high < 0.2
+    assert drifted.by_chunk["digit_accuracy"].value[:2].min() > 0.9 > drifted.by_chunk["digit_accuracy"].high[2]
+    assert drifted.beyond["motion_following"].value < 0.2
+
+    # One video for each prompt: no diversity; and too few videos to have any.
+    first = [real.prompts.index(prompt) for prompt in real.prompts]
+    assert row(Videos(real.pixels[first], real.prompts)).overall["diversity"].value == 0
+    single = row(Videos(real.pixels[:40], real.prompts[:40]))
+    assert single.overall["diversity"].value.isnan() and single.overall["digit_accuracy"].value > 0.9
+    short = row(Videos(real.pixels[:, :4], real.prompts))
+    assert short.beyond["digit_accuracy"].value.isnan() and len(short.by_chunk["diversity"].value) == 2
+
+
+@pytest.mark.slow
+def test_tiny_models_are_measured_reported_and_not_generated_twice(ray_cluster, root: Path) -> None:
+    config = run_config(root)
+    located = config.located()
+    with pytest.raises(ValueError, match=r"no complete teacher model at .*; run `self-forcing pretrain` first"):
+        evaluate(config, tracker=None, resume=False)
+    paths = (located.distill.teacher, located.distill.student, f"{located.distill.output}/model")
+    write_model(paths[0], "teacher", 0)
+    write_model(paths[1], "student", 1)
+    with pytest.raises(ValueError, match=r"no complete distilled model at .*; run `self-forcing distill` first"):
+        evaluate(config, tracker=None, resume=False)
+    write_model(paths[2], "student", 2)
+    with pytest.raises(ValueError, match=r"evaluate.frames is 8, .* have 6; use at most 6"):
+        evaluate(replace(config, evaluate=replace(config.evaluate, frames=8)), tracker=None, resume=False)
+    with pytest.raises(ValueError, match=r"evaluate.frames is 3, less than the 4 frames"):
+        evaluate(replace(config, evaluate=replace(config.evaluate, frames=3)), tracker=None, resume=False)
+
+    output = Path(located.evaluate.output)
+    with Tracker.start(
+        config.tracking, folder=output, run_name="evaluate", stage="evaluate", params=asdict(config)
+    ) as tracker:
+        report = evaluate(config, tracker=tracker, resume=False)
+    assert list(report.rows) == list(ROWS) and report.steps == 2
+    assert [row.frames for row in report.rows.values()] == [6, 4, 6, 6]
+
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["rows"]["distilled"]["by_frame"]["digit_accuracy"]["value"] == pytest.approx(
+        report.rows["distilled"].by_frame["digit_accuracy"].value.tolist()
+    )
+    assert metrics["rows"]["teacher"]["beyond"]["digit_accuracy"] == dict.fromkeys(["value", "low", "high"])
+    assert len(metrics["verdicts"]) == 8 and metrics["rows"]["real"]["overall"]["digit_accuracy"]["value"] > 0.95
+    text = (output / "report.md").read_text()
+    assert str(root) not in text + (output / "metrics.json").read_text()
+    for picture in re.findall(r"\]\((.+?\.png)\)", text):
+        assert min(Image.open(output / picture).size) > 300
+    again, _ = cli.parse("evaluate", [str(output / "config.yaml"), "--root", str(root)])
+    assert again.located() == replace(located, tracking=again.located().tracking)
+
+    console = Console(width=160, record=True)
+    console.print(summary_table(report))
+    assert "distilled student" in console.export_text() and "4–5" in console.export_text()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(config.tracking.uri)
+    curve = client.get_metric_history(tracker.run_id, "evaluation/distilled/digit_accuracy")
+    expected = report.rows["distilled"].by_frame["digit_accuracy"].value
+    assert [(point.step, point.value) for point in curve] == [(i, float(v)) for i, v in enumerate(expected)]
+    artifacts = {item.path for item in client.list_artifacts(tracker.run_id, "evaluation")}
+    assert {"evaluation/drift.png", "evaluation/metrics.json"} <= artifacts
+
+    # A new distilled student is measured; the other two models' videos are kept, and the numbers with them.
+    def made() -> dict[str, int]:
+        return {name: (output / "videos" / name / "videos.safetensors").stat().st_mtime_ns for name in ROWS[1:]}
+
+    before = made()
+    write_model(paths[2], "student", 3)
+    resumed = evaluate(config, tracker=None, resume=True)
+    assert {name for name, time in made().items() if time != before[name]} == {"distilled"}
+    for name, row in report.rows.items():
+        same = torch.equal(resumed.rows[name].overall["kernel_distance"].value, row.overall["kernel_distance"].value)
+        assert same == (name != "distilled")
+    evaluate(replace(config, seed=1), tracker=None, resume=True)
+    assert not set(made().values()) & set(before.values())
+
+
+def test_verdicts_follow_from_the_numbers() -> None:
+    def row(accuracy: list[float], diversity: float, frames: int = 6) -> Row:
+        value = torch.tensor(accuracy)
+        curve = Estimate(value, value - 0.05, value + 0.05)
+
+        def scalars(part: torch.Tensor) -> dict[str, Estimate]:
+            mean = part.mean()
+            other = torch.tensor(diversity)
+            motion = torch.tensor(0.95)
+            return {
+                "digit_accuracy": Estimate(mean, mean - 0.05, mean + 0.05),
+                "motion_following": Estimate(motion, motion, motion),
+                "diversity": Estimate(other, other, other),
+            }
+
+        chunks = {"digit_accuracy": curve}
+        return Row(frames, {}, chunks, scalars(value[:2]), scalars(value[2:]), scalars(value))
+
+    def met(distilled: Row) -> list[bool]:
+        rows = {
+            "real": row([1, 1, 1], 1.0),
+            "teacher": row([0.95, 0.95], 0.9, 4),
+            "initial": row([0.8, 0.4, 0.2], 0.9),
+            "distilled": distilled,
+        }
+        report = Report(RunConfig(), {}, rows, 4, 2, 4, {}, [], 0.0)
+        return [verdict.met for verdict in report.verdicts()]
+
+    assert met(row([0.9, 0.9, 0.85], 0.7)) == [True] * 8
+    assert met(row([0.9, 0.45, 0.85], 0.5)) == [True, True, False, True, False, False, True, True]
+    assert met(row([0.1, 0.1, 0.1], float("nan"))) == [True, True, False, True, False, False, False, False]

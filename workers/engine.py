@@ -1,0 +1,311 @@
+"""One rank of a model, in training (`TrainEngine`: student, critic) or answering (`FrozenEngine`: teacher).
+
+Both expose `.module`, the `nn.Module` to call. A score is pulled back to its input with `torch.autograd.grad`, which
+leaves the weights' gradients untouched; only `TrainEngine.backward` adds to those. Knows nothing of Ray, of losses or
+of where checkpoints belong; DeepSpeed is behind `workers.zero`.
+"""
+
+import math
+import pickle
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from workers import zero
+from workers.engine_config import EngineConfig
+from workers.zero import init_process_group
+
+__all__ = [
+    "EngineConfig",
+    "FrozenEngine",
+    "StepResult",
+    "TrainEngine",
+    "WeightSource",
+    "free_port",
+    "init_process_group",
+]
+
+FORMAT = 1
+
+
+class WeightSource(Protocol):
+    """Named tensors read one at a time, such as an opened safetensors file."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What `TrainEngine.step` did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping, the same on all ranks: inf if not finite, 0 if no step was due."""
+    stepped: bool
+    """Whether the weights were updated."""
+
+
+def free_port() -> int:
+    """A TCP port that is free on this node now; call it on rank 0's node right before `init_process_group`."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+class TrainEngine:
+    """This rank of a model in training. All ranks construct it, and call its methods, in the same order.
+
+    `module` is what to call, `device` and `dtype` what its inputs should have, `version` the optimizer steps made.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        config: EngineConfig,
+        *,
+        weights: WeightSource | None = None,
+        frozen_prefixes: Sequence[str] = (),
+    ) -> None:
+        """Build the model, shard it and load `weights`, tensor by tensor.
+
+        At stage 3 no rank ever holds the whole model: each submodule is sharded as soon as `build` has constructed it.
+        `weights` must name exactly the model's parameters; all ranks pass it and rank 0 reads the tensors; none keeps
+        rank 0's initialisation. Parameters whose name starts with one of `frozen_prefixes` are not trained.
+        `ValueError`, on every rank, if names or shapes do not fit.
+        """
+        self.config = config
+        self.device = zero.device()
+        self.dtype = zero.DTYPES[config.dtype]
+        self.version = 0
+        self._pending = 0
+        self._zero = zero.ZeroModel(build, config, frozen_prefixes)
+        self.module = self._zero.module
+        if weights is not None:
+            self._zero.begin_writing()
+            for name, full in _stream(weights, self._zero.parameters, self.device, shared=True):
+                self._zero.write(name, full)
+        self._ema: dict[str, Tensor] = {}
+        if config.ema_decay is not None:
+            trained = {name: piece for name, piece in self._zero.slices.items() if piece.trained}
+            self._ema = {name: piece.value.clone() for name, piece in trained.items()}
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar `loss`, the mean over this rank's samples, once per micro-batch.
+
+        The mean over ranks and accumulation is taken here, and nowhere else. `RuntimeError` if a step is due first.
+        """
+        if self._pending == self.config.accumulation:
+            raise RuntimeError(
+                f"backward was called {self._pending} times, as accumulation says: call step first"
+            )
+        self._pending += 1
+        self._zero.backward(loss, first=self._pending == 1, last=self._pending == self.config.accumulation)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Step size of the coming optimizer steps, instead of the configured one."""
+        for group in self._zero.adam.param_groups:
+            group["lr"] = value
+
+    def step(self) -> StepResult:
+        """Update the weights and the EMA if `accumulation` backward calls were made, else do nothing.
+
+        So it may be called after every backward, or once after the last. A gradient that is not finite is dropped
+        and changes nothing: `grad_norm` is then inf and `stepped` false.
+        """
+        if self._pending < self.config.accumulation:
+            return StepResult(grad_norm=0.0, stepped=False)
+        self._pending = 0
+        grad_norm = self._zero.step()
+        if not math.isfinite(grad_norm):
+            return StepResult(grad_norm=math.inf, stepped=False)
+        self.version += 1
+        if self.config.ema_decay is not None:
+            weight = 1.0 - self.config.ema_decay if self.version > self.config.ema_start else 1.0
+            for name, average in self._ema.items():
+                average.lerp_(self._zero.slices[name].value, weight)
+        return StepResult(grad_norm=grad_norm, stepped=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole fp32 gradients by name, after the last backward of an update and before its step; for tests."""
+        if self._pending != self.config.accumulation:
+            raise RuntimeError("gradients exist between the last backward of an update and its step")
+        return self._zero.gradients()
+
+    def save(self, directory: str | Path) -> None:
+        """Write this rank's slices (weights, moments, EMA) and the version; returns when every rank has written."""
+        if self._pending:
+            raise RuntimeError("save was called between a backward and its step")
+        entries: dict[str, dict[str, Any]] = {}
+        for name, piece in self._zero.slices.items():
+            entry = {"start": piece.start, "value": _copy(piece.value)}
+            if piece.trained and self.version > 0:
+                entry |= {key: _copy(self._zero.moment(piece, key)) for key in zero.MOMENTS}
+            if name in self._ema:
+                entry["ema"] = _copy(self._ema[name])
+            entries[name] = entry
+        record = {
+            "format": FORMAT,
+            "stage": self.config.zero_stage,
+            "version": self.version,
+            "parameters": entries,
+        }
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        torch.save(record, _path(directory))
+        dist.barrier()
+
+    def load(self, directory: str | Path) -> None:
+        """Continue from `save`, to the bit. `ValueError` if files are missing, damaged or of another run's shape."""
+        record, saved = _read(directory), f"the checkpoint in {directory}"
+        if record["stage"] != self.config.zero_stage:
+            stage = record["stage"]
+            raise ValueError(
+                f"{saved} has zero_stage {stage} and this run {self.config.zero_stage}: use {stage}"
+            )
+        entries, pieces = record["parameters"], self._zero.slices
+        _check_names(pieces, entries, saved)
+        for name, piece in pieces.items():
+            entry = entries[name]
+            if entry["start"] != piece.start or entry["value"].shape != piece.value.shape:
+                raise ValueError(
+                    f"{saved} has {name} in another size: use the model that it was written with"
+                )
+            if name in self._ema and "ema" not in entry:
+                raise ValueError(f"{saved} has no EMA: leave ema_decay out to resume from it")
+        self.version, self._pending = record["version"], 0
+        self._zero.adam.state.clear()
+        self._zero.begin_writing()
+        for name, piece in pieces.items():
+            entry = entries[name]
+            self._zero.write(name, self._zero.gather(name, entry["value"]))
+            if piece.trained and self.version > 0:
+                self._zero.write_moments(name, {key: entry[key] for key in zero.MOMENTS}, self.version)
+            if name in self._ema:
+                self._ema[name].copy_(entry["ema"])
+        dist.barrier()
+
+    def export(self, write: Callable[[str, Tensor], None], *, ema: bool = False) -> None:
+        """Hand each whole parameter, in the model's order, to `write(name, fp32 CPU tensor)` on rank 0.
+
+        Collective, with one parameter in memory at a time. With `ema`, averaged weights (frozen ones as they are).
+        """
+        if ema and self.config.ema_decay is None:
+            raise ValueError("there are no averaged weights to export: set ema_decay")
+        for name, piece in self._zero.slices.items():
+            full = self._zero.gather(name, self._ema.get(name, piece.value) if ema else piece.value)
+            if dist.get_rank() == 0:
+                write(name, full.cpu())
+
+
+class FrozenEngine:
+    """A model that answers and is never trained: replicated (`zero_stage` 0) or sharded over its group (3).
+
+    `torch.autograd.grad(output, x, cotangent)` works through `module`. A replicated one needs no process group, so
+    such a rank can restart alone; of a sharded one, all ranks make the same calls in the same order.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        *,
+        weights: WeightSource,
+        zero_stage: int = 0,
+        dtype: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        """Build the model and load `weights`, which must name exactly its parameters.
+
+        Sharded, rank 0 reads them for all; replicated, every rank reads them itself. Buffers keep their type.
+        """
+        if zero_stage not in (0, 3):
+            raise ValueError(
+                f"zero_stage of a frozen model is {zero_stage}: use 0 (replicated) or 3 (sharded)"
+            )
+        chosen = zero.settings(EngineConfig(learning_rate=0.0, zero_stage=zero_stage, dtype=dtype))
+        del chosen["optimizer"]
+        self.device = zero.device()
+        self.dtype = zero.DTYPES[dtype]
+        self.module = zero.build_module(build, chosen).eval().requires_grad_(False)
+        parameters = dict(self.module.named_parameters())
+        for name, full in _stream(weights, parameters, self.device, shared=zero_stage == 3):
+            if zero_stage == 3:
+                zero.assign(parameters[name], full)
+            else:
+                parameters[name].data = full.to(self.dtype)
+        if zero_stage == 3:
+            self._engine, *_ = zero.deepspeed().initialize(model=self.module, config=chosen)
+        else:
+            self.module.to(self.device)
+
+
+def _stream(
+    weights: WeightSource, parameters: dict[str, nn.Parameter], device: torch.device, *, shared: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole fp32 tensors of all parameters, one at a time; if `shared`, rank 0 reads for all."""
+    _check_names(parameters, weights.keys(), "the given weights")
+    problem = None
+    for name, parameter in parameters.items():
+        full = torch.zeros(zero.shape_of(parameter), dtype=torch.float32, device=device)
+        if not shared or dist.get_rank() == 0:
+            tensor = weights.get(name)
+            if tensor.shape == full.shape:
+                full.copy_(tensor)
+            else:
+                found, needed = list(tensor.shape), list(full.shape)
+                problem = f"the given weights have {name} of shape {found} and the model needs {needed}"
+        if shared:
+            dist.broadcast(full, 0)
+        yield name, full
+    if shared:
+        # All ranks raise or none: one that stopped on the way would leave the others waiting.
+        verdict = [problem]
+        dist.broadcast_object_list(verdict, 0)
+        problem = verdict[0]
+    if problem:
+        raise ValueError(problem)
+
+
+def _check_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        lists = {"lack": missing, "have unknown": unknown}
+        parts = [f"{verb} {', '.join(names[:4])} ({len(names)})" for verb, names in lists.items() if names]
+        raise ValueError(f"the names in {what} are not the model's: they {' and '.join(parts)}")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A host copy without the rest of the buffer that a view would drag into the file."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _path(directory: str | Path) -> Path:
+    return Path(directory) / f"engine-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.pt"
+
+
+def _read(directory: str | Path) -> dict[str, Any]:
+    """This rank's record, its tensors mapped from the file rather than read."""
+    path, ranks = _path(directory), dist.get_world_size()
+    names = [file.name for file in Path(directory).glob("engine-*-of-*.pt")]
+    written = {int(match[1]) for name in names if (match := re.search(r"-of-(\d+)", name))}
+    if written and ranks not in written:
+        before = min(written)
+        raise ValueError(
+            f"the checkpoint in {directory} is of {before} ranks and this group has {ranks}: use {before}"
+        )
+    if not path.exists():
+        raise ValueError(f"the checkpoint file {path} is missing: resume from a whole checkpoint")
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the checkpoint file {path} is damaged: resume from an older checkpoint") from error
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"the checkpoint file {path} has format {record['format']}: this version reads {FORMAT}"
+        )
+    return record

@@ -1,0 +1,181 @@
+"""A model on disk: its weights as safetensors, and everything needed to run them.
+
+`model.json` holds sizes, the shape of a video, how the student generates, and where the model came from; `transformer-*.safetensors`
+the weights under their Wan names, in shards; `text_encoder.safetensors` the encoder, if it belongs to the model. The directory is
+published by `infra.storage`: it is whole or does not exist.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from infra import storage
+from model.codec import Codec, SpaceToDepth
+from model.rollout import RolloutConfig
+from model.text import ByteEncoder, TextEncoder
+from model.transformer import TransformerConfig, WanTransformer
+
+FORMAT = 1
+SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Shape of a latent video."""
+
+    frames: int = 9
+    """Latent frames that the models are trained on."""
+    channels: int = 4
+    """Latent channels."""
+    height: int = 8
+    """Latent rows."""
+    width: int = 8
+    """Latent columns."""
+    codec: Literal["space_to_depth", "none"] = "space_to_depth"
+    """Latents to frames: blocks of pixels as channels, or none, where videos stay latents."""
+    fps: int = 8
+    """Frames a second of written videos."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(F, C, H, W)."""
+        return self.frames, self.channels, self.height, self.width
+
+    def make_codec(self) -> Codec | None:
+        if self.codec == "none":
+            return None
+        factor = int(self.channels**0.5)
+        if factor**2 != self.channels:
+            raise ValueError(f"video.codec space_to_depth needs a square number of video.channels, not {self.channels}.")
+        return SpaceToDepth(factor)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Prompt embedding."""
+
+    encoder: Literal["bytes", "embedded"] = "bytes"
+    """A small byte encoder that is part of the model, or embeddings that come with the data set."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What `model.json` says."""
+
+    kind: Literal["teacher", "student"]
+    transformer: TransformerConfig
+    video: VideoConfig
+    text: TextConfig
+    rollout: RolloutConfig | None = None
+    """How a student generates; none for a teacher."""
+    shift: float = 5.0
+    """Warp of the noise schedule that the model was trained with."""
+    lineage: Mapping[str, str] = field(default_factory=dict)
+    """Tracking run ids of this model and its ancestors by stage."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved config of the run that made it."""
+
+
+class ModelDirectory:
+    """An opened model directory; a `WeightSource` for engines."""
+
+    def __init__(self, path: str | Path):
+        """ValueError, in one sentence, where it is missing, unfinished, damaged or of another format."""
+        self.path = str(path)
+        if not storage.is_complete(path):
+            raise ValueError(f"there is no complete model at {path}; train one, or name a directory that has a manifest.json.")
+        storage.verify(path)
+        with storage.reading(path) as directory:
+            self.directory = directory
+            body = json.loads((directory / "model.json").read_text())
+        if body.get("format") != FORMAT:
+            raise ValueError(f"{path} has model format {body.get('format')}; this release reads format {FORMAT}.")
+        self.card = _card(body)
+        self._files: dict[str, Path] = {}
+        for shard in sorted(self.directory.glob("transformer-*.safetensors")):
+            with safe_open(shard, "pt") as file:
+                self._files |= {name: shard for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    def keys(self) -> Iterable[str]:
+        return self._files.keys()
+
+    def get(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def transformer(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanTransformer:
+        """The whole transformer on one device, frozen, for inference."""
+        with torch.device("meta"):
+            model = WanTransformer(self.card.transformer)
+        state = {name: self.get(name).to(device, dtype) for name in self.keys()}
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(False).eval()
+
+    def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
+        """The prompt encoder that belongs to the model; ValueError where prompts come embedded."""
+        if self.card.text.encoder != "bytes":
+            raise ValueError(f"the model at {self.path} takes embedded prompts; it cannot encode text.")
+        encoder = ByteEncoder(self.card.transformer.text_len, self.card.transformer.text_dim)
+        encoder.load_state_dict(self.text_weights())
+        return encoder.requires_grad_(False).to(device)
+
+    def text_weights(self) -> dict[str, Tensor]:
+        """Weights of the model's own prompt encoder; none where prompts come embedded."""
+        path = self.directory / "text_encoder.safetensors"
+        return load_file(path) if path.exists() else {}
+
+
+class ModelWriter:
+    """Collects weights one tensor at a time and writes them in shards."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._tensors: dict[str, Tensor] = {}
+        self._bytes = self._shards = 0
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor.detach().cpu().contiguous()
+        self._bytes += tensor.numel() * tensor.element_size()
+        if self._bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._tensors:
+            save_file(self._tensors, self.directory / f"transformer-{self._shards:05d}.safetensors")
+            self._shards += 1
+            self._tensors, self._bytes = {}, 0
+
+
+    def finish(self, card: ModelCard, text: Mapping[str, Tensor]) -> None:
+        """Write the rest: the last shard, the text encoder if there is one, and the card."""
+        self.flush()
+        if text:
+            encoder = {name: tensor.detach().cpu().contiguous() for name, tensor in text.items()}
+            save_file(encoder, self.directory / "text_encoder.safetensors")
+        (self.directory / "model.json").write_text(json.dumps({"format": FORMAT, **asdict(card)}, indent=1))
+
+
+def _card(body: Mapping[str, Any]) -> ModelCard:
+    def build(kind: type, values: Mapping[str, Any] | None) -> Any:
+        if values is None:
+            return None
+        known = {f.name for f in fields(kind)}
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+    return ModelCard(
+        kind=body["kind"],
+        transformer=build(TransformerConfig, body["transformer"]),
+        video=build(VideoConfig, body["video"]),
+        text=build(TextConfig, body["text"]),
+        rollout=build(RolloutConfig, body["rollout"]),
+        shift=body["shift"],
+        lineage=body["lineage"],
+        recipe=body["recipe"],
+    )

@@ -1,0 +1,36 @@
+"""Prompts as embeddings: read from a data set, or given."""
+
+from torch import Tensor
+
+from workers.dataset import ParquetDataset
+from workers.model_directory import ModelDirectory
+
+
+class PromptWorker:
+    """An actor that reads prompts and hands out their embeddings, one reference a sample."""
+
+    def __init__(self, path: str, seed: int, model: str):
+        """`model` names the directory whose encoder embeds prompts, unless the data set holds an `embedding` column."""
+        source = ModelDirectory(model)
+        self._embedded = source.card.text.encoder == "embedded"
+        self._data = ParquetDataset(path, ["embedding"] if self._embedded else ["prompt"])
+        self._encoder = None if self._embedded else source.text_encoder()
+        self._seed = seed
+
+    def batch(self, position: int, size: int) -> list[Tensor] | Tensor:
+        """Embeddings [text_len, text_dim] of samples `position …`, in the seeded order."""
+        rows = self._data.batch(position, size, self._seed)
+        if self._encoder is None:
+            return unwrapped([row["embedding"] for row in rows])
+        return self.embed([row["prompt"] for row in rows])
+
+    def embed(self, prompts: list[str]) -> list[Tensor] | Tensor:
+        """Embeddings of given prompts; ValueError where the model takes embedded prompts only."""
+        if self._encoder is None:
+            raise ValueError("prompts come embedded in this data set; text cannot be encoded here.")
+        return unwrapped([embedding.clone() for embedding in self._encoder.encode(prompts)])
+
+
+def unwrapped(embeddings: list[Tensor]) -> list[Tensor] | Tensor:
+    """Ray splits a list over several references, but hands a list of one over as it is."""
+    return embeddings if len(embeddings) > 1 else embeddings[0]

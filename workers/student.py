@@ -1,0 +1,119 @@
+"""The student: generates by self-rollout, keeps the graph, pulls a gradient back through it, and steps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infra import storage
+from model.kv_cache import BlockCache
+from model.noise import SampleNoise
+from model.objectives.dmd import dmd_loss
+from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
+from model.transformer import WanTransformer
+from workers.actor import Stats, TrainedRank, samples_in, samples_out, verb
+from workers.engine import EngineConfig, TrainEngine
+from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A video whose graph is alive, and the weights it was made with."""
+
+    video: Tensor
+    version: int
+
+
+class StudentWorker(TrainedRank):
+    """One rank of the student."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        ranks: int,
+        threads: int,
+        model: str,
+        rollout: RolloutConfig,
+        engine: EngineConfig,
+        activation_checkpointing: bool,
+    ):
+        super().__init__(rank=rank, ranks=ranks, threads=threads)
+        self.source = ModelDirectory(model)
+        self.config = rollout
+        self.engine_config = engine
+        self.activation_checkpointing = activation_checkpointing
+        self._graph: _Graph | None = None
+
+    def build(self) -> None:
+        sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
+        self.engine = TrainEngine(
+            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing), self.engine_config, weights=self.source
+        )
+
+    @verb
+    def rollout(self, plan: RolloutPlan, samples: list[int], *contexts: Tensor) -> tuple[Stats, ...]:
+        """Videos [F, C, H, W], one a sample, for prompt embeddings [text_len, text_dim].
+
+        If the plan carries a gradient its graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
+        """
+        if plan.grad_frames and self._graph is not None:
+            raise RuntimeError("a rollout with gradient was asked for while the graph of the last one is alive; pull it back first.")
+        video = self._generate(plan, samples, contexts)
+        if plan.grad_frames:
+            self._graph = _Graph(video, self.engine.version)
+        return {}, *samples_out(video)
+
+    def _generate(self, plan: RolloutPlan, samples: list[int], contexts: tuple[Tensor, ...]) -> Tensor:
+        sizes, shape = self.source.card.transformer, self.source.card.video
+        device = self.engine.device
+        rollout = Rollout(
+            self.config,
+            plan,
+            noise=SampleNoise([(*plan.noise, sample) for sample in samples], device),
+            cache=BlockCache(
+                self.config.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim, device
+            ),
+            shape=(len(samples), shape.channels, shape.height, shape.width),
+        )
+        return torch.cat(list(generate(self.engine.module, rollout, samples_in(contexts, device))), dim=1)
+
+    @verb
+    def pullback(self, samples: list[int], *predictions: Tensor) -> Stats:
+        """Backward through the kept rollout from the DMD loss: `predictions` are the teacher's x0, one a sample, then the critic's.
+
+        The loss is computed on leaves, so what crosses actors are videos and never a graph. RuntimeError if there is no graph, or if the
+        weights have changed since the rollout.
+        """
+        graph, self._graph = self._graph, None
+        if graph is None:
+            raise RuntimeError("pullback needs the graph of a rollout with gradient, and none is alive.")
+        if graph.version != self.engine.version:
+            raise RuntimeError(f"the graph was made with weights {graph.version}, and they are now {self.engine.version}.")
+        half = len(samples)
+        real, fake = (samples_in(part, self.engine.device) for part in (predictions[:half], predictions[half:]))
+        leaf = graph.video.detach().requires_grad_()
+        loss = dmd_loss(leaf, real, fake)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        self.engine.backward((graph.video * gradient).sum())
+        return {"loss": loss.item(), "score_gap": (fake - real).abs().mean().item()}
+
+    @verb
+    def step(self) -> Stats:
+        """One optimizer step once all micro-batches are pulled back; RuntimeError while a graph is alive."""
+        if self._graph is not None:
+            raise RuntimeError("step was called while the graph of a rollout is alive; pull it back first.")
+        result = self.engine.step()
+        return {"grad_norm": result.grad_norm}
+
+    def export(self, staging: str, card: ModelCard) -> None:
+        """Write the averaged weights (the current ones where none are kept) into a model's staging location; on all ranks."""
+        with storage.writing(staging) as directory:
+            writer = ModelWriter(directory)
+            self.engine.export(writer.write, ema=self.engine_config.ema_decay is not None)
+            if self.rank == 0:
+                writer.finish(card, self.source.text_weights())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by name, between the last pullback and the step; for tests."""
+        return {name: gradient.cpu() for name, gradient in self.engine.gradients().items()}
