@@ -75,7 +75,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """All that is random or variable in a rollout; the coordinator derives it, so ranks make the same calls."""
+    """All that is random or variable in a rollout; the coordinator derives it, so that ranks agree."""
 
     frames: int
     """Latent frames of the video, a given initial latent included."""

@@ -70,7 +70,9 @@ class TeacherRole(RanksConfig):
     guidance: float = 3.0
     """Classifier-free guidance in the form cond + guidance · (cond − uncond); 0 is none."""
     negative_prompt: str = ""
-    """Prompt of the unconditional branch."""
+    """Prompt of the unconditional branch, where the model has a text encoder."""
+    negative_embedding: str | None = None
+    """Safetensors file with the tensor `embedding` [text_len, text_dim] of the negative prompt, where prompts come embedded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,6 +251,10 @@ class RunConfig:
             raise ValueError(
                 "teacher and student must have the same text_len and text_dim, for they read the same prompts."
             )
+        if (self.text.encoder == "embedded") != (self.distill.roles.teacher.negative_embedding is not None):
+            raise ValueError(
+                "distill.roles.teacher.negative_embedding must name a file where text.encoder is embedded, and only there."
+            )
         _check_batch("pretrain", self.pretrain.batch, self.pretrain.role)
         _check_batch("initialize", self.initialize.batch, self.initialize.role)
         roles = self.distill.roles
@@ -277,9 +283,13 @@ class RunConfig:
             here = Path(path).absolute()
             return str(here) if here.exists() and not (root / path).exists() else str(root / path)
 
+        guide = self.distill.roles.teacher
+        if guide.negative_embedding is not None:
+            guide = replace(guide, negative_embedding=model(guide.negative_embedding))
         data = replace(self.data, train=under(self.data.train), held_out=under(self.data.held_out))
         distill = replace(
             self.distill,
+            roles=replace(self.distill.roles, teacher=guide),
             output=under(self.distill.output),
             teacher=model(self.distill.teacher),
             student=model(self.distill.student),

@@ -123,10 +123,14 @@ class Coordinator:
         size = distill.batch // distill.roles.student.engine.accumulation
         samples = list(range(part * size, (part + 1) * size))
         position = self.batch_index(iteration, purpose) * distill.batch + part * size
-        contexts = self.prompts.batch.options(num_returns=size).remote(position, size)
-        contexts = [contexts] if size == 1 else list(contexts)
+        contexts = self.contexts(position, size)
         stats, videos = self.student.scatter("rollout", samples, contexts, head=(plan,))
         return Rollouts(samples, contexts, videos, stats)
+
+    def contexts(self, position: int, size: int) -> list[ObjectRef]:
+        """References to the embeddings of `size` prompts."""
+        references = self.prompts.batch.options(num_returns=size).remote(position, size)
+        return [references] if size == 1 else list(references)
 
     def updates_student(self, iteration: int) -> bool:
         return iteration % self.config.distill.student_every == 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,10 @@ def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
         prompts = ray.remote(PromptWorker).options(num_cpus=0).remote(config.data.train, config.seed, distill.student)
         for each in (student, teacher, critic):
             each.start()
-        (uncond,) = embed(prompts, [roles.teacher.negative_prompt])
+        uncond = prompts.unconditional.remote(roles.teacher.negative_prompt, roles.teacher.negative_embedding)
         yield Coordinator(config, student, teacher, critic, prompts, uncond)
     finally:
         release(group)
-
-
-def embed(prompts: Any, texts: list[str]) -> list[ray.ObjectRef]:
-    """References to the embeddings of texts."""
-    references = prompts.embed.options(num_returns=len(texts)).remote(texts)
-    return [references] if len(texts) == 1 else list(references)
 
 
 def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -> str:
@@ -161,12 +155,10 @@ def sample(config: RunConfig, coordinator: Coordinator, student: ModelDirectory,
     """A video and a contact sheet of the student as it is now, written where the frames are, not here."""
     if config.video.make_codec() is None:
         return []
-    embed_count = coordinator.student.actors
-    count = max(SAMPLES // len(embed_count), 1) * len(embed_count)
-    position = 0
-    contexts = coordinator.prompts.batch.options(num_returns=count).remote(position, count)
-    contexts = [contexts] if count == 1 else list(contexts)
-    plan = replace(RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed))
+    ranks = len(coordinator.student.actors)
+    count = max(SAMPLES // ranks, 1) * ranks
+    contexts = coordinator.contexts(0, count)
+    plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed)
     _, videos = coordinator.student.scatter("rollout", list(range(count)), contexts, head=(plan,))
     stem = f"{config.distill.output}/samples/{done:07d}"
     files = ray.get(write_samples.remote(stem, config.video, *videos))

@@ -7,7 +7,7 @@ All three generate videos for the same prompts, the students from the same noise
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,7 +28,7 @@ from model.metrics import (
     mean_over_videos,
 )
 from orchestrator.cluster import release, reserve
-from orchestrator.config import RanksConfig, RunConfig
+from orchestrator.config import RunConfig
 from pipelines.console import Display, say
 from pipelines.digit_reader import DigitReader, load_or_train, read_videos
 from pipelines.generate import Generator
@@ -41,8 +41,8 @@ READER_SEED = 0
 """The reader is one instrument for all runs, whatever their seed."""
 REFERENCE_VIDEOS = 400
 """Real videos that others are compared with; more would narrow no interval that matters."""
-SHEET = (0, 13, 26, 39)
-"""Videos for the contact sheet: four digits, four directions."""
+SHEET = tuple(PROMPTS[i] for i in (0, 13, 26, 39))
+"""Prompts on the contact sheet: four digits, four directions."""
 
 
 @dataclass(frozen=True)
@@ -97,87 +97,84 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
     """
     began = time.monotonic()
     config = config.located()
-    settings, roles = config.evaluate, config.distill.roles
     models = open_models(config)
-    trained, rollout = models["distilled"].card.video.frames, models["distilled"].card.rollout
+    card = models["distilled"].card
     real, reference = real_videos(config)
-    resources = {"teacher": roles.teacher, "initial": roles.student, "distilled": roles.student}
-    for role in resources.values():
-        release(
-            reserve(
-                [_resources(role, settings.threads)],
-                purpose="evaluation",
-                timeout_s=config.placement.timeout_s,
-            )
-        )
     jobs = {name: _job(config, name, model) for name, model in models.items()}
+    roles = config.distill.roles
+    for role in (roles.teacher, roles.student):
+        bundle = {"CPU": config.evaluate.threads, "GPU": role.gpus}
+        release(reserve([bundle], purpose="evaluation", timeout_s=config.placement.timeout_s))
 
-    def task(function: Any, role: RanksConfig | None = None) -> Any:
-        share = _resources(role, settings.threads)
-        return ray.remote(function).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
+    # Training takes a while the first time, so it goes on beside the generation of videos.
+    reader = _task(config, train_reader).remote(f"{config.root}/outputs/digit_reader")
+    features = _task(config, read).remote(reader, reference)
+    videos = {"real": real, **make_videos(config, jobs, resume=resume)}
+    say("evaluate: measuring")
+    settings = {"chunk": card.rollout.chunk, "trained": card.video.frames, "seed": config.seed}
+    measuring = [
+        _task(config, measure).remote(reader, videos[name], features, reference.numbers(), **settings)
+        for name in ROWS
+    ]
+    rows = dict(zip(ROWS, _get(measuring), strict=True))
 
-    reader = task(train_reader).remote(f"{config.root}/outputs/digit_reader", settings.threads)
-    reference_features = task(read).remote(reader, reference, settings.threads)
-    made = {"real": real, **_stored(settings.output, jobs if resume else {})}
-    measured: dict[str, Any] = {}
+    shown = [prompt for prompt in SHEET if all(prompt in made.prompts for made in videos.values())]
+    report = Report(
+        config=config,
+        models={
+            name: {"path": job.model, "manifest": job.manifest, "lineage": dict(models[name].card.lineage)}
+            for name, job in jobs.items()
+        },
+        rows=rows,
+        trained=card.video.frames,
+        chunk=card.rollout.chunk,
+        steps=len(card.rollout.steps),
+        samples={
+            name: made.pixels[[made.prompts.index(prompt) for prompt in shown]]
+            for name, made in videos.items()
+        },
+        sample_prompts=shown,
+        seconds=time.monotonic() - began,
+    )
+    write_report(report, tracker)
+    return report
 
-    def start_measuring(name: str) -> None:
-        measured[name] = task(measure).remote(
-            reader,
-            made[name],
-            reference_features,
-            reference.numbers(),
-            chunk=rollout.chunk,
-            trained=trained,
-            seed=config.seed,
-            threads=settings.threads,
-        )
 
-    for name in made:
-        start_measuring(name)
+def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> dict[str, Videos]:
+    """The videos of every job, generated in Ray tasks of one batch each, and stored under `evaluate.output` model by model."""
+    settings, roles = config.evaluate, config.distill.roles
+    made = _stored(settings.output, jobs) if resume else {}
     parts: dict[str, list[Any]] = {}
-    waiting: dict[Any, str] = {}
-    for name in (name for name in jobs if name not in made):
-        starts = range(0, settings.videos, settings.batch)
-        samples = [range(first, min(first + settings.batch, settings.videos)) for first in starts]
-        parts[name] = [
-            task(generate, resources[name]).remote(jobs[name], part, settings.threads) for part in samples
-        ]
-        waiting |= dict.fromkeys(parts[name], name)
+    for name, job in jobs.items():
+        if name not in made:
+            task = _task(config, generate, gpus=(roles.teacher if name == "teacher" else roles.student).gpus)
+            starts = range(0, settings.videos, settings.batch)
+            samples = [range(first, min(first + settings.batch, settings.videos)) for first in starts]
+            parts[name] = [task.remote(job, part) for part in samples]
+    waiting = {reference: name for name, references in parts.items() for reference in references}
     try:
-        with Display(
-            "evaluate", len(jobs) * settings.videos, done=(len(made) - 1) * settings.videos
-        ) as display:
+        with Display("evaluate", len(jobs) * settings.videos, done=len(made) * settings.videos) as display:
             while waiting:
                 (done,), _ = ray.wait(list(waiting), num_returns=1)
                 display.update(display.done + len(_get(done)), {})
                 name = waiting.pop(done)
                 if name not in waiting.values():
                     made[name] = _store(settings.output, name, jobs[name], torch.cat(_get(parts[name])))
-                    start_measuring(name)
-        say("evaluate: measuring")
-        rows = dict(zip(ROWS, _get([measured[name] for name in ROWS]), strict=True))
     finally:
-        for reference_ in waiting:
-            ray.cancel(reference_)
-    sheet = [i for i in SHEET if i < settings.videos and PROMPTS[i] in real.prompts]
-    samples = {name: made[name].pixels[sheet] for name in jobs}
-    report = Report(
-        config=config,
-        models={
-            name: {"path": model.path, "manifest": jobs[name].manifest, "lineage": dict(model.card.lineage)}
-            for name, model in models.items()
-        },
-        rows=rows,
-        trained=trained,
-        chunk=rollout.chunk,
-        steps=len(rollout.steps),
-        samples={"real": real.pixels[[real.prompts.index(PROMPTS[i]) for i in sheet]], **samples},
-        sample_prompts=[PROMPTS[i] for i in sheet],
-        seconds=time.monotonic() - began,
-    )
-    write_report(report, tracker)
-    return report
+        for reference in waiting:
+            ray.cancel(reference)
+    return made
+
+
+def _task(config: RunConfig, function: Callable[..., Any], *, gpus: float = 0.0) -> Any:
+    """`function` as a Ray task with `evaluate.threads` CPUs, for as many torch threads."""
+    threads = config.evaluate.threads
+
+    def run(*arguments: Any, **settings: Any) -> Any:
+        torch.set_num_threads(threads)
+        return function(*arguments, **settings)
+
+    return ray.remote(run).options(name=f"evaluate.{function.__name__}", num_cpus=threads, num_gpus=gpus)
 
 
 def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
@@ -256,11 +253,6 @@ def _job(config: RunConfig, name: str, model: ModelDirectory) -> Job:
     return Job(model.path, manifest, config.seed, settings.videos, model.card.video.frames, sampler)
 
 
-def _resources(role: RanksConfig | None, threads: int) -> dict[str, float]:
-    """What one task needs: a CPU a thread, and the GPUs of one rank of the model's role."""
-    return {"CPU": threads} | ({"GPU": role.gpus} if role and role.gpus else {})
-
-
 def _stored(output: str, jobs: Mapping[str, Job]) -> dict[str, Videos]:
     """Videos that earlier runs finished with the same weights, settings and seed."""
     stored = {}
@@ -309,10 +301,9 @@ def _generator(model: str, manifest: str, threads: int) -> Generator:
     return Generator(model, threads)
 
 
-def generate(job: Job, samples: range, threads: int) -> Tensor:
+def generate(job: Job, samples: range) -> Tensor:
     """A Ray task: some of a job's videos, uint8 `[len(samples), F, 1, 16, 16]`."""
-    torch.set_num_threads(threads)
-    generator = _generator(job.model, job.manifest, threads)
+    generator = _generator(job.model, job.manifest, torch.get_num_threads())
     noise = [(job.seed, "evaluate", i) for i in samples]
     if job.sampler is None:
         latents = generator.student(_prompts(samples), noise, generator.frames_of_chunks(job.frames))
@@ -321,15 +312,13 @@ def generate(job: Job, samples: range, threads: int) -> Tensor:
     return _to_pixels(generator.decode(latents)[:, : job.frames])
 
 
-def train_reader(directory: str, threads: int) -> DigitReader:
+def train_reader(directory: str) -> DigitReader:
     """A Ray task: the digit reader, trained unless an earlier run stored it in `directory`."""
-    torch.set_num_threads(threads)
     return load_or_train(directory, READER_SEED)
 
 
-def read(reader: DigitReader, videos: Videos, threads: int) -> Tensor:
+def read(reader: DigitReader, videos: Videos) -> Tensor:
     """A Ray task: features `[N, F, D]`."""
-    torch.set_num_threads(threads)
     return read_videos(reader, videos.frames())[1]
 
 
@@ -342,13 +331,11 @@ def measure(
     chunk: int,
     trained: int,
     seed: int,
-    threads: int,
 ) -> Row:
     """A Ray task: every metric of one set of videos.
 
     `reference_features` `[M, F′, D]` and `reference_prompts` `[M]` are of real videos, F′ ≥ F. `chunk` and `trained` are in frames.
     """
-    torch.set_num_threads(threads)
     count, frames = videos.pixels.shape[:2]
     logits, features = read_videos(reader, videos.frames())
     numbers, real = videos.numbers(), reference_features[:, :frames]

@@ -427,7 +427,7 @@ def _plot_samples(report: Report, path: Path) -> None:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(prompt, loc="left", fontsize=10)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def _strip(video: Tensor, frames: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,17 +137,16 @@ def _wait(condition, process: subprocess.Popen, log: str, timeout_s: float = 90.
 
 def _kill_marked(mark: str) -> None:
     """Kill every process that inherited the mark: nodes, workers, and the drivers of jobs."""
-    while marked := [process for process in psutil.process_iter() if _mark_of(process) == mark]:
+    while marked := [process for process in psutil.process_iter() if _is_marked(process.pid, mark)]:
         for process in marked:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(marked, timeout=5)
 
 
-def _mark_of(process: psutil.Process) -> str | None:
+def _is_marked(pid: int, mark: str) -> bool:
+    # Not psutil's environ(): it stops at the zeros that Ray's agents leave there when they change their title.
     try:
-        return process.environ().get(MARK)
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return None
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False

@@ -1,5 +1,6 @@
 """Prompts as embeddings: read from a data set, or given."""
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from workers.dataset import ParquetDataset
@@ -23,6 +24,10 @@ class PromptWorker:
         if self._encoder is None:
             return unwrapped([row["embedding"] for row in rows])
         return self.embed([row["prompt"] for row in rows])
+
+    def unconditional(self, prompt: str, file: str | None) -> Tensor:
+        """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
+        return self.embed([prompt]) if file is None else load_file(file)["embedding"]
 
     def embed(self, prompts: list[str]) -> list[Tensor] | Tensor:
         """Embeddings of given prompts; ValueError where the model takes embedded prompts only."""

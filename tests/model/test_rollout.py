@@ -8,23 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import rope
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
 from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
 from model.transformer import WanTransformer
 from tests.model import reference
-from tests.model.reference import CONFIG, GRID, HEIGHT, WIDTH, normal, prompt, tiny_model
+from tests.model.reference import CONFIG, GRID, HEIGHT, TOKENS, WIDTH, normal, prompt, tiny_model
 
 BATCH = 2
 TWO_STEPS = (1000.0, 500.0)
-# All frames, rolling windows with and without a sink or a whole number of chunks, a chunk that sees only itself.
+# All frames; rolling windows, with a sink or not, of whole chunks or not; a chunk that sees only itself.
 SHAPES = [
     RolloutConfig(steps=TWO_STEPS, chunk=3),
     RolloutConfig(steps=TWO_STEPS, chunk=3, window=7, sink=2),
     RolloutConfig(steps=TWO_STEPS, chunk=3, window=6, positions="relative"),
     RolloutConfig(steps=TWO_STEPS, chunk=2, window=7, sink=1, positions="relative"),
     RolloutConfig(steps=TWO_STEPS, chunk=1, window=4, sink=1, positions="relative"),
-    RolloutConfig(steps=TWO_STEPS, chunk=1, window=5, context_noise="none"),
+    RolloutConfig(steps=(1000, 750, 500), chunk=1, window=5, context_noise="none"),
     RolloutConfig(steps=TWO_STEPS, chunk=3, window=3),
 ]
 
@@ -88,7 +89,7 @@ def backward(model: WanTransformer, video: Tensor) -> None:
 def trained(config: RolloutConfig, *, checkpointing: bool = False, **changes: Any) -> WanTransformer:
     """A model with the gradient of a rollout over the whole video."""
     model = tiny_model(activation_checkpointing=checkpointing)
-    plan = RolloutPlan(frames_of(config), 1, grad_frames=frames_of(config))
+    plan = RolloutPlan(frames_of(config), len(config.steps) - 1, grad_frames=frames_of(config))
     backward(model, run(model, config, replace(plan, **changes)))
     return model
 
@@ -97,7 +98,7 @@ def trained(config: RolloutConfig, *, checkpointing: bool = False, **changes: An
 @pytest.mark.parametrize("cache_gradient", ["constant", "released"])
 def test_video_and_gradient_equal_the_naive_rollout(config: RolloutConfig, cache_gradient: str) -> None:
     frames = frames_of(config)
-    plan = RolloutPlan(frames, 1, grad_frames=frames, cache_gradient=cache_gradient)
+    plan = RolloutPlan(frames, len(config.steps) - 1, grad_frames=frames, cache_gradient=cache_gradient)
     naive, context = tiny_model(), prompt(BATCH)
     expected = reference.rollout(naive, config, plan, context=context, noise=keys(BATCH)).video
     backward(naive, expected)
@@ -172,11 +173,13 @@ def test_trained_and_served_rollouts_are_equal_to_the_bit(config: RolloutConfig)
 
 
 def test_inference_mode_leaves_training_possible() -> None:
-    config = SHAPES[3]
+    """Phases are kept from call to call: one first asked for in inference mode must serve a graph later."""
     with torch.inference_mode():
-        run(tiny_model(), config, RolloutPlan.full(config, 22, seed=0))
-    model = trained(config)
-    assert all(parameter.grad is not None for parameter in model.parameters())
+        phase = rope.phases([[123_456]], *GRID, CONFIG.head_dim, torch.device("cpu"))
+    x = normal(1, TOKENS, CONFIG.num_heads, CONFIG.head_dim).requires_grad_()
+    rope.rotate(x, phase).sum().backward()
+    # A rotation keeps lengths, so pulling a vector of ones back turns it and changes no norm.
+    assert x.grad.norm().item() == pytest.approx(x.numel() ** 0.5, rel=1e-5)
 
 
 def saved_bytes(work: Callable[[], Tensor]) -> int:
@@ -243,14 +246,22 @@ def test_later_chunks_do_not_change_earlier_ones() -> None:
     assert torch.equal(run(model, config, RolloutPlan(6, 1)), long[:, :6])
 
 
-def test_video_is_whole_after_its_last_chunk_without_a_last_commit() -> None:
-    config = SHAPES[0]
-    calls = []
+def test_calls_are_the_published_ones() -> None:
+    """Denoise, exit with a gradient, commit without; the last chunk needs no commit, no input has a graph."""
+    calls: list[tuple[float, bool, bool]] = []
     model = tiny_model()
-    model.register_forward_pre_hook(lambda module, args: calls.append(args[1].unique().tolist()))
-    assert run(model, config, RolloutPlan(6, 1)).shape == (BATCH, 6, CONFIG.in_dim, HEIGHT, WIDTH)
+    model.register_forward_pre_hook(
+        lambda module, args: calls.append(
+            (args[1].unique().item(), torch.is_grad_enabled(), args[0].requires_grad)
+        )
+    )
+    video = run(model, SHAPES[0], RolloutPlan(6, 1, grad_frames=6))
+    assert video.shape == (BATCH, 6, CONFIG.in_dim, HEIGHT, WIDTH)
+    times, with_gradient, graphs = zip(*calls, strict=True)
     warped = 5000 / 6  # 500 at shift 5
-    assert [time for (time,) in calls] == pytest.approx([1000, warped, 0, 1000, warped])
+    assert times == pytest.approx((1000, warped, 0, 1000, warped))
+    assert with_gradient == (False, True, False, False, True)
+    assert not any(graphs)
 
 
 def test_plans_are_drawn_from_their_key_and_cover_every_exit() -> None:

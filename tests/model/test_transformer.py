@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.kv_cache import BlockCache, Window
-from model.transformer import TransformerConfig, WanTransformer
+from model.transformer import EVERYTHING, TransformerConfig, WanTransformer
 from tests.model import reference
 from tests.model.reference import CONFIG, GRID, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
 
@@ -34,17 +34,33 @@ def test_one_timestep_a_sample_is_that_timestep_in_every_frame() -> None:
     assert difference(model(x, timestep, context), by_frame) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "window",
+    [
+        EVERYTHING,
+        Window(None, 0, "relative"),
+        Window(4, 0, "absolute"),
+        Window(5, 1, "absolute"),
+        Window(4, 1, "relative"),
+        Window(2, 0, "relative"),
+    ],
+    ids=lambda window: f"{window.frames}-{window.sink}-{window.positions}",
+)
 @torch.no_grad()
-def test_cached_chunks_repeat_the_block_causal_pass() -> None:
-    """Chunk by chunk, committed as noisy as they are, is the whole sequence under the mask."""
+def test_cached_chunks_repeat_the_block_causal_pass(window: Window) -> None:
+    """Chunk by chunk, committed as noisy as they are, is the whole sequence at once, window and all."""
     model, (x, timestep, context) = tiny_model(), inputs()
-    cache = BlockCache(Window(None, 0, "absolute"), GRID, CONFIG.head_dim)
+    cache = BlockCache(window, GRID, CONFIG.head_dim)
     chunks = []
     for x_chunk, t_chunk in zip(x.split(CHUNK, 1), timestep.split(CHUNK, 1), strict=True):
         velocity, live = model(x_chunk, t_chunk, context, history=cache.history(CHUNK), return_live=True)
         cache.commit(live, CHUNK)
         chunks.append(velocity)
-    assert difference(torch.cat(chunks, 1), model(x, timestep, context, chunk=CHUNK)) < 1e-5
+    whole = model(x, timestep, context, chunk=CHUNK, window=window)
+    assert difference(torch.cat(chunks, 1), whole) < 1e-5
+    # With absolute or relative positions alike, only a window that drops frames changes anything.
+    changes = window.frames is not None and window.frames < FRAMES
+    assert (difference(whole, model(x, timestep, context, chunk=CHUNK)) > 1e-3) == changes
 
 
 @torch.no_grad()

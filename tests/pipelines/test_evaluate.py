@@ -46,7 +46,9 @@ def run_config(root: Path) -> RunConfig:
         student=SIZES,
         rollout=ROLLOUT,
         data=DataConfig(held_out_frames=6),
-        distill=DistillConfig(),
+        distill=DistillConfig(
+            teacher=f"{root}/outputs/teacher/model", student=f"{root}/outputs/initial/model"
+        ),
         evaluate=EvaluateConfig(videos=80, frames=6, batch=48, teacher_steps=2),
         tracking=TrackingConfig(uri=sqlite_uri(root / "mlflow.db"), system_metrics_every_s=0),
     )
@@ -73,7 +75,7 @@ def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) 
     features = read_videos(reader, reference.frames())[1]
 
     def row(videos: Videos) -> Row:
-        return measure(reader, videos, features, reference.numbers(), chunk=2, trained=4, seed=0, threads=1)
+        return measure(reader, videos, features, reference.numbers(), chunk=2, trained=4, seed=0)
 
     whole = row(real)
     assert whole.by_frame["digit_accuracy"].value.min() >= 0.95
@@ -88,12 +90,14 @@ def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) 
     for metric in METRICS:
         assert torch.equal(drifted.inside[metric].value, whole.inside[metric].value)
     assert drifted.beyond["digit_accuracy"].high < 0.2
-    assert drifted.by_chunk["digit_accuracy"].value[:2].min() > 0.9 > drifted.by_chunk["digit_accuracy"].high[2]
+    assert (
+        drifted.by_chunk["digit_accuracy"].value[:2].min() > 0.9 > drifted.by_chunk["digit_accuracy"].high[2]
+    )
     assert drifted.beyond["motion_following"].value < 0.2
 
     # One video for each prompt: no diversity; and too few videos to have any.
     first = [real.prompts.index(prompt) for prompt in real.prompts]
-    assert row(Videos(real.pixels[first], real.prompts)).overall["diversity"].value == 0
+    assert row(Videos(real.pixels[first], real.prompts)).overall["diversity"].high < 1e-6
     single = row(Videos(real.pixels[:40], real.prompts[:40]))
     assert single.overall["diversity"].value.isnan() and single.overall["digit_accuracy"].value > 0.9
     short = row(Videos(real.pixels[:, :4], real.prompts))
@@ -104,12 +108,16 @@ def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) 
 def test_tiny_models_are_measured_reported_and_not_generated_twice(ray_cluster, root: Path) -> None:
     config = run_config(root)
     located = config.located()
-    with pytest.raises(ValueError, match=r"no complete teacher model at .*; run `self-forcing pretrain` first"):
+    with pytest.raises(
+        ValueError, match=r"no complete teacher model at .*; run `self-forcing pretrain` first"
+    ):
         evaluate(config, tracker=None, resume=False)
     paths = (located.distill.teacher, located.distill.student, f"{located.distill.output}/model")
     write_model(paths[0], "teacher", 0)
     write_model(paths[1], "student", 1)
-    with pytest.raises(ValueError, match=r"no complete distilled model at .*; run `self-forcing distill` first"):
+    with pytest.raises(
+        ValueError, match=r"no complete distilled model at .*; run `self-forcing distill` first"
+    ):
         evaluate(config, tracker=None, resume=False)
     write_model(paths[2], "student", 2)
     with pytest.raises(ValueError, match=r"evaluate.frames is 8, .* have 6; use at most 6"):
@@ -130,7 +138,9 @@ def test_tiny_models_are_measured_reported_and_not_generated_twice(ray_cluster, 
         report.rows["distilled"].by_frame["digit_accuracy"].value.tolist()
     )
     assert metrics["rows"]["teacher"]["beyond"]["digit_accuracy"] == dict.fromkeys(["value", "low", "high"])
-    assert len(metrics["verdicts"]) == 8 and metrics["rows"]["real"]["overall"]["digit_accuracy"]["value"] > 0.95
+    assert (
+        len(metrics["verdicts"]) == 8 and metrics["rows"]["real"]["overall"]["digit_accuracy"]["value"] > 0.95
+    )
     text = (output / "report.md").read_text()
     assert str(root) not in text + (output / "metrics.json").read_text()
     for picture in re.findall(r"\]\((.+?\.png)\)", text):
@@ -153,14 +163,18 @@ def test_tiny_models_are_measured_reported_and_not_generated_twice(ray_cluster, 
 
     # A new distilled student is measured; the other two models' videos are kept, and the numbers with them.
     def made() -> dict[str, int]:
-        return {name: (output / "videos" / name / "videos.safetensors").stat().st_mtime_ns for name in ROWS[1:]}
+        return {
+            name: (output / "videos" / name / "videos.safetensors").stat().st_mtime_ns for name in ROWS[1:]
+        }
 
     before = made()
     write_model(paths[2], "student", 3)
     resumed = evaluate(config, tracker=None, resume=True)
     assert {name for name, time in made().items() if time != before[name]} == {"distilled"}
     for name, row in report.rows.items():
-        same = torch.equal(resumed.rows[name].overall["kernel_distance"].value, row.overall["kernel_distance"].value)
+        same = torch.equal(
+            resumed.rows[name].overall["kernel_distance"].value, row.overall["kernel_distance"].value
+        )
         assert same == (name != "distilled")
     evaluate(replace(config, seed=1), tracker=None, resume=True)
     assert not set(made().values()) & set(before.values())

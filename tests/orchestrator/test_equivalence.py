@@ -1,0 +1,222 @@
+"""One algorithm, however it is spread out: ranks, ZeRO stages, recomputation, accumulation and overlap change no number."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kv_cache import BlockCache
+from model.noise import SampleNoise
+from model.objectives.dmd import dmd_loss
+from model.objectives.flow_matching import flow_matching_loss
+from model.rollout import Rollout, RolloutPlan, generate
+from model.schedule import FlowSchedule
+from model.score import ScorePlan, guided_x0, predict_x0
+from model.transformer import WanTransformer
+from orchestrator.config import RunConfig
+from orchestrator.coordinator import Metrics
+from tests.fixtures import furnished
+from tests.orchestrator.groups import Groups, first_gradients_of, weights_of
+from workers.dataset import ParquetDataset
+from workers.model_directory import ModelDirectory
+
+pytestmark = pytest.mark.slow
+UPDATES = 5
+LEARNING = [  # of the quickstart
+    "--distill.roles.student.engine.learning_rate=2e-4",
+    "--distill.roles.critic.engine.learning_rate=4e-4",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind: values without timings, and the first update's gradients."""
+
+    metrics: list[Metrics]
+    student: dict[str, Tensor]
+    critic: dict[str, Tensor]
+
+
+def measured(metrics: Metrics) -> Metrics:
+    return {name: value for name, value in metrics.items() if not name.startswith(("seconds/", "idle/"))}
+
+
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    assert list(found) == list(expected)
+    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    overrides = [f"--distill.iterations={UPDATES}", "--distill.student_every=1", *LEARNING]
+    return furnished(tmp_path_factory.mktemp("equivalence"), overrides=overrides)
+
+
+def spread(
+    config: RunConfig,
+    *,
+    ranks: int = 1,
+    stage: int = 0,
+    checkpointing: bool = False,
+    accumulation: int = 1,
+    teacher: tuple[int, int] = (1, 0),
+    student_ranks: int | None = None,
+) -> RunConfig:
+    """The same run with student and critic on `ranks`, and the teacher on (ranks, ZeRO stage)."""
+    roles = config.distill.roles
+
+    def trained(role, of):
+        engine = replace(role.engine, zero_stage=stage, accumulation=accumulation)
+        return replace(role, ranks=of, engine=engine, activation_checkpointing=checkpointing)
+
+    roles = replace(
+        roles,
+        student=trained(roles.student, student_ranks or ranks),
+        teacher=replace(roles.teacher, ranks=teacher[0], zero_stage=teacher[1]),
+        critic=trained(roles.critic, ranks),
+    )
+    return replace(config, distill=replace(config.distill, roles=roles))
+
+
+def run(groups: Groups, config: RunConfig) -> Outcome:
+    coordinator = groups.coordinator(config)
+    metrics = [measured(values) for _, values in coordinator.run(0)]
+    gradients = [first_gradients_of(group) for group in (coordinator.student, coordinator.critic)]
+    return Outcome(metrics, *gradients)
+
+
+@pytest.fixture(scope="module")
+def base(groups: Groups, config: RunConfig) -> Outcome:
+    return run(groups, spread(config))
+
+
+def by_hand(config: RunConfig) -> Outcome:
+    """The first student and critic update in this process, out of the model's functions and PyTorch alone."""
+    distill, batch = config.distill, config.distill.batch
+    student, critic = ModelDirectory(distill.student), ModelDirectory(distill.teacher)
+    teacher, text = critic.transformer(), student.text_encoder()
+    generator, fake_model = (
+        source.transformer().requires_grad_() for source in (student, critic)
+    )
+    rows = ParquetDataset(config.data.train, ["prompt"]).batch(0, 2 * batch, config.seed)
+    contexts = text.encode([row["prompt"] for row in rows])
+    schedule, samples = FlowSchedule(config.score.shift), list(range(batch))
+
+    def rollout(purpose: str, context: Tensor) -> Tensor:
+        plan = RolloutPlan.draw(
+            config.rollout, config.video.frames, seed=config.seed, update=0, purpose=purpose, gradient=purpose == "student"
+        )
+        sizes, shape = config.student, config.video
+        state = Rollout(
+            config.rollout,
+            plan,
+            noise=SampleNoise([(*plan.noise, sample) for sample in samples]),
+            cache=BlockCache(config.rollout.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim),
+            shape=(batch, shape.channels, shape.height, shape.width),
+        )
+        return torch.cat(list(generate(generator, state, context)), dim=1)
+
+    def noised(video: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+        noise, timestep = ScorePlan((config.seed, 0, purpose)).draw(video, samples, config.score)
+        return schedule.add_noise(video, noise, timestep), noise, timestep
+
+    video, context = rollout("student", contexts[:batch]), contexts[:batch]
+    with torch.no_grad():
+        noisy, _, timestep = noised(video, "score")
+        real = guided_x0(
+            teacher,
+            noisy,
+            timestep,
+            cond=context,
+            uncond=text.encode([""]),
+            guidance=distill.roles.teacher.guidance,
+            schedule=schedule,
+        )
+        fake = predict_x0(fake_model, noisy, timestep, context, schedule)
+    student_loss = dmd_loss(video, real, fake)
+    student_loss.backward()
+    gradients = gradients_of(generator)
+
+    settings = distill.roles.student.engine
+    optimizer = torch.optim.AdamW(
+        generator.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    torch.nn.utils.clip_grad_norm_(generator.parameters(), settings.clip)
+    optimizer.step()
+
+    video = rollout("critic", contexts[batch:])
+    noisy, noise, timestep = noised(video, "critic-score")
+    critic_loss = flow_matching_loss(fake_model(noisy, timestep, contexts[batch:]), noise, video)
+    critic_loss.backward()
+    losses = {"student/loss": student_loss.item(), "critic/loss": critic_loss.item()}
+    return Outcome([losses], gradients, gradients_of(fake_model))
+
+
+def gradients_of(model: WanTransformer) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def check(found: Outcome, expected: Outcome) -> None:
+    for role in ("student", "critic"):
+        errors = relative(getattr(found, role), getattr(expected, role))
+        assert max(errors.values()) < 1e-5, (role, errors)
+    for measured, wanted in zip(found.metrics, expected.metrics, strict=True):
+        assert measured == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_first_update_is_the_published_algorithm(base: Outcome, config: RunConfig) -> None:
+    reference = by_hand(config)
+    check(replace(base, metrics=[{name: base.metrics[0][name] for name in reference.metrics[0]}]), reference)
+
+
+SPREAD = {
+    "1-rank-zero-1": {"stage": 1},
+    "1-rank-zero-2-recomputed-accumulated": {"stage": 2, "checkpointing": True, "accumulation": 2},
+    "1-rank-zero-3-recomputed": {"stage": 3, "checkpointing": True},
+    "2-ranks-zero-0-recomputed": {"ranks": 2, "checkpointing": True, "teacher": (2, 0)},
+    "2-ranks-zero-1-accumulated": {"ranks": 2, "stage": 1, "accumulation": 2},
+    "2-ranks-zero-2": {"ranks": 2, "stage": 2, "teacher": (2, 3)},
+    "2-ranks-zero-3-accumulated": {"ranks": 2, "stage": 3, "accumulation": 2, "teacher": (2, 3)},
+    "1-student-2-critics-zero-3-recomputed": {
+        "ranks": 2,
+        "student_ranks": 1,
+        "stage": 3,
+        "checkpointing": True,
+        "teacher": (2, 0),
+    },
+}
+
+
+@pytest.mark.parametrize("how", SPREAD.values(), ids=SPREAD.keys())
+def test_spreading_a_run_out_changes_no_number(groups: Groups, base: Outcome, config: RunConfig, how: dict) -> None:
+    assert len(base.metrics) == UPDATES and base.metrics[-1]["critic/loss"] != base.metrics[0]["critic/loss"]
+    check(run(groups, spread(config, **how)), base)
+
+
+def test_overlap_changes_no_bit(groups: Groups, config: RunConfig) -> None:
+    config = spread(config, ranks=2, stage=2, accumulation=2, teacher=(2, 0))
+    outcomes = []
+    for overlap in (True, False):
+        distill = replace(config.distill, student_every=2, overlap=overlap)
+        coordinator = groups.coordinator(replace(config, distill=distill))
+        ahead, metrics = [], []
+        for _, values in coordinator.run(0):
+            ahead.append(len(coordinator.ahead))
+            metrics.append(measured(values))
+        assert ahead == [1 if overlap else 0] * (UPDATES - 1) + [0]
+        weights = [
+            weights_of(coordinator.student),
+            weights_of(coordinator.student, ema=True),
+            weights_of(coordinator.critic),
+        ]
+        outcomes.append((metrics, weights))
+    (metrics, weights), (sequential, expected) = outcomes
+    assert metrics == sequential
+    for found, wanted in zip(weights, expected, strict=True):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
