@@ -22,14 +22,20 @@ class Codec(Protocol):
 
 
 class SpaceToDepth:
-    """Each block of `factor` × `factor` pixels becomes channels; nothing is lost and nothing is learned."""
+    """Each block of `factor` × `factor` pixels becomes channels; nothing is lost and nothing is learned.
 
-    def __init__(self, factor: int = 2):
+    Pixels are normalised by `mean` and `std`, as a VAE's latents are, so that a noise level means the same for all data.
+    """
+
+    def __init__(self, factor: int = 2, mean: float = 0.0, std: float = 1.0):
         self.factor = factor
+        self.mean = mean
+        self.std = std
 
     def encode(self, frames: Tensor) -> Tensor:
-        return rearrange(frames, "b t c (h p) (w q) -> b t (c p q) h w", p=self.factor, q=self.factor)
+        latents = rearrange(frames, "b t c (h p) (w q) -> b t (c p q) h w", p=self.factor, q=self.factor)
+        return (latents - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
         frames = rearrange(latents, "b t (c p q) h w -> b t c (h p) (w q)", p=self.factor, q=self.factor)
-        return frames.clamp(-1, 1)
+        return (frames * self.std + self.mean).clamp(-1, 1)

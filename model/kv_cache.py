@@ -78,7 +78,7 @@ class _Block:
 
 
 class _BlockHistory:
-    mask = None
+    mask: Tensor | None = None
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class SlotCache:
         starts = self.held if relative else self.seen
         phase = self._phase([range(start, start + chunk) for start in starts], device)
         key_phase = self._phase([range(length)], device) if relative else None
-        mask = None
+        mask: Tensor | None = None
         if min(self.held) < length:
             held = torch.tensor(self.held, device=device) * self.tokens
             mask = (torch.arange(length * self.tokens, device=device) < held[:, None])[:, None, None]

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.kv_cache import Cache, History, KeyValue, Window
 from model.noise import Key, NoiseSource, integer
 from model.schedule import FlowSchedule, clean, interpolate
-from model.transformer import WanTransformer
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class Rollout:
             self._begin_chunk()
 
 
-def generate(model: WanTransformer, rollout: Rollout, context: Tensor) -> Iterator[Tensor]:
+def generate(model: nn.Module, rollout: Rollout, context: Tensor) -> Iterator[Tensor]:
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
     `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the

@@ -7,11 +7,10 @@ guided, the critic is not.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.noise import Key, SampleNoise, generator
 from model.schedule import TIMESTEPS, FlowSchedule
-from model.transformer import WanTransformer
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
 
 
 def predict_x0(
-    model: WanTransformer, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule
+    model: nn.Module, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule
 ) -> Tensor:
     """x0 [B, F, C, H, W] in float32 from a noisy video, timesteps [B] or [B, F] and a prompt embedding."""
     return schedule.x0(model(x_t, timestep, context), x_t, timestep)
 
 
 def guided_x0(
-    model: WanTransformer,
+    model: nn.Module,
     x_t: Tensor,
     timestep: Tensor,
     *,

@@ -9,7 +9,9 @@ from orchestrator.worker_group import WorkerGroup
 FORMAT = 1
 
 
-def save(directory: str, iteration: int, groups: Mapping[str, WorkerGroup], metadata: Mapping[str, Any], keep: int) -> str:
+def save(
+    directory: str, iteration: int, groups: Mapping[str, WorkerGroup], metadata: Mapping[str, Any], keep: int
+) -> str:
     """Every rank writes its part aside; the manifest comes last. Returns the checkpoint's path."""
     path = f"{directory}/{iteration:07d}"
     staging = storage.begin(path)
@@ -35,5 +37,7 @@ def newest(directory: str) -> tuple[str, dict[str, Any]] | None:
         return None
     metadata = storage.read_metadata(path)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {metadata.get('format')}; this release reads format {FORMAT}.")
+        raise ValueError(
+            f"{path} has checkpoint format {metadata.get('format')}; this release reads format {FORMAT}."
+        )
     return path, metadata

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -129,7 +129,7 @@ class Coordinator:
 
     def contexts(self, position: int, size: int) -> list[ObjectRef]:
         """References to the embeddings of `size` prompts."""
-        references = self.prompts.batch.options(num_returns=size).remote(position, size)
+        references: Any = self.prompts.batch.options(num_returns=size).remote(position, size)
         return [references] if size == 1 else list(references)
 
     def updates_student(self, iteration: int) -> bool:

@@ -27,7 +27,9 @@ def place(
     else:
         bundles, places = _disaggregated(roles)
         strategy = "SPREAD"
-    purpose = ", ".join(f"{role.ranks} {name} rank{'s' if role.ranks > 1 else ''}" for name, role in roles.items())
+    purpose = ", ".join(
+        f"{role.ranks} {name} rank{'s' if role.ranks > 1 else ''}" for name, role in roles.items()
+    )
     timeout_s = config.timeout_s if grows else min(config.timeout_s, 5.0)
     group = reserve(bundles, purpose=purpose, strategy=strategy, timeout_s=timeout_s)
     options: dict[str, list[Options]] = {
@@ -49,7 +51,8 @@ Places = dict[str, list[tuple[int, float]]]
 
 
 def _colocated(roles: Mapping[str, RanksConfig]) -> tuple[list[dict[str, float]], Places]:
-    bundles, places = [], {name: [] for name in roles}
+    bundles: list[dict[str, float]] = []
+    places: Places = {name: [] for name in roles}
     for rank in range(max(role.ranks for role in roles.values())):
         here = {name: role for name, role in roles.items() if rank < role.ranks}
         gpus, asked = max(role.gpus for role in here.values()), sum(role.gpus for role in here.values())

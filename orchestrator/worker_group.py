@@ -49,7 +49,8 @@ class WorkerGroup:
             raise ValueError(
                 f"{len(samples)} samples do not divide over {len(self.actors)} {self.role} ranks."
             )
-        stats, outcomes = [], []
+        stats: list[ObjectRef] = []
+        outcomes: list[ObjectRef] = []
         for rank, actor in enumerate(self.actors):
             part = slice(rank * share, (rank + 1) * share)
             tensors = [reference for column in columns for reference in column[part]]
@@ -65,9 +66,10 @@ class WorkerGroup:
         try:
             return ray.get(references)
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, ValueError | FloatingPointError):
-                raise type(cause)(f"{self.role}: {cause}") from None
+            for kind in (ValueError, FloatingPointError, RuntimeError):
+                if isinstance(error.cause, kind):
+                    # Chained, so that --traceback shows where in the worker it was.
+                    raise kind(f"{self.role}: {error.cause}") from error
             raise
         except ray.exceptions.RayActorError as error:
             reason = str(error).splitlines()[0]

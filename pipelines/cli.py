@@ -56,14 +56,23 @@ def config_parser(command: str) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="recipe file")
     parser.add_class_arguments(RunConfig, None, sub_configs=False)
     call = parser.add_argument_group("this call")
-    call.add_argument("--address", type=str | None, default=None, help="Ray cluster; RAY_ADDRESS, or this machine, by default")
+    call.add_argument(
+        "--address",
+        type=str | None,
+        default=None,
+        help="Ray cluster; RAY_ADDRESS, or this machine, by default",
+    )
     call.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     call.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     if command == "generate":
         call.add_argument("--model", type=str, help="directory of a student")
         call.add_argument("--prompt", type=str, help="what the video shows")
-        call.add_argument("--frames", type=int | None, default=None, help="latent frames; the trained length by default")
-        call.add_argument("--output", type=str, default="outputs/sample.mp4", help="path ending in .mp4 or .gif")
+        call.add_argument(
+            "--frames", type=int | None, default=None, help="latent frames; the trained length by default"
+        )
+        call.add_argument(
+            "--output", type=str, default="outputs/sample.mp4", help="path ending in .mp4 or .gif"
+        )
     return parser
 
 
@@ -86,7 +95,9 @@ def explain(message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
         r"Group '([\w.]+)' does not accept option '([\w.]+)'", message
     )
-    unknown = unknown or re.search(r"[Kk]ey '([\w.]+)' is not expected|option '([\w.]+)' is not accepted", message)
+    unknown = unknown or re.search(
+        r"[Kk]ey '([\w.]+)' is not expected|option '([\w.]+)' is not accepted", message
+    )
     if unknown is None:
         wrong = re.match(r'Parser key "([\w.]+)": (.*)', message)
         return f"{wrong[1]}: {wrong[2]}." if wrong else f"{message}."

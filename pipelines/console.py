@@ -8,7 +8,14 @@ from typing import Self
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 LOG_EVERY_S = 10.0
@@ -42,7 +49,9 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def update(self, done: int, values: Mapping[str, float]) -> None:
@@ -54,7 +63,9 @@ class Display:
             self._said = now
             speed = (done - self._first) / max(now - self._began, 1e-9)
             left = (self.total - done) / speed if speed else 0.0
-            print(f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses(values)}", flush=True)
+            print(
+                f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses(values)}", flush=True
+            )
 
 
 def say(text: str) -> None:

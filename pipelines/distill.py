@@ -26,7 +26,17 @@ from workers.scorers import CriticWorker, TeacherWorker
 from workers.student import StudentWorker
 
 SAMPLES = 8
-MAY_CHANGE = ("iterations", "overlap", "checkpoint_every", "keep", "sample_every", "output", "teacher", "student", "critic")
+MAY_CHANGE = (
+    "iterations",
+    "overlap",
+    "checkpoint_every",
+    "keep",
+    "sample_every",
+    "output",
+    "teacher",
+    "student",
+    "critic",
+)
 """Settings of `distill` that do not change the numbers, so a resumed run may have others."""
 
 
@@ -50,7 +60,9 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
         card = models[role].card
         if card.transformer != sizes:
             name = "teacher" if role == "teacher" else "student"
-            raise ValueError(f"distill.{role} at {paths[role]} has other sizes than `{name}` in this recipe; use a model of these sizes.")
+            raise ValueError(
+                f"distill.{role} at {paths[role]} has other sizes than `{name}` in this recipe; use a model of these sizes."
+            )
         if card.video.shape[1:] != config.video.shape[1:]:
             raise ValueError(
                 f"distill.{role} at {paths[role]} makes latents of {card.video.shape[1:]}, and `video` says {config.video.shape[1:]}."
@@ -63,16 +75,20 @@ def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
     """All roles, placed, started and connected to a coordinator; they end with the block."""
     roles = config.distill.roles
     group, options = place(
-        {"student": roles.student, "teacher": roles.teacher, "critic": roles.critic}, config.placement, grows=grows
+        {"student": roles.student, "teacher": roles.teacher, "critic": roles.critic},
+        config.placement,
+        grows=grows,
     )
     try:
 
-        def spawn(name: str, kind: type, role: Any, **settings: Any) -> WorkerGroup:
-            make = ray.remote(kind)
+        def spawn(name: str, kind: Any, role: Any, **settings: Any) -> WorkerGroup:
+            make: Any = ray.remote(kind)
             return WorkerGroup(
                 name,
                 [
-                    make.options(**option).remote(rank=rank, ranks=role.ranks, threads=role.threads, **settings)
+                    make.options(**option).remote(
+                        rank=rank, ranks=role.ranks, threads=role.threads, **settings
+                    )
                     for rank, option in enumerate(options[name])
                 ],
             )
@@ -82,7 +98,12 @@ def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
 
         distill = config.distill
         student = spawn(
-            "student", StudentWorker, roles.student, model=distill.student, rollout=config.rollout, **learning(roles.student)
+            "student",
+            StudentWorker,
+            roles.student,
+            model=distill.student,
+            rollout=config.rollout,
+            **learning(roles.student),
         )
         teacher = spawn(
             "teacher",
@@ -102,9 +123,15 @@ def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
             score=config.score,
             **learning(roles.critic),
         )
-        prompts = ray.remote(PromptWorker).options(num_cpus=0).remote(config.data.train, config.seed, distill.student)
+        prompts: Any = (
+            ray.remote(PromptWorker)
+            .options(num_cpus=0)
+            .remote(config.data.train, config.seed, distill.student)
+        )
         for each in (student, teacher, critic):
             each.start()
+            nodes = dict.fromkeys(each.wait(each.broadcast("node")))
+            say(f"distill: {each.role} on node {', '.join(nodes)}")
         uncond = prompts.unconditional.remote(roles.teacher.negative_prompt, roles.teacher.negative_embedding)
         yield Coordinator(config, student, teacher, critic, prompts, uncond)
     finally:
@@ -117,13 +144,17 @@ def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -
     checkpoints = f"{config.distill.output}/checkpoints"
     found = checkpoint.newest(checkpoints)
     if found and not resume:
-        raise ValueError(f"{config.distill.output} already holds checkpoints; continue with --resume, or choose another distill.output.")
+        raise ValueError(
+            f"{config.distill.output} already holds checkpoints; continue with --resume, or choose another distill.output."
+        )
     start = 0
     if found:
         path, metadata = found
         changed = differences(metadata["numbers"], numbers(config))
         if changed:
-            raise ValueError(f"{path} was made with another {changed[0]}; resume with the same, or choose another distill.output.")
+            raise ValueError(
+                f"{path} was made with another {changed[0]}; resume with the same, or choose another distill.output."
+            )
         start = metadata["iteration"]
         say(f"distill: resuming from iteration {start} ({path})")
     settings = config.distill
@@ -175,7 +206,9 @@ def write_samples(stem: str, video: VideoConfig, *latents: Tensor) -> list[str]:
     return [f"{stem}.mp4", f"{stem}.png"]
 
 
-def export(config: RunConfig, coordinator: Coordinator, models: Mapping[str, ModelDirectory], run_id: str) -> str:
+def export(
+    config: RunConfig, coordinator: Coordinator, models: Mapping[str, ModelDirectory], run_id: str
+) -> str:
     """Publish the distilled student."""
     path = f"{config.distill.output}/model"
     card = ModelCard(

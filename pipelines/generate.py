@@ -58,11 +58,19 @@ class Generator:
             cache=cache,
             shape=(len(prompts), video.channels, video.height, video.width),
         )
-        return torch.cat([chunk.cpu() for chunk in generate(self.model, rollout, self.text.encode(prompts))], dim=1)
+        return torch.cat(
+            [chunk.cpu() for chunk in generate(self.model, rollout, self.text.encode(prompts))], dim=1
+        )
 
     @torch.no_grad()
     def teacher(
-        self, prompts: Sequence[str], noise: Sequence[Key], *, steps: int, guidance: float, negative_prompt: str = ""
+        self,
+        prompts: Sequence[str],
+        noise: Sequence[Key],
+        *,
+        steps: int,
+        guidance: float,
+        negative_prompt: str = "",
     ) -> Tensor:
         """Latent videos [B, F, C, H, W] of the trained length by Euler's method with guidance."""
         x = SampleNoise(noise, self.device).draw((len(prompts), *self.card.video.shape), 0, 0)
@@ -80,7 +88,9 @@ class Generator:
     def decode(self, latents: Tensor) -> Tensor:
         """Frames [B, T, channels, height, width] in [−1, 1]; ValueError where the model has no codec."""
         if self.codec is None:
-            raise ValueError(f"the model at {self.source.path} has video.codec none; its latents cannot be shown.")
+            raise ValueError(
+                f"the model at {self.source.path} has video.codec none; its latents cannot be shown."
+            )
         return self.codec.decode(latents)
 
 

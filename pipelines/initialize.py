@@ -6,7 +6,7 @@ few-step list come from one schedule.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +40,14 @@ def ode_grid(config: RunConfig) -> list[float]:
 
 @torch.no_grad()
 def integrate(
-    model: WanTransformer, x: Tensor, *, cond: Tensor, uncond: Tensor, guidance: float, shift: float, grid: list[float]
+    model: nn.Module,
+    x: Tensor,
+    *,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance: float,
+    shift: float,
+    grid: list[float],
 ) -> list[Tensor]:
     """Euler's method along the guided velocity from noise `x` [B, F, C, H, W]; the video at each timestep of `grid`."""
     schedule = FlowSchedule(shift)
@@ -51,7 +58,7 @@ def integrate(
     for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
         t = torch.full((2 * len(x),), timestep, device=x.device)
         both = model(torch.cat([x, x]), t, torch.cat([cond, uncond.expand_as(cond)])).float()
-        x = x + (following - sigma) * guide(*both.chunk(2), guidance)
+        x = x + (following - sigma) * guide(both[: len(x)], both[len(x) :], guidance)
         path.append(x)
     return path
 
@@ -74,7 +81,9 @@ class OdeSampler:
         samples = [int(i) for i in batch["id"]]
         seed, settings = self.config.seed, self.config.initialize
         prompts = [self.prompts.batch(i, 1, seed)[0]["prompt"] for i in samples]
-        noise = SampleNoise([(seed, "ode", i) for i in samples], self.device).draw((len(samples), *self.config.video.shape), 0, 0)
+        noise = SampleNoise([(seed, "ode", i) for i in samples], self.device).draw(
+            (len(samples), *self.config.video.shape), 0, 0
+        )
         path = integrate(
             self.model,
             noise,
@@ -171,14 +180,16 @@ class Initialize(Task):
         index = [[integer(len(self.steps), seed, update, "index", i, c) for c in chunks] for i in samples]
         return torch.tensor(index, device=self.device).repeat_interleave(chunk, dim=1)
 
-    def loss(self, module: nn.Module, update: int, samples: range, batch: int) -> Tensor:
+    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
         rows = self.data.batch(update * batch + samples.start, len(samples), self.config.seed)
         trajectory = torch.stack([row["trajectory"] for row in rows]).to(self.device)
         noisy, timestep = trajectory_inputs(trajectory, self.steps, self._index(update, samples))
         rollout = self.config.rollout
         context = self.text.encode([row["prompt"] for row in rows])
         velocity = module(noisy, timestep, context, chunk=rollout.chunk, window=rollout.context_window())
-        total, count = regression_terms(self.schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep)
+        total, count = regression_terms(
+            self.schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep
+        )
         # Noisy values of the whole batch, which every rank can count for itself, so that means of means stay the pooled mean.
         noisy_frames = (self._index(update, range(batch)) < len(self.steps) - 1).sum()
         values = count / max(1, int((timestep != 0).sum())) * noisy_frames

@@ -3,6 +3,7 @@
 A byte encoder of prompts, where there is one, is trained with the teacher and frozen afterwards.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,25 +54,37 @@ class Pretrain(Task):
 
     def build(self) -> nn.Module:
         sizes = self.config.teacher
-        transformer = WanTransformer(sizes, activation_checkpointing=self.config.pretrain.role.activation_checkpointing)
+        transformer = WanTransformer(
+            sizes, activation_checkpointing=self.config.pretrain.role.activation_checkpointing
+        )
         return TextToVideo(transformer, ByteEncoder(sizes.text_len, sizes.text_dim))
 
     def open(self, device: torch.device) -> None:
         self.device = device
         self.data = ParquetDataset(self.config.data.train, ["prompt", "video"])
-        self.codec = self.config.video.make_codec()
+        codec = self.config.video.make_codec()
+        if codec is None:
+            raise ValueError("pretrain reads videos, so it needs a video.codec.")
+        self.codec = codec
         self.schedule = FlowSchedule(self.config.score.shift)
 
-    def loss(self, module: nn.Module, update: int, samples: range, batch: int) -> Tensor:
+    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
         seed = self.config.seed
         rows = self.data.batch(update * batch + samples.start, len(samples), seed)
         x0 = self.codec.encode(torch.stack([row["video"] for row in rows])).to(self.device)
         plan = ScorePlan((seed, update, "pretrain"))
         noise, timestep = plan.draw(x0, list(samples), ScoreConfig(self.config.score.shift, *EVERY_TIMESTEP))
-        dropped = [integer(1000, seed, update, "drop", i) < 1000 * self.config.pretrain.dropout for i in samples]
+        dropped = [
+            integer(1000, seed, update, "drop", i) < 1000 * self.config.pretrain.dropout for i in samples
+        ]
         prompts = ["" if drop else row["prompt"] for row, drop in zip(rows, dropped, strict=True)]
         tokens, present = self._encoder().tokenize(prompts)
-        velocity = module(self.schedule.add_noise(x0, noise, timestep), timestep, tokens.to(self.device), present.to(self.device))
+        velocity = module(
+            self.schedule.add_noise(x0, noise, timestep),
+            timestep,
+            tokens.to(self.device),
+            present.to(self.device),
+        )
         return flow_matching_loss(velocity, noise, x0)
 
     def _encoder(self) -> ByteEncoder:
@@ -92,7 +105,9 @@ class Pretrain(Task):
         export_model(engine, path, card)
 
 
-def export_model(engine: TrainEngine, path: str, card: ModelCard, text: dict[str, Tensor] | None = None) -> None:
+def export_model(
+    engine: TrainEngine, path: str, card: ModelCard, text: dict[str, Tensor] | None = None
+) -> None:
     """Publish an engine's weights (the averaged ones, if it keeps them) as a model directory; on all ranks.
 
     Weights under `text.` are the prompt encoder's; `text` gives them where the engine does not train them.

@@ -1,5 +1,6 @@
 """What each command does, from a config to a summary."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,12 +27,23 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
         from pipelines.generate import generate_video
 
         if not options.model or options.prompt is None:
-            raise ValueError("generate needs --model, a directory of a student, and --prompt, what the video shows.")
+            raise ValueError(
+                "generate needs --model, a directory of a student, and --prompt, what the video shows."
+            )
         path = generate_video(
-            model=options.model, prompt=options.prompt, frames=options.frames, seed=config.seed, output=options.output
+            model=options.model,
+            prompt=options.prompt,
+            frames=options.frames,
+            seed=config.seed,
+            output=options.output,
         )
         say(f"wrote {path}")
         return 0
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.root).is_absolute():
+        say(
+            f"{command}: root {config.root!r} lies in this job's working directory, which is deleted some time after the job;"
+            " give --root an absolute path that every node can read."
+        )
     config = config.located()
     if command == "prepare":
         prepare(config)
@@ -51,13 +63,21 @@ def prepare(config: RunConfig) -> None:
     data = config.data
     write_dataset(data.train, videos=data.videos, frames=config.video.frames, seed=config.seed, split="train")
     write_dataset(
-        data.held_out, videos=data.held_out_videos, frames=data.held_out_frames, seed=config.seed + 1, split="held_out"
+        data.held_out,
+        videos=data.held_out_videos,
+        frames=data.held_out_frames,
+        seed=config.seed + 1,
+        split="held_out",
     )
-    say(f"prepare: {data.videos} training videos in {data.train}, {data.held_out_videos} held-out ones in {data.held_out}")
+    say(
+        f"prepare: {data.videos} training videos in {data.train}, {data.held_out_videos} held-out ones in {data.held_out}"
+    )
 
 
 @contextmanager
-def tracking(config: RunConfig, stage: str, output: str, parents: Mapping[str, str], resume_run_id: str | None = None):
+def tracking(
+    config: RunConfig, stage: str, output: str, parents: Mapping[str, str], resume_run_id: str | None = None
+):
     """A tracker of one stage, and where to look at it."""
     with Tracker.start(
         config.tracking,
@@ -126,7 +146,11 @@ def evaluate(config: RunConfig, cluster: Cluster, resume: bool) -> None:
         report = module.evaluate(config, tracker=tracker, resume=resume)
         console.print(summary_table(report))
         output = config.evaluate.output
-        rows = {"drift curve": f"{output}/drift.png", "report": f"{output}/report.md", "samples": f"{output}/contact_sheet.png"}
+        rows = {
+            "drift curve": f"{output}/drift.png",
+            "report": f"{output}/report.md",
+            "samples": f"{output}/contact_sheet.png",
+        }
         summary("Evaluation", rows | {"tracking": tracker.how_to_open()})
 
 

@@ -1,11 +1,12 @@
 """`self-forcing submit`: run a command as a Ray job, follow it from here, and stop it.
 
 The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. What it knows of
-the cluster is the job server's address. What it deliberately does not know is what the command does.
+the cluster is the job server's address. What it deliberately does not know is what the command does with its settings.
 
 Ray runs a job once. So it is this process that hands a failed job in again, with `--resume`.
 """
 
+import argparse
 import asyncio
 import logging
 import os
@@ -24,6 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from orchestrator import cluster
+from pipelines.cli import COMMANDS, RECIPES, recipe_path
 
 QUIET = (
     "ray.dashboard.modules.job.sdk",
@@ -50,18 +52,56 @@ def submit(
 ) -> int:
     """Run `self-forcing COMMAND RECIPE OVERRIDES` as a job and return its exit code (0 at once unless `wait`).
 
-    `recipe` is a file below `working_dir` (default: here), or a name that the command knows. See `run_job`.
+    `recipe` is a file below `working_dir` (default: here), or the name of one that ships with the package. See
+    `run_job`. Raises `ValueError`, before anything is sent, for a command or a recipe that there is not.
     """
+    jobs = [name for name in COMMANDS if name not in ("generate", "submit")]
+    if command not in jobs:
+        raise ValueError(f"{command!r} is no command for a job; use one of {', '.join(jobs)}.")
     working_dir = (working_dir or Path.cwd()).resolve()
-    path = Path(recipe)
-    if path.is_file():
-        if not path.resolve().is_relative_to(working_dir):
+    path = recipe_path(recipe).resolve()
+    if path != (RECIPES / f"{recipe}.yaml").resolve():
+        if not path.is_relative_to(working_dir):
             raise ValueError(
                 f"recipe {recipe} lies outside {working_dir}, which is all that a job gets: copy it there."
             )
-        recipe = str(path.resolve().relative_to(working_dir))
+        recipe = str(path.relative_to(working_dir))
     words = ["python", "-m", "pipelines.cli", command, recipe, *overrides]
     return run_job(words, address=address, working_dir=working_dir, wait=wait, retries=retries)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`self-forcing submit [RECIPE] [options] [--dotted.overrides …]`; overrides go to the command unchanged."""
+    parser = argparse.ArgumentParser(
+        prog="self-forcing submit",
+        description="Run a command as a Ray job on a cluster, follow it, or stop it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "recipe", nargs="?", help="recipe file, or the name of one that ships with the package"
+    )
+    parser.add_argument("--command", default="distill", help="what the job runs (default: distill)")
+    parser.add_argument("--address", help="job server, http://host:8265; RAY_API_SERVER_ADDRESS by default")
+    parser.add_argument("--no-wait", action="store_true", help="do not follow the job")
+    parser.add_argument("--retries", type=int, default=0, help="hand a failed job in again, with --resume")
+    parser.add_argument("--follow", metavar="JOB", help="follow a job that was submitted before")
+    parser.add_argument("--stop", metavar="JOB", help="stop a job")
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.stop:
+        return stop(options.stop, address=options.address)
+    if options.follow:
+        return follow(options.follow, address=options.address)
+    if options.recipe is None:
+        raise ValueError("submit needs a recipe to run, or --follow or --stop with the id of a job.")
+    return submit(
+        options.command,
+        options.recipe,
+        overrides,
+        address=options.address,
+        wait=not options.no_wait,
+        retries=options.retries,
+    )
 
 
 def run_job(

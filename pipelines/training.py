@@ -7,7 +7,7 @@ The loop is the same on every rank: seeded batches by position, one engine step,
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ class Task(Protocol):
         """Open data sets; called once on every rank."""
         ...
 
-    def loss(self, module: nn.Module, update: int, samples: range, batch: int) -> Tensor:
+    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
         """The mean loss over `samples`, a part of the `batch` samples of this update."""
         ...
 
@@ -92,7 +92,9 @@ def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
     """
     newest = storage.newest_complete(stage.checkpoints)
     if newest and not resume:
-        raise ValueError(f"{stage.output} already holds checkpoints; continue with --resume, or choose another output.")
+        raise ValueError(
+            f"{stage.output} already holds checkpoints; continue with --resume, or choose another output."
+        )
     if newest:
         say(f"{stage.name}: resuming from {newest}")
     start = int(storage.read_metadata(newest)["update"]) if newest else 0
@@ -102,7 +104,13 @@ def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
         reader.start()
         trainer = TorchTrainer(
             _loop,
-            train_loop_config={"stage": stage, "task": task, "newest": newest, "reports": reports, "run_id": tracker.run_id},
+            train_loop_config={
+                "stage": stage,
+                "task": task,
+                "newest": newest,
+                "reports": reports,
+                "run_id": tracker.run_id,
+            },
             torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
             scaling_config=ScalingConfig(
                 num_workers=stage.role.ranks,
@@ -181,7 +189,14 @@ def _loop(config: Mapping[str, Any]) -> None:
         done = update + 1
         if rank == 0 and (done % REPORT_EVERY == 0 or done == stage.updates):
             config["reports"].put(
-                (done, {"loss": value, "grad_norm": result.grad_norm, "learning_rate": stage.learning_rate(update)})
+                (
+                    done,
+                    {
+                        "loss": value,
+                        "grad_norm": result.grad_norm,
+                        "learning_rate": stage.learning_rate(update),
+                    },
+                )
             )
         if done % stage.checkpoint_every == 0 and done < stage.updates:
             _save(stage, engine, {"stage": stage.name, "update": done, "run_id": config["run_id"]})

@@ -96,8 +96,8 @@ def two_node_cluster(
             f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client}",
         )
-        # The second node starts while the first still waits for its dashboard.
-        _wait(lambda: _listens(gcs), head, f"{directory}/head.log")
+        # The second node starts once the first has one to show, for it gives up when it does not soon see that.
+        _wait(lambda: _listens(node_ports[0]), head, f"{directory}/head.log")
         second = node("second", node_ports[1::2], f"--address={address}", "--include-log-monitor=false")
         for process, name in ((second, "second"), (head, "head")):
             _wait(lambda: process.poll() == 0, process, f"{directory}/{name}.log")  # noqa: B023
@@ -127,7 +127,7 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _wait(condition, process: subprocess.Popen, log: str, timeout_s: float = 90.0) -> None:
+def _wait(condition, process: subprocess.Popen, log: str, timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if process.poll() not in (None, 0) or time.monotonic() > deadline:

@@ -58,9 +58,7 @@ def write_model(
         lineage={},
     )
     torch.manual_seed(0)
-    encoder = (
-        ByteEncoder(sizes.text_len, sizes.text_dim).state_dict() if card.text.encoder == "bytes" else {}
-    )
+    encoder = ByteEncoder(sizes.text_len, sizes.text_dim).state_dict() if card.text.encoder == "bytes" else {}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     staging = storage.begin(path)
     with storage.writing(staging) as directory:

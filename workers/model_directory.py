@@ -40,6 +40,10 @@ class VideoConfig:
     """Latent columns."""
     codec: Literal["space_to_depth", "none"] = "space_to_depth"
     """Latents to frames: blocks of pixels as channels, or none, where videos stay latents."""
+    pixel_mean: float = 0.0
+    """Mean of the data's pixels in [−1, 1], for space_to_depth."""
+    pixel_std: float = 1.0
+    """Standard deviation of the data's pixels, for space_to_depth."""
     fps: int = 8
     """Frames a second of written videos."""
 
@@ -53,8 +57,10 @@ class VideoConfig:
             return None
         factor = int(self.channels**0.5)
         if factor**2 != self.channels:
-            raise ValueError(f"video.codec space_to_depth needs a square number of video.channels, not {self.channels}.")
-        return SpaceToDepth(factor)
+            raise ValueError(
+                f"video.codec space_to_depth needs a square number of video.channels, not {self.channels}."
+            )
+        return SpaceToDepth(factor, self.pixel_mean, self.pixel_std)
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,17 @@ class ModelDirectory:
         """ValueError, in one sentence, where it is missing, unfinished, damaged or of another format."""
         self.path = str(path)
         if not storage.is_complete(path):
-            raise ValueError(f"there is no complete model at {path}; train one, or name a directory that has a manifest.json.")
+            raise ValueError(
+                f"there is no complete model at {path}; train one, or name a directory that has a manifest.json."
+            )
         storage.verify(path)
         with storage.reading(path) as directory:
             self.directory = directory
             body = json.loads((directory / "model.json").read_text())
         if body.get("format") != FORMAT:
-            raise ValueError(f"{path} has model format {body.get('format')}; this release reads format {FORMAT}.")
+            raise ValueError(
+                f"{path} has model format {body.get('format')}; this release reads format {FORMAT}."
+            )
         self.card = _card(body)
         self._files: dict[str, Path] = {}
         for shard in sorted(self.directory.glob("transformer-*.safetensors")):
@@ -110,7 +120,9 @@ class ModelDirectory:
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name)
 
-    def transformer(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanTransformer:
+    def transformer(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> WanTransformer:
         """The whole transformer on one device, frozen, for inference."""
         with torch.device("meta"):
             model = WanTransformer(self.card.transformer)
@@ -151,7 +163,6 @@ class ModelWriter:
             save_file(self._tensors, self.directory / f"transformer-{self._shards:05d}.safetensors")
             self._shards += 1
             self._tensors, self._bytes = {}, 0
-
 
     def finish(self, card: ModelCard, text: Mapping[str, Tensor]) -> None:
         """Write the rest: the last shard, the text encoder if there is one, and the card."""

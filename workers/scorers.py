@@ -1,5 +1,7 @@
 """Teacher and critic: both score a noisy video; the critic also learns to, on the student's videos."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class TeacherWorker(_Scorer):
         model: str,
         score: ScoreConfig,
         zero_stage: int,
-        dtype: str,
+        dtype: Literal["fp32", "bf16"],
         guidance: float,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
@@ -54,7 +56,7 @@ class TeacherWorker(_Scorer):
         )
 
     @verb
-    def score(self, uncond: Tensor, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Stats, ...]:
+    def score(self, uncond: Tensor, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
         """Guided x0 [F, C, H, W], one a sample, of the noised videos: `tensors` are the videos, then the contexts."""
         video, noise, timestep, context = self._inputs(plan, samples, tensors, self.engine.device)
         with torch.no_grad():
@@ -90,11 +92,13 @@ class CriticWorker(_Scorer, TrainedRank):
     def build(self) -> None:
         sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
         self.engine = TrainEngine(
-            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing), self.engine_config, weights=self.source
+            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing),
+            self.engine_config,
+            weights=self.source,
         )
 
     @verb
-    def score(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Stats, ...]:
+    def score(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
         """x0 [F, C, H, W], one a sample, as `TeacherWorker.score` without guidance."""
         video, noise, timestep, context = self._inputs(plan, samples, tensors, self.engine.device)
         noisy = self.schedule.add_noise(video, noise, timestep)
@@ -110,4 +114,6 @@ class CriticWorker(_Scorer, TrainedRank):
         loss = flow_matching_loss(velocity.float(), noise, video)
         self.engine.backward(loss)
         result = self.engine.step()
-        return {"loss": loss.item(), "grad_norm": result.grad_norm}
+        # Left out of the other micro-batches, whose zeros the mean over an update would take for norms.
+        norm = {"grad_norm": result.grad_norm} if result.stepped or result.grad_norm else {}
+        return {"loss": loss.item(), **norm}

@@ -1,6 +1,7 @@
 """The student: generates by self-rollout, keeps the graph, pulls a gradient back through it, and steps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,17 +49,21 @@ class StudentWorker(TrainedRank):
     def build(self) -> None:
         sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
         self.engine = TrainEngine(
-            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing), self.engine_config, weights=self.source
+            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing),
+            self.engine_config,
+            weights=self.source,
         )
 
     @verb
-    def rollout(self, plan: RolloutPlan, samples: list[int], *contexts: Tensor) -> tuple[Stats, ...]:
+    def rollout(self, plan: RolloutPlan, samples: list[int], *contexts: Tensor) -> tuple[Any, ...]:
         """Videos [F, C, H, W], one a sample, for prompt embeddings [text_len, text_dim].
 
         If the plan carries a gradient its graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
         """
         if plan.grad_frames and self._graph is not None:
-            raise RuntimeError("a rollout with gradient was asked for while the graph of the last one is alive; pull it back first.")
+            raise RuntimeError(
+                "a rollout with gradient was asked for while the graph of the last one is alive; pull it back first."
+            )
         video = self._generate(plan, samples, contexts)
         if plan.grad_frames:
             self._graph = _Graph(video, self.engine.version)
@@ -89,9 +94,13 @@ class StudentWorker(TrainedRank):
         if graph is None:
             raise RuntimeError("pullback needs the graph of a rollout with gradient, and none is alive.")
         if graph.version != self.engine.version:
-            raise RuntimeError(f"the graph was made with weights {graph.version}, and they are now {self.engine.version}.")
+            raise RuntimeError(
+                f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
+            )
         half = len(samples)
-        real, fake = (samples_in(part, self.engine.device) for part in (predictions[:half], predictions[half:]))
+        real, fake = (
+            samples_in(part, self.engine.device) for part in (predictions[:half], predictions[half:])
+        )
         leaf = graph.video.detach().requires_grad_()
         loss = dmd_loss(leaf, real, fake)
         (gradient,) = torch.autograd.grad(loss, leaf)

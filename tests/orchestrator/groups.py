@@ -87,7 +87,11 @@ class Groups:
         self.prompts = ray.remote(ReusablePrompts).options(num_cpus=0).remote()
         self.made = {
             (role, ranks): WorkerGroup(
-                role, [ray.remote(kind).options(num_cpus=0).remote(rank=rank, ranks=ranks) for rank in range(ranks)]
+                role,
+                [
+                    ray.remote(kind).options(num_cpus=0).remote(rank=rank, ranks=ranks)
+                    for rank in range(ranks)
+                ],
             )
             for role, kind in KINDS.items()
             for ranks in (1, 2)

@@ -1,7 +1,6 @@
 """One algorithm, however it is spread out: ranks, ZeRO stages, recomputation, accumulation and overlap change no number."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -97,23 +96,28 @@ def by_hand(config: RunConfig) -> Outcome:
     distill, batch = config.distill, config.distill.batch
     student, critic = ModelDirectory(distill.student), ModelDirectory(distill.teacher)
     teacher, text = critic.transformer(), student.text_encoder()
-    generator, fake_model = (
-        source.transformer().requires_grad_() for source in (student, critic)
-    )
+    generator, fake_model = (source.transformer().requires_grad_() for source in (student, critic))
     rows = ParquetDataset(config.data.train, ["prompt"]).batch(0, 2 * batch, config.seed)
     contexts = text.encode([row["prompt"] for row in rows])
     schedule, samples = FlowSchedule(config.score.shift), list(range(batch))
 
     def rollout(purpose: str, context: Tensor) -> Tensor:
         plan = RolloutPlan.draw(
-            config.rollout, config.video.frames, seed=config.seed, update=0, purpose=purpose, gradient=purpose == "student"
+            config.rollout,
+            config.video.frames,
+            seed=config.seed,
+            update=0,
+            purpose=purpose,
+            gradient=purpose == "student",
         )
         sizes, shape = config.student, config.video
         state = Rollout(
             config.rollout,
             plan,
             noise=SampleNoise([(*plan.noise, sample) for sample in samples]),
-            cache=BlockCache(config.rollout.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim),
+            cache=BlockCache(
+                config.rollout.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim
+            ),
             shape=(batch, shape.channels, shape.height, shape.width),
         )
         return torch.cat(list(generate(generator, state, context)), dim=1)
@@ -194,7 +198,9 @@ SPREAD = {
 
 
 @pytest.mark.parametrize("how", SPREAD.values(), ids=SPREAD.keys())
-def test_spreading_a_run_out_changes_no_number(groups: Groups, base: Outcome, config: RunConfig, how: dict) -> None:
+def test_spreading_a_run_out_changes_no_number(
+    groups: Groups, base: Outcome, config: RunConfig, how: dict
+) -> None:
     assert len(base.metrics) == UPDATES and base.metrics[-1]["critic/loss"] != base.metrics[0]["critic/loss"]
     check(run(groups, spread(config, **how)), base)
 

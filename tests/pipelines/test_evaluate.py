@@ -62,7 +62,8 @@ def write_model(path: str, kind: str, seed: int) -> None:
     with storage.writing(staging) as directory:
         writer = ModelWriter(directory)
         for name, tensor in transformer.state_dict().items():
-            writer.write(name, tensor)
+            # A fresh transformer's last layer is zero, and it would make the same videos whatever its other weights are.
+            writer.write(name, tensor + 0.1 * torch.randn_like(tensor))
         writer.finish(ModelCard(kind, SIZES, VIDEO, TextConfig(), rollout=rollout), text.state_dict())
     storage.publish(staging, path, {})
 
@@ -105,7 +106,10 @@ def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) 
 
 
 @pytest.mark.slow
-def test_tiny_models_are_measured_reported_and_not_generated_twice(ray_cluster, root: Path) -> None:
+def test_tiny_models_are_measured_reported_and_not_generated_twice(
+    ray_cluster, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)  # models are also looked for in the working directory
     config = run_config(root)
     located = config.located()
     with pytest.raises(
@@ -148,9 +152,9 @@ def test_tiny_models_are_measured_reported_and_not_generated_twice(ray_cluster, 
     again, _ = cli.parse("evaluate", [str(output / "config.yaml"), "--root", str(root)])
     assert again.located() == replace(located, tracking=again.located().tracking)
 
-    console = Console(width=160, record=True)
+    console = Console(width=80, record=True)
     console.print(summary_table(report))
-    assert "distilled student" in console.export_text() and "4–5" in console.export_text()
+    assert re.search(r"4–5 .* – .* ± ", console.export_text())
 
     from mlflow import MlflowClient
 

@@ -4,22 +4,23 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from infra import storage
 from pipelines import submit
 from tests.cluster import BIN, TwoNodeCluster, two_node_cluster
+from tests.fixtures import TINY_RECIPE, furnished
+from workers.model_directory import ModelDirectory
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-STAND_IN = ["python", "-m", "tests.pipelines.stand_in_job"]
-NO_ROOM = (
-    "no room for critic within 0.5 s: second: 2 asked for, 1 in the cluster, 1 free;"
-    " ask for fewer ranks or less for each, or add nodes."
-)
+RECIPE = str(TINY_RECIPE.relative_to(ROOT))
+ROLES = {"student", "teacher", "critic"}
 
 
 @pytest.fixture(scope="module")
@@ -28,67 +29,182 @@ def two_nodes() -> Iterator[TwoNodeCluster]:
         yield cluster
 
 
-def python(two_nodes: TwoNodeCluster, code: str, **environment: str) -> subprocess.Popen[str]:
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def start(two_nodes: TwoNodeCluster, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """A process of a user who has the cluster's token; its output goes to one pipe."""
     return subprocess.Popen(
-        [sys.executable, "-u", "-c", code],
+        command,
         cwd=ROOT,
-        env=two_nodes.environment | environment,
+        env=two_nodes.environment | {"PYTHONUNBUFFERED": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-# A pipeline joins this list with what its output must show.
-@pytest.mark.parametrize(
-    ("words", "shown"), [([*STAND_IN, "place"], ["nodes 2", "same package True", NO_ROOM])]
-)
-def test_a_job_does_the_same_handed_in_by_us_and_by_ray(
-    two_nodes: TwoNodeCluster, capfd, words: list[str], shown: list[str]
-):
-    command = [str(BIN / "ray"), "job", "submit", "--address", two_nodes.dashboard_url, "--working-dir", "."]
-    plain = subprocess.Popen(
-        [*command, "--", *words], cwd=ROOT, env=two_nodes.environment, stdout=subprocess.PIPE, text=True
+def handed_in_by_ray(two_nodes: TwoNodeCluster, *words: str) -> subprocess.Popen[str]:
+    """`ray job submit` as Ray documents it, with the command that `pip install` puts on the path."""
+    options = ["--address", two_nodes.dashboard_url, "--working-dir", "."]
+    return start(two_nodes, str(BIN / "ray"), "job", "submit", *options, "--", "self-forcing", *words)
+
+
+def job_in(output: str) -> str:
+    return re.search(r"raysubmit_\w+", output)[0]
+
+
+def nodes_in(output: str) -> dict[str, str]:
+    """Role → the node that it says it runs on."""
+    return dict(re.findall(r"^distill: (\w+) on node (\w+)$", output, re.MULTILINE))
+
+
+def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
+    two_nodes: TwoNodeCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = ["--address", two_nodes.dashboard_url]
+
+    def settings(name: str, iterations: int) -> list[str]:
+        return [
+            RECIPE,
+            "--root",
+            str(tmp_path / name),
+            "--placement.mode=disaggregated",
+            f"--distill.iterations={iterations}",
+        ]
+
+    def model(name: str) -> ModelDirectory:
+        return ModelDirectory(tmp_path / name / "outputs/distilled/model")
+
+    for name in ("ours", "rays"):
+        furnished(tmp_path / name)
+
+    # More iterations than it will get to. It runs on while nobody follows it.
+    assert submit.main([*settings("ours", 100_000), *address, "--no-wait"]) == 0
+    job = job_in(capfd.readouterr().out)
+    follower = start(two_nodes, str(BIN / "self-forcing"), "submit", "--follow", job, *address)
+    seen = ""
+    for line in follower.stdout:
+        seen += line
+        if re.match(r"distill +\d+/100000 .* critic \d", line):
+            break
+    else:
+        pytest.fail(f"no progress arrived:\n{seen}")
+    follower.send_signal(signal.SIGINT)
+    rest = follower.communicate(timeout=30)[0]
+    assert follower.returncode == submit.DETACHED
+    assert "Traceback" not in rest
+    assert f"self-forcing submit --follow {job} --address {two_nodes.dashboard_url}" in rest
+    assert set(nodes_in(seen)) == ROLES
+    assert len(set(nodes_in(seen).values())) == 2
+
+    checkpoints = tmp_path / "ours/outputs/distilled/checkpoints"
+    deadline = time.monotonic() + 120
+    while storage.newest_complete(checkpoints) is None:
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.1)
+    assert submit.main(["--stop", job, *address]) == 0
+    assert submit.main(["--follow", job, *address]) == submit.STOPPED
+    newest = storage.newest_complete(checkpoints)
+    assert newest is not None
+    reached = int(Path(newest).name)
+
+    # Both at once: the rest of the stopped run, and all of it in one go.
+    capfd.readouterr()
+    whole = handed_in_by_ray(two_nodes, "distill", *settings("rays", reached + 2))
+    assert submit.main([*settings("ours", reached + 2), *address, "--resume"]) == 0
+    resumed, plain = capfd.readouterr().out, whole.communicate()[0]
+    assert whole.returncode == 0, plain
+    assert f"distill: resuming from iteration {reached} " in resumed
+    for output in (resumed, plain):
+        assert len(re.findall(rf"^distill +{reached + 2}/{reached + 2} .*$", output, re.MULTILINE)) == 1
+        assert output.count("Distilled student") == 1
+        assert set(nodes_in(output)) == ROLES
+        assert len(set(nodes_in(output).values())) == 2
+    ours, rays = model("ours"), model("rays")
+    assert set(ours.keys()) == set(rays.keys())
+    assert all(ours.get(name).equal(rays.get(name)) for name in ours.keys())  # noqa: SIM118 (not a mapping)
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2_inside_a_job(
+    two_nodes: TwoNodeCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = ["--address", two_nodes.dashboard_url]
+    furnished(tmp_path)
+    room = ["--root", str(tmp_path), "--distill.roles.critic.cpus=64", "--placement.timeout_s=0.5"]
+    stage_5 = "--distill.roles.student.engine.zero_stage=5"
+    rays = handed_in_by_ray(two_nodes, "distill", RECIPE, stage_5)
+    direct = start(
+        two_nodes, str(BIN / "self-forcing"), "distill", RECIPE, *room, "--address", two_nodes.address
     )
-    assert submit.run_job(words, address=two_nodes.dashboard_url, working_dir=ROOT) == 0
-    lines = capfd.readouterr().out.splitlines()
-    plain_lines = plain.communicate()[0].splitlines()
-    assert plain.returncode == 0, plain_lines
-    for line in shown:
-        assert lines.count(line) == plain_lines.count(line) == 1
+    assert submit.main([RECIPE, stage_5, *address]) == 2
+    ours = capfd.readouterr().out
+    assert submit.main([RECIPE, *room, *address]) == 2
+    without_room = capfd.readouterr().out
+    assert direct.wait() == 2
+    # Ray's own command ends with 1 for whatever failed; the job's code is in its details.
+    plain = rays.communicate()[0]
+    details = submit.job_client(two_nodes.dashboard_url).get_job_info(job_in(plain))
+    assert (rays.returncode, details.driver_exit_code) == (1, 2), plain
+
+    for output, sentence in (
+        (ours, r"zero_stage.* 5.*"),
+        (plain, r"zero_stage.* 5.*"),
+        (without_room, r"no room for .*critic.* within 0\.5 s: CPU: 65 asked for, 8 in the cluster, .*"),
+        (direct.stdout.read(), r"no room for .*critic.* within 0\.5 s: CPU: 65 asked for, .*"),
+    ):
+        said = [line for line in output.splitlines() if line.startswith("self-forcing: ")]
+        assert len(said) == 1, output
+        assert re.search(sentence, said[0]), said
+        assert "Traceback" not in output
 
 
-def test_a_failed_job_is_resumed_but_bad_input_is_not(two_nodes: TwoNodeCluster, capfd):
+def test_a_relative_root_in_a_job_is_warned_of(
+    two_nodes: TwoNodeCluster, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The models are not there, so that it ends at once.
+    assert submit.main([RECIPE, "--address", two_nodes.dashboard_url, "--root=outputs/never"]) == 2
+    output = capfd.readouterr().out
+    assert output.count("distill: root 'outputs/never' lies in this job's working directory") == 1
+    assert "there is no complete model at" in output
+
+
+def test_what_cannot_run_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    nowhere = ["--address", "http://127.0.0.1:9"]
+    outside = tmp_path / "tiny.yaml"
+    outside.write_text(TINY_RECIPE.read_text())
+    for arguments, sentence in (
+        (["never"], "there is no recipe 'never'; name a YAML file or one of .*quickstart"),
+        ([str(outside)], f"recipe {outside} lies outside {ROOT}"),
+        ([RECIPE, "--command", "distil"], "'distil' is no command for a job; use one of .*distill"),
+        ([RECIPE, "--retries=1", "--no-wait"], "retries need someone who waits"),
+        ([], "submit needs a recipe"),
+        ([RECIPE], "no Ray job server answers at http://127.0.0.1:9"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            submit.main([*arguments, *nowhere])
+
+
+FAIL_UNLESS_RESUMED = (
+    "import sys; print('arguments', *sys.argv[1:]); sys.exit('--resume' not in sys.argv and int(sys.argv[1]))"
+)
+
+
+def test_a_failed_job_is_handed_in_again_but_bad_input_is_not(
+    two_nodes: TwoNodeCluster, capfd: pytest.CaptureFixture[str]
+) -> None:
     def run(code: str) -> int:
-        words = [*STAND_IN, "fail", code]
-        return submit.run_job(words, address=two_nodes.dashboard_url, working_dir=ROOT, retries=1)
+        words = ["python", "-c", FAIL_UNLESS_RESUMED, code]
+        return submit.run_job(words, address=two_nodes.address, working_dir=ROOT, retries=1)
 
     with ThreadPoolExecutor() as side_by_side:
         assert list(side_by_side.map(run, ["7", "2"])) == [0, 2]
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("arguments")]
     assert sorted(lines) == ["arguments 2", "arguments 7", "arguments 7 --resume"]
-
-
-def test_following_ends_with_ctrl_c_and_the_job_with_stop(two_nodes: TwoNodeCluster, capfd):
-    address = two_nodes.address
-    assert submit.run_job([*STAND_IN, "wait"], address=address, working_dir=ROOT, wait=False) == 0
-    job_id = re.search(r"--stop (\S+)", capfd.readouterr().out)[1]
-    follower = python(
-        two_nodes,
-        f"import sys; from pipelines import submit; sys.exit(submit.follow({job_id!r}, address={address!r}))",
-    )
-    seen = iter(follower.stdout.readline, "")
-    assert any(line == "waiting\n" for line in seen)
-    follower.send_signal(signal.SIGINT)
-    rest = follower.communicate(timeout=30)[0]
-    assert follower.returncode == submit.DETACHED
-    assert "Traceback" not in rest
-    assert f"self-forcing submit --follow {job_id} --address {two_nodes.dashboard_url}" in rest
-
-    assert submit.stop(job_id, address=address) == 0
-    assert submit.follow(job_id, address=address) == submit.STOPPED
     with pytest.raises(ValueError, match=r"has no job raysubmit_never: .* shows those"):
-        submit.stop("raysubmit_never", address=address)
+        submit.stop("raysubmit_never", address=two_nodes.address)
 
 
 TRY = """
@@ -103,20 +219,22 @@ for call in (lambda: cluster.connect({gcs!r}).__enter__(), lambda: submit.job_cl
 
 
 def test_a_wrong_token_a_missing_token_and_a_wrong_address_are_one_sentence_each(
-    two_nodes: TwoNodeCluster, tmp_path
-):
+    two_nodes: TwoNodeCluster, tmp_path: Path
+) -> None:
+    def attempt(code: str, **environment: str) -> subprocess.Popen[str]:
+        return start(two_nodes, sys.executable, "-c", code, **environment)
+
     right = TRY.format(gcs=two_nodes.address, dashboard=two_nodes.dashboard_url)
     swapped = TRY.format(
         gcs=two_nodes.dashboard_url.removeprefix("http://"), dashboard=f"http://{two_nodes.address}"
     )
-    nothing = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN": ""}
     attempts = {
-        "refuses this token": python(two_nodes, right, RAY_AUTH_TOKEN="guess"),
-        "asks for a token": python(two_nodes, right, RAY_AUTH_MODE="disabled"),
-        "but there is no token": python(two_nodes, right, **nothing),
-        "(cannot reach a Ray cluster|no Ray job server answers) at": python(two_nodes, swapped),
+        "refuses this token": attempt(right, RAY_AUTH_TOKEN="guess"),
+        "asks for a token": attempt(right, RAY_AUTH_MODE="disabled"),
+        "but there is no token": attempt(right, HOME=str(tmp_path), RAY_AUTH_TOKEN=""),
+        "(cannot reach a Ray cluster|no Ray job server answers) at": attempt(swapped),
     }
-    for sentence, attempt in attempts.items():
-        lines = attempt.communicate(timeout=60)[0].splitlines()
+    for sentence, process in attempts.items():
+        lines = process.communicate(timeout=60)[0].splitlines()
         assert len(lines) == 2, lines
         assert all(re.search(sentence, line) for line in lines), lines

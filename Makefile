@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make quickstart` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-fast check lint wheel clean
+
+quickstart: .venv/installed  ## distil a streaming generator of moving digits and measure it
+	$(BIN)/self-forcing run quickstart
+
+test: .venv/installed  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed  ## style, types, and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test wheel  ## what CI would like to know
+
+wheel: .venv/installed  ## the built wheel installs and runs in an environment of its own
+	rm -rf dist build/wheel && $(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	$(PYTHON) -m venv --clear build/wheel
+	echo "$(CURDIR)/$$(echo .venv/lib/python3.*/site-packages)" > $$(echo build/wheel/lib/python3.*/site-packages)/dependencies.pth
+	build/wheel/bin/pip install -q --no-deps --no-index dist/*.whl
+	cd build && wheel/bin/self-forcing --help && wheel/bin/self-forcing prepare quickstart --root wheel/run --data.videos 40 --data.held_out_videos 40
+
+.venv/installed: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist outputs

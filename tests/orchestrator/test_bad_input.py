@@ -1,0 +1,148 @@
+"""A user's mistake is one sentence and exit code 2; a loss that is not finite stops the run with code 1 and keeps what is whole."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra import storage
+from orchestrator import checkpoint
+from pipelines import cli
+from tests.fixtures import TINY_RECIPE, furnished, random_weights, write_model
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must fail; what it says, which has to be one sentence and no trace."""
+
+    def refused(*arguments: object, code: int = 2) -> str:
+        capfd.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == code
+        said = capfd.readouterr().err
+        assert said.startswith("self-forcing: ") and said.endswith("\n") and said.count("\n") == 1, said
+        assert "Traceback" not in said
+        return said.removeprefix("self-forcing: ").strip()
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("rollout.chunks=3", r"there is no setting rollout.chunks; the nearest is rollout.chunk."),
+        ("distil.batch=3", r"there is no setting distil.batch; the nearest is distill.batch."),
+        ("rollout.chunk=4", r"rollout.chunk of 4 does not divide 6 frames; use 4 frames or another chunk."),
+        (
+            "rollout={sink: 3}",
+            r"rollout.window of 4 frames is smaller than the chunk of 2 plus the sink of 3; use at least 5.",
+        ),
+        ("distill.roles.student.engine.zero_stage=5", r"zero_stage is 5: use 0, 1, 2 or 3"),
+        ("distill.roles.teacher.zero_stage=1", r"teacher.zero_stage is 1: use 0 (replicated) or 3 (sharded)"),
+        ("distill.roles.student.ranks=3", r"distill.batch of 4 is not divisible by distill.roles.student.ranks"),
+        ("distill.roles.teacher.ranks=3", r"distill.roles.teacher.ranks of 3 does not divide the 4 videos"),
+        ("distill.batch=many", r"distill.batch"),
+        ("text.encoder=embedded", r"distill.roles.teacher.negative_embedding must name a file"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_starts(complaint: Refused, setting: str, says: str) -> None:
+    assert says in complaint("distill", TINY_RECIPE, f"--{setting}")
+
+
+def test_a_wrong_setting_in_a_recipe_is_named(complaint: Refused, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("distill: {roles: {critic: {engine: {learning_rat: 1.0}}}}")
+    says = complaint("distill", recipe)
+    assert "learning_rat" in says and "the nearest is distill.roles.critic.engine.learning_rate." in says
+    assert "there is no recipe 'quickstrat'" in complaint("distill", "quickstrat")
+    assert "there is no command 'distil'" in complaint("distil")
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_model_that_is_missing_or_damaged_is_named(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}")
+    generate = ("generate", f"--model={config.distill.student}", "--prompt=a two drifting up")
+    assert "sizes" in complaint(*arguments, "--student.num_layers=3")
+    (shard,) = Path(config.distill.student).glob("*.safetensors") if False else [
+        Path(config.distill.student) / "transformer-00000.safetensors"
+    ]
+    flip_a_byte(shard)
+    for command in (arguments, generate):
+        says = complaint(*command)
+        assert says.startswith(config.distill.student) and "damaged" in says and shard.name in says
+    shutil.rmtree(config.distill.student)
+    for command in (arguments, generate):
+        assert complaint(*command).startswith(f"there is no complete model at {config.distill.student};")
+
+
+def test_generate_refuses_what_it_cannot_show(complaint: Refused, tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    model, prompt = f"--model={config.distill.student}", "--prompt=a two drifting up"
+    assert complaint("generate", model, "--prompt= ").startswith("--prompt is empty;")
+    assert complaint("generate", model).startswith("generate needs --model")
+    assert "--frames" in complaint("generate", model, prompt, "--frames=0")
+    assert ".mp4" in complaint("generate", model, prompt, "--output=video.avi")
+    assert "shorten it" in complaint("generate", model, f"--prompt={'a two ' * 9}")
+
+
+@pytest.mark.slow
+def test_more_ranks_than_the_cluster_has(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+    furnished(tmp_path)
+    says = complaint(
+        "distill", TINY_RECIPE, f"--root={tmp_path}", "--distill.roles.teacher.cpus=99", "--placement.timeout_s=1"
+    )
+    assert says.startswith("no room for 1 student rank, 1 teacher rank, 1 critic rank")
+    assert "CPU: 100 asked for, 16 in the cluster" in says and "fewer ranks" in says
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}", "--distill.checkpoint_every=1", "--distill.sample_every=0")
+    # The first critic update is made of finite numbers and leaves weights that no number survives.
+    diverges = complaint(*arguments, "--distill.roles.critic.engine.learning_rate=1e30", code=1)
+    assert "critic loss is" in diverges or "critic grad_norm is" in diverges, diverges
+    assert "in iteration 1 (prompt batch 2)" in diverges and "--resume" in diverges
+    checkpoints = f"{config.distill.output}/checkpoints"
+    found = checkpoint.newest(checkpoints)
+    assert found is not None and found[1]["iteration"] == 1
+    storage.verify(found[0])
+    assert not storage.is_complete(f"{config.distill.output}/model")
+
+    # The run directory now holds checkpoints: what resuming refuses, before any actor starts.
+    assert "continue with --resume" in complaint(*arguments)
+    says = complaint(*arguments, "--resume")
+    assert "was made with another distill.roles.critic.engine.learning_rate" in says
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    arguments = ["distill", str(TINY_RECIPE), f"--root={tmp_path}", "--distill.checkpoint_every=1", "--distill.sample_every=0"]
+    assert cli.main([*arguments, "--distill.iterations=2"]) == 0
+    found = checkpoint.newest(f"{config.distill.output}/checkpoints")
+    assert found is not None
+    (file,) = Path(found[0]).glob("critic/*.pt")
+    flip_a_byte(file)
+    says = complaint(*arguments, "--distill.iterations=4", "--resume")
+    assert says.startswith(found[0]) and "damaged" in says and f"critic/{file.name}" in says
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_finite_is_blamed_on_its_role(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    weights = random_weights(config.student, 1)
+    weights["head.head.bias"][0] = torch.nan
+    write_model(config.distill.student, config.student, seed=1, rollout=config.rollout, video=replace(config.video), weights=weights)
+    says = complaint("distill", TINY_RECIPE, f"--root={tmp_path}", code=1)
+    assert says.startswith("student loss is nan in iteration 0 (prompt batch 0)")

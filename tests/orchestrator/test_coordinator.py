@@ -1,0 +1,84 @@
+"""The coordinator moves references: no tensor is ever rebuilt in its process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray import ObjectRef
+from ray._private import tensor_serialization_utils
+
+from orchestrator import checkpoint
+from pipelines.distill import check_models, export, sample
+from tests.fixtures import furnished
+from tests.orchestrator.groups import Groups
+from workers.model_directory import ModelDirectory
+
+pytestmark = pytest.mark.slow
+
+
+class TensorArrived(AssertionError):
+    pass
+
+
+@contextmanager
+def no_tensor_may_arrive() -> Iterator[None]:
+    """Whatever a pickle or Ray calls to rebuild a tensor or its storage raises in this process."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TensorArrived
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in dir(torch._utils):
+            if name.startswith("_rebuild_"):
+                patch.setattr(torch._utils, name, refuse)
+        patch.setattr(torch.storage, "_load_from_bytes", refuse)
+        patch.setattr(tensor_serialization_utils, "_zero_copy_tensors_deserializer", refuse)
+        yield
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Everything that is not a container, below a value."""
+    if isinstance(value, dict):
+        for item in value.items():
+            yield from leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    elif hasattr(value, "samples"):
+        yield from leaves([value.samples, value.contexts, value.videos, value.stats])
+    else:
+        yield value
+
+
+def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Path) -> None:
+    config = furnished(tmp_path, overrides=["--distill.iterations=4", "--distill.student_every=2"])
+    roles = replace(config.distill.roles, student=replace(config.distill.roles.student, ranks=2))
+    config = replace(config, distill=replace(config.distill, roles=roles))
+    models = check_models(config)
+    coordinator = groups.coordinator(config)
+    trained = {"student": coordinator.student, "critic": coordinator.critic}
+    with no_tensor_may_arrive():
+        for done, metrics in coordinator.run(0):
+            assert all(isinstance(leaf, int | str | ObjectRef) for leaf in leaves(coordinator.ahead))
+            assert len(coordinator.ahead) == (done < 4)
+            assert all(type(value) is float for value in metrics.values())
+            checkpoint.save(f"{tmp_path}/checkpoints", done, trained, {}, keep=2)
+        found = checkpoint.newest(f"{tmp_path}/checkpoints")
+        assert found is not None and found[1]["iteration"] == 4
+        checkpoint.load(found[0], trained)
+        files = sample(config, coordinator, models["student"], 4)
+        path = export(config, coordinator, models, "run")
+
+        # The guard works: fetching what the coordinator only refers to trips it.
+        made = coordinator.rollout(4, "critic", 0)
+        for reference in (made.videos[0], made.contexts[0], coordinator.uncond):
+            with pytest.raises(Exception) as caught:
+                ray.get(reference)
+            assert "TensorArrived" in repr(caught.value) + str(caught.value)
+    assert all(file.stat().st_size for file in files) and len(files) == 2
+    assert ray.get(made.videos[0]).shape == config.video.shape
+    assert asdict(ModelDirectory(path).card)["lineage"] == {"distilled": "run"}
