@@ -200,6 +200,7 @@ def sample(config: RunConfig, coordinator: Coordinator, student: ModelDirectory,
 def write_samples(stem: str, video: VideoConfig, *latents: Tensor) -> list[str]:
     """Decode latent videos [F, C, H, W] and write `stem`.mp4 and `stem`.png; returns their paths."""
     codec = video.make_codec()
+    assert codec is not None, "there is nothing to look at without a codec"
     frames = [codec.decode(latent[None])[0] for latent in latents]
     write_video(f"{stem}.mp4", grid(frames), video.fps)
     contact_sheet(f"{stem}.png", frames)

@@ -99,6 +99,8 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
     config = config.located()
     models = open_models(config)
     card = models["distilled"].card
+    rollout = card.rollout
+    assert rollout is not None, "a student's card says how it generates"
     real, reference = real_videos(config)
     jobs = {name: _job(config, name, model) for name, model in models.items()}
     roles = config.distill.roles
@@ -111,7 +113,7 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
     features = _task(config, read).remote(reader, reference)
     videos = {"real": real, **make_videos(config, jobs, resume=resume)}
     say("evaluate: measuring")
-    settings = {"chunk": card.rollout.chunk, "trained": card.video.frames, "seed": config.seed}
+    settings = {"chunk": rollout.chunk, "trained": card.video.frames, "seed": config.seed}
     measuring = [
         _task(config, measure).remote(reader, videos[name], features, reference.numbers(), **settings)
         for name in ROWS
@@ -127,8 +129,8 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
         },
         rows=rows,
         trained=card.video.frames,
-        chunk=card.rollout.chunk,
-        steps=len(card.rollout.steps),
+        chunk=rollout.chunk,
+        steps=len(rollout.steps),
         samples={
             name: made.pixels[[made.prompts.index(prompt) for prompt in shown]]
             for name, made in videos.items()

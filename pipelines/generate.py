@@ -102,7 +102,7 @@ def generate_video(*, model: str, prompt: str, frames: int | None, seed: int, ou
     if not prompt.strip():
         raise ValueError("--prompt is empty; say what the video shows, for example 'a seven drifting left'.")
     generator = Generator(model)
-    wanted = frames or generator.card.video.frames
+    wanted = generator.card.video.frames if frames is None else frames
     if wanted < 1:
         raise ValueError(f"--frames must be at least 1, not {wanted}.")
     latents = generator.student([prompt], [(seed, "generate", 0)], generator.frames_of_chunks(wanted))

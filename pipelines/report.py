@@ -420,8 +420,8 @@ def _plot_samples(report: Report, path: Path) -> None:
         axes.set_yticks(
             [height * (row + 0.5) for row in range(len(strips))], [NAMES[name] for name in report.samples]
         )
-        step = max(1, report.chunk)
-        axes.set_xticks([height * (f + 0.5) for f in range(0, frames, step)], range(0, frames, step))
+        starts = range(0, frames, report.chunk)
+        axes.set_xticks([height * (frame + 0.5) for frame in starts], [str(frame) for frame in starts])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(prompt, loc="left", fontsize=10)

@@ -21,19 +21,20 @@ class PromptWorker:
     def batch(self, position: int, size: int) -> list[Tensor] | Tensor:
         """Embeddings [text_len, text_dim] of samples `position …`, in the seeded order."""
         rows = self._data.batch(position, size, self._seed)
-        if self._encoder is None:
+        if self._embedded:
             return unwrapped([row["embedding"] for row in rows])
-        return self.embed([row["prompt"] for row in rows])
+        return unwrapped(self._encode([row["prompt"] for row in rows]))
 
     def unconditional(self, prompt: str, file: str | None) -> Tensor:
         """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
-        return self.embed([prompt]) if file is None else load_file(file)["embedding"]
+        return self._encode([prompt])[0] if file is None else load_file(file)["embedding"]
 
-    def embed(self, prompts: list[str]) -> list[Tensor] | Tensor:
-        """Embeddings of given prompts; ValueError where the model takes embedded prompts only."""
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
         if self._encoder is None:
-            raise ValueError("prompts come embedded in this data set; text cannot be encoded here.")
-        return unwrapped([embedding.clone() for embedding in self._encoder.encode(prompts)])
+            raise ValueError(
+                "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative one's file."
+            )
+        return [embedding.clone() for embedding in self._encoder.encode(prompts)]
 
 
 def unwrapped(embeddings: list[Tensor]) -> list[Tensor] | Tensor:

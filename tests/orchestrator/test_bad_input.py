@@ -43,7 +43,10 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
         ),
         ("distill.roles.student.engine.zero_stage=5", r"zero_stage is 5: use 0, 1, 2 or 3"),
         ("distill.roles.teacher.zero_stage=1", r"teacher.zero_stage is 1: use 0 (replicated) or 3 (sharded)"),
-        ("distill.roles.student.ranks=3", r"distill.batch of 4 is not divisible by distill.roles.student.ranks"),
+        (
+            "distill.roles.student.ranks=3",
+            r"distill.batch of 4 is not divisible by distill.roles.student.ranks",
+        ),
         ("distill.roles.teacher.ranks=3", r"distill.roles.teacher.ranks of 3 does not divide the 4 videos"),
         ("distill.batch=many", r"distill.batch"),
         ("text.encoder=embedded", r"distill.roles.teacher.negative_embedding must name a file"),
@@ -68,14 +71,18 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_model_that_is_missing_or_damaged_is_named(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+def test_a_model_that_is_missing_or_damaged_is_named(
+    complaint: Refused, ray_cluster: object, tmp_path: Path
+) -> None:
     config = furnished(tmp_path)
     arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}")
     generate = ("generate", f"--model={config.distill.student}", "--prompt=a two drifting up")
     assert "sizes" in complaint(*arguments, "--student.num_layers=3")
-    (shard,) = Path(config.distill.student).glob("*.safetensors") if False else [
-        Path(config.distill.student) / "transformer-00000.safetensors"
-    ]
+    (shard,) = (
+        Path(config.distill.student).glob("*.safetensors")
+        if False
+        else [Path(config.distill.student) / "transformer-00000.safetensors"]
+    )
     flip_a_byte(shard)
     for command in (arguments, generate):
         says = complaint(*command)
@@ -99,16 +106,28 @@ def test_generate_refuses_what_it_cannot_show(complaint: Refused, tmp_path: Path
 def test_more_ranks_than_the_cluster_has(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
     furnished(tmp_path)
     says = complaint(
-        "distill", TINY_RECIPE, f"--root={tmp_path}", "--distill.roles.teacher.cpus=99", "--placement.timeout_s=1"
+        "distill",
+        TINY_RECIPE,
+        f"--root={tmp_path}",
+        "--distill.roles.teacher.cpus=99",
+        "--placement.timeout_s=1",
     )
     assert says.startswith("no room for 1 student rank, 1 teacher rank, 1 critic rank")
     assert "CPU: 100 asked for, 16 in the cluster" in says and "fewer ranks" in says
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(
+    complaint: Refused, ray_cluster: object, tmp_path: Path
+) -> None:
     config = furnished(tmp_path)
-    arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}", "--distill.checkpoint_every=1", "--distill.sample_every=0")
+    arguments = (
+        "distill",
+        TINY_RECIPE,
+        f"--root={tmp_path}",
+        "--distill.checkpoint_every=1",
+        "--distill.sample_every=0",
+    )
     # The first critic update is made of finite numbers and leaves weights that no number survives.
     diverges = complaint(*arguments, "--distill.roles.critic.engine.learning_rate=1e30", code=1)
     assert "critic loss is" in diverges or "critic grad_norm is" in diverges, diverges
@@ -128,7 +147,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(complaint: Refused, ray_cluster
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
     config = furnished(tmp_path)
-    arguments = ["distill", str(TINY_RECIPE), f"--root={tmp_path}", "--distill.checkpoint_every=1", "--distill.sample_every=0"]
+    arguments = [
+        "distill",
+        str(TINY_RECIPE),
+        f"--root={tmp_path}",
+        "--distill.checkpoint_every=1",
+        "--distill.sample_every=0",
+    ]
     assert cli.main([*arguments, "--distill.iterations=2"]) == 0
     found = checkpoint.newest(f"{config.distill.output}/checkpoints")
     assert found is not None
@@ -139,10 +164,19 @@ def test_a_damaged_checkpoint_is_named(complaint: Refused, ray_cluster: object, 
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_finite_is_blamed_on_its_role(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
+def test_a_model_that_is_not_finite_is_blamed_on_its_role(
+    complaint: Refused, ray_cluster: object, tmp_path: Path
+) -> None:
     config = furnished(tmp_path)
     weights = random_weights(config.student, 1)
     weights["head.head.bias"][0] = torch.nan
-    write_model(config.distill.student, config.student, seed=1, rollout=config.rollout, video=replace(config.video), weights=weights)
+    write_model(
+        config.distill.student,
+        config.student,
+        seed=1,
+        rollout=config.rollout,
+        video=replace(config.video),
+        weights=weights,
+    )
     says = complaint("distill", TINY_RECIPE, f"--root={tmp_path}", code=1)
     assert says.startswith("student loss is nan in iteration 0 (prompt batch 0)")

@@ -204,7 +204,7 @@ def test_verdicts_follow_from_the_numbers() -> None:
 
     def met(distilled: Row) -> list[bool]:
         rows = {
-            "real": row([1, 1, 1], 1.0),
+            "real": row([1.0, 1.0, 1.0], 1.0),
             "teacher": row([0.95, 0.95], 0.9, 4),
             "initial": row([0.8, 0.4, 0.2], 0.9),
             "distilled": distilled,

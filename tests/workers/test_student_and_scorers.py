@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import ray
@@ -133,5 +132,9 @@ def zeros_like(video: torch.Tensor) -> torch.Tensor:
 def test_a_workers_defect_keeps_its_own_trace(roles: tuple[WorkerGroup, WorkerGroup]) -> None:
     _, critic = roles
     with pytest.raises(RuntimeError, match="^critic: ") as caught:
-        critic.stats(critic.scatter("update", SAMPLES, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=False)[0])
+        critic.stats(
+            critic.scatter(
+                "update", SAMPLES, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=False
+            )[0]
+        )
     assert "scorers.py" in str(caught.value.__cause__)
