@@ -13,7 +13,6 @@ from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from pipelines import cli
 from pipelines.console import console, say, summary
-from workers.model_directory import ModelDirectory
 
 
 def dispatch(command: str, arguments: Sequence[str]) -> int:
@@ -141,7 +140,7 @@ def evaluate(config: RunConfig, cluster: Cluster, resume: bool) -> None:
     from pipelines import evaluate as module
     from pipelines.report import summary_table
 
-    student = ModelDirectory(f"{config.distill.output}/model")
+    student = module.open_models(config)["distilled"]
     with tracking(config, "evaluate", config.evaluate.output, dict(student.card.lineage)) as tracker:
         report = module.evaluate(config, tracker=tracker, resume=resume)
         console.print(summary_table(report))

@@ -43,7 +43,7 @@ def test_two_student_updates_change_every_weight(groups: Groups, tmp_path: Path,
     distill = config.distill
     coordinator = groups.coordinator(config)
     losses = []
-    for done, metrics in coordinator.run(0):
+    for done, metrics in coordinator.run(0):  # noqa: B007 (used below)
         losses += [metrics["student/loss"]] if "student/loss" in metrics else []
         if len(losses) == 2:
             break

@@ -131,7 +131,7 @@ def zeros_like(video: torch.Tensor) -> torch.Tensor:
 
 def test_a_workers_defect_keeps_its_own_trace(roles: tuple[WorkerGroup, WorkerGroup]) -> None:
     _, critic = roles
-    with pytest.raises(RuntimeError, match="^critic: ") as caught:
+    with pytest.raises(RuntimeError, match=r"^critic: ") as caught:
         critic.stats(
             critic.scatter(
                 "update", SAMPLES, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=False
