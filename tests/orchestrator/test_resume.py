@@ -45,12 +45,13 @@ def kill_after(saved: int, arguments: list[str], output: Path, moment: random.Ra
             return time.monotonic()
 
         try:
-            interval = -wait_for(saved - CHECKPOINT_EVERY) + wait_for(saved)
+            began = wait_for(saved - CHECKPOINT_EVERY)
+            interval = wait_for(saved) - began
             time.sleep(moment.random() * interval)
             driver.kill()
+            assert driver.wait() == -9  # so it had not ended by itself
         finally:
             cluster._kill_marked(mark)
-        assert driver.wait() == -9
 
 
 def newest(output: Path) -> int:
