@@ -32,7 +32,8 @@ def kill_after(saved: int, arguments: list[str], output: Path, moment: random.Ra
         driver = subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", cluster.MARK: mark},
+            # On a busy machine a second Ray may need longer than Ray gives it.
+            env={**os.environ, "RAY_raylet_start_wait_time_s": "180", cluster.MARK: mark},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
