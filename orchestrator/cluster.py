@@ -94,13 +94,19 @@ def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) 
     # start from cold.
     paths = [str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        object_store_memory=object_store_bytes,
-        include_dashboard=False,
-        **options,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            **options,
+        )
+    except Exception as error:  # Ray raises a bare Exception where its node does not answer in time
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"Ray did not start on this machine ({reason}); try again when it is less busy."
+        ) from error
 
 
 def _join(options: dict, address: str, timeout_s: float) -> None:

@@ -122,7 +122,3 @@ class StudentWorker(TrainedRank):
             self.engine.export(writer.write, ema=self.engine_config.ema_decay is not None)
             if self.rank == 0:
                 writer.finish(card, self.source.text_weights())
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by name, between the last pullback and the step; for tests."""
-        return {name: gradient.cpu() for name, gradient in self.engine.gradients().items()}

@@ -32,8 +32,7 @@ def kill_after(saved: int, arguments: list[str], output: Path, moment: random.Ra
         driver = subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", *arguments],
             cwd=REPOSITORY,
-            # On a busy machine a second Ray may need longer than Ray gives it.
-            env={**os.environ, "RAY_raylet_start_wait_time_s": "180", cluster.MARK: mark},
+            env={**os.environ, cluster.MARK: mark},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
