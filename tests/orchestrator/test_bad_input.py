@@ -71,8 +71,9 @@ def flip_a_byte(file: Path) -> None:
 
 
 def test_a_model_that_is_missing_or_damaged_is_named(
-    complaint: Refused, ray_cluster: object, tmp_path: Path
+    complaint: Refused, ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # models are also looked for in the working directory
     config = furnished(tmp_path)
     arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}")
     generate = ("generate", f"--model={config.distill.student}", "--prompt=a two drifting up")

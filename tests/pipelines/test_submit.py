@@ -95,7 +95,7 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     else:
         pytest.fail(f"no progress arrived:\n{seen}")
     follower.send_signal(signal.SIGINT)
-    rest = follower.communicate(timeout=30)[0]
+    rest = follower.communicate(timeout=120)[0]
     assert follower.returncode == submit.DETACHED
     assert "Traceback" not in rest
     assert f"self-forcing submit --follow {job} --address {two_nodes.dashboard_url}" in rest
@@ -237,6 +237,6 @@ def test_a_wrong_token_a_missing_token_and_a_wrong_address_are_one_sentence_each
         "(cannot reach a Ray cluster|no Ray job server answers) at": attempt(swapped),
     }
     for sentence, process in attempts.items():
-        lines = process.communicate(timeout=60)[0].splitlines()
+        lines = process.communicate(timeout=180)[0].splitlines()
         assert len(lines) == 2, lines
         assert all(re.search(sentence, line) for line in lines), lines
