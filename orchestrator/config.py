@@ -3,9 +3,9 @@
 Types that belong to a part live with that part; this module composes them and checks what only the whole can know.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from infra.tracking import TrackingConfig, sqlite_uri
 from model.rollout import RolloutConfig
@@ -271,6 +271,20 @@ class RunConfig:
             raise ValueError(
                 "pretrain.compile does not work with zero_stage 3; use zero_stage 2, or compile: false."
             )
+
+    def portable(self) -> dict[str, Any]:
+        """The settings with paths below `root` made relative and without tracking, so that they mean the same elsewhere."""
+        root = self.root.rstrip("/") + "/"
+
+        def shorten(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: shorten(item) for name, item in value.items()}
+            if isinstance(value, list | tuple):
+                return [shorten(item) for item in value]
+            return value.removeprefix(root) if isinstance(value, str) else value
+
+        settings = {name: value for name, value in asdict(self).items() if name != "tracking"}
+        return {**shorten(settings), "root": "."}
 
     def located(self) -> "RunConfig":
         """The same config with absolute paths, for actors do not share the driver's working directory."""

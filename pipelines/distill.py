@@ -220,7 +220,7 @@ def export(
         rollout=config.rollout,
         shift=config.rollout.shift,
         lineage={**models["teacher"].card.lineage, **models["student"].card.lineage, "distilled": run_id},
-        recipe=asdict(config),
+        recipe=config.portable(),
     )
     staging = storage.begin(path)
     coordinator.student.wait(coordinator.student.broadcast("export", staging, card))

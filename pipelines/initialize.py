@@ -7,7 +7,7 @@ few-step list come from one schedule.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,7 @@ class Initialize(Task):
             rollout=self.config.rollout,
             shift=self.config.rollout.shift,
             lineage=self.lineage,
-            recipe=asdict(self.config),
+            recipe=self.config.portable(),
         )
         export_model(engine, path, card, source.text_weights())
 

@@ -4,7 +4,7 @@ A byte encoder of prompts, where there is one, is trained with the teacher and f
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,7 @@ class Pretrain(Task):
             self.config.text,
             shift=self.config.score.shift,
             lineage={"teacher": self.run_id},
-            recipe=asdict(self.config),
+            recipe=self.config.portable(),
         )
         export_model(engine, path, card)
 

@@ -166,7 +166,7 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
         _plot_curves(report, metric, output / picture)
     _plot_samples(report, output / "contact_sheet.png")
     # The tracker's address may hold a password, and is no part of what was measured.
-    settings = {name: value for name, value in _portable(report).items() if name != "tracking"}
+    settings = report.config.portable()
     _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     _write(output / "report.md", _markdown(report))
     _write(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
@@ -232,20 +232,6 @@ def _tracked(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
         for suffix, part in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high)):
             values[f"evaluation/{name}/{metric}{suffix}"] = part.item()
     return {key: value for key, value in values.items() if not math.isnan(value)}
-
-
-def _portable(report: Report) -> dict[str, Any]:
-    """The config with paths below `root` made relative, so that it means the same elsewhere."""
-    config = report.config
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [shorten(item) for item in value]
-        return _relative(value, config.root) if isinstance(value, str) else value
-
-    return {**shorten(asdict(config)), "root": "."}
 
 
 def _relative(path: str, root: str) -> str:
