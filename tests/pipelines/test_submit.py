@@ -45,6 +45,8 @@ def start(two_nodes: TwoNodeCluster, *command: str, **environment: str) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A test run in the background of a shell hands an ignored Ctrl-C down to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
