@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _RESAMPLES = 1000
-_LARGEST_SHIFT = 2
+_LARGEST_SHIFT = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def followed_motion(videos: Tensor, shifts: Tensor) -> Tensor:
     """1 where the content moved as asked from a frame to the next, else 0; float `[N, F − 1]`.
 
     `shifts` `[N, 2]` are the expected `(dy, dx)` in pixels a frame. The observed shift is the one with the
-    largest circular cross-correlation of the two frames, among all of at most 2 pixels either way; a still or
+    largest circular cross-correlation of the two frames, among all of at most 4 pixels either way; a still or
     blank video has shift zero.
     """
     reach = range(-_LARGEST_SHIFT, _LARGEST_SHIFT + 1)

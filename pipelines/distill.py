@@ -14,7 +14,7 @@ from infra.tracking import Tracker
 from model.rollout import RolloutPlan
 from orchestrator import checkpoint
 from orchestrator.cluster import release
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, TeacherRole, TrainRole
 from orchestrator.coordinator import Coordinator
 from orchestrator.placement import place
 from orchestrator.worker_group import WorkerGroup
@@ -70,72 +70,70 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
     return models
 
 
+WORKERS: dict[str, type] = {"student": StudentWorker, "teacher": TeacherWorker, "critic": CriticWorker}
+
+
+def worker_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the workers of each role are made with, beside their rank."""
+    distill, roles = config.distill, config.distill.roles
+
+    def learning(role: TrainRole) -> dict[str, Any]:
+        return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
+
+    return {
+        "student": {"model": distill.student, "rollout": config.rollout, **learning(roles.student)},
+        "teacher": {
+            "model": distill.teacher,
+            "score": config.score,
+            "zero_stage": roles.teacher.zero_stage,
+            "dtype": roles.teacher.dtype,
+            "guidance": roles.teacher.guidance,
+        },
+        "critic": {
+            "model": distill.critic or distill.teacher,
+            "score": config.score,
+            **learning(roles.critic),
+        },
+    }
+
+
 @contextmanager
 def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
     """All roles, placed, started and connected to a coordinator; they end with the block."""
-    roles = config.distill.roles
-    group, options = place(
-        {"student": roles.student, "teacher": roles.teacher, "critic": roles.critic},
-        config.placement,
-        grows=grows,
-    )
+    roles: dict[str, TrainRole | TeacherRole] = {
+        name: getattr(config.distill.roles, name) for name in WORKERS
+    }
+    settings = worker_settings(config)
+    placed, options = place(roles, config.placement, grows=grows)
     try:
-
-        def spawn(name: str, kind: Any, role: Any, **settings: Any) -> WorkerGroup:
-            make: Any = ray.remote(kind)
-            return WorkerGroup(
+        groups = {}
+        for name, role in roles.items():
+            make: Any = ray.remote(WORKERS[name])
+            groups[name] = WorkerGroup(
                 name,
                 [
                     make.options(**option).remote(
-                        rank=rank, ranks=role.ranks, threads=role.threads, **settings
+                        rank=rank, ranks=role.ranks, threads=role.threads, **settings[name]
                     )
                     for rank, option in enumerate(options[name])
                 ],
             )
-
-        def learning(role: Any) -> dict[str, Any]:
-            return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
-
-        distill = config.distill
-        student = spawn(
-            "student",
-            StudentWorker,
-            roles.student,
-            model=distill.student,
-            rollout=config.rollout,
-            **learning(roles.student),
-        )
-        teacher = spawn(
-            "teacher",
-            TeacherWorker,
-            roles.teacher,
-            model=distill.teacher,
-            score=config.score,
-            zero_stage=roles.teacher.zero_stage,
-            dtype=roles.teacher.dtype,
-            guidance=roles.teacher.guidance,
-        )
-        critic = spawn(
-            "critic",
-            CriticWorker,
-            roles.critic,
-            model=distill.critic or distill.teacher,
-            score=config.score,
-            **learning(roles.critic),
-        )
         prompts: Any = (
             ray.remote(PromptWorker)
             .options(num_cpus=0)
-            .remote(config.data.train, config.seed, distill.student)
+            .remote(config.data.train, config.seed, config.distill.student)
         )
-        for each in (student, teacher, critic):
-            each.start()
-            nodes = dict.fromkeys(each.wait(each.broadcast("node")))
-            say(f"distill: {each.role} on node {', '.join(nodes)}")
-        uncond = prompts.unconditional.remote(roles.teacher.negative_prompt, roles.teacher.negative_embedding)
-        yield Coordinator(config, student, teacher, critic, prompts, uncond)
+        for group in groups.values():
+            group.start()
+            nodes = dict.fromkeys(group.wait(group.broadcast("node")))
+            say(f"distill: {group.role} on node {', '.join(nodes)}")
+        teacher = config.distill.roles.teacher
+        uncond = prompts.unconditional.remote(teacher.negative_prompt, teacher.negative_embedding)
+        yield Coordinator(
+            config, groups["student"], groups["teacher"], groups["critic"], prompts=prompts, uncond=uncond
+        )
     finally:
-        release(group)
+        release(placed)
 
 
 def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -> str:

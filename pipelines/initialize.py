@@ -24,7 +24,7 @@ from model.score import guide
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
 from pipelines.pretrain import export_model
-from pipelines.training import Stage, Task
+from pipelines.training import Task
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 from workers.engine import TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory
@@ -223,17 +223,3 @@ def check(config: RunConfig) -> ModelDirectory:
             f"the model at {config.initialize.teacher} makes latents of {source.card.video.shape}, `video` says {config.video.shape}."
         )
     return source
-
-
-def stage(config: RunConfig) -> Stage:
-    settings = config.initialize
-    return Stage(
-        "initialize",
-        settings.output,
-        settings.updates,
-        settings.batch,
-        settings.warmup,
-        settings.checkpoint_every,
-        settings.role,
-        config.seed,
-    )

@@ -25,9 +25,11 @@ Split = Literal["train", "held_out"]
 
 CANVAS = 16
 SCAN = 8
+SPEED = 2
+"""Pixels a frame. At one, what a frame tells of the sign of the motion hides in less than a token."""
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_SHIFTS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+_SHIFTS = {"left": (0, -SPEED), "right": (0, SPEED), "up": (-SPEED, 0), "down": (SPEED, 0)}
 _PROMPT = re.compile(rf"an? ({'|'.join(DIGIT_WORDS)}) drifting ({'|'.join(DIRECTIONS)})")
 
 _HELD_OUT = 0.2
@@ -87,7 +89,7 @@ def scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
 def render(
     images: np.ndarray, directions: Sequence[Direction], starts: np.ndarray, frames: int
 ) -> np.ndarray:
-    """N videos, uint8 `[N, F, 1, 16, 16]` in 0..255: each scan moves one pixel a frame and wraps around.
+    """N videos, uint8 `[N, F, 1, 16, 16]` in 0..255: each scan moves `SPEED` pixels a frame and wraps around.
 
     `images` are scans `[N, 8, 8]`, `starts` the row and column `[N, 2]` of their upper left corner in the
     first frame.
@@ -151,6 +153,7 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
             "frames": frames,
             "seed": seed,
             "split": split,
+            "speed": SPEED,
         },
     )
     if path.exists():

@@ -18,7 +18,7 @@ from model.score import ScoreConfig, ScorePlan
 from model.text import ByteEncoder
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
-from pipelines.training import Stage, Task, share
+from pipelines.training import Task, share
 from workers.dataset import ParquetDataset
 from workers.engine import TrainEngine
 from workers.model_directory import ModelCard, ModelWriter
@@ -34,8 +34,8 @@ class TextToVideo(nn.Module):
         self.transformer = transformer
         self.text = text
 
-    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
-        return self.transformer(x, timestep, self.text(tokens, present))
+    def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        return self.transformer(x, timestep, self.text(tokens))
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Pretrain(Task):
         if codec is None:
             raise ValueError("pretrain reads videos, so it needs a video.codec.")
         self.codec = codec
+        self.tokenizer = ByteEncoder(self.config.teacher.text_len, 1)
         self.schedule = FlowSchedule(self.config.score.shift)
 
     def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
@@ -78,19 +79,9 @@ class Pretrain(Task):
             integer(1000, seed, update, "drop", i) < 1000 * self.config.pretrain.dropout for i in samples
         ]
         prompts = ["" if drop else row["prompt"] for row, drop in zip(rows, dropped, strict=True)]
-        tokens, present = self._encoder().tokenize(prompts)
-        velocity = module(
-            self.schedule.add_noise(x0, noise, timestep),
-            timestep,
-            tokens.to(self.device),
-            present.to(self.device),
-        )
+        tokens = self.tokenizer.tokenize(prompts).to(self.device)
+        velocity = module(self.schedule.add_noise(x0, noise, timestep), timestep, tokens)
         return flow_matching_loss(velocity, noise, x0)
-
-    def _encoder(self) -> ByteEncoder:
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = ByteEncoder(self.config.teacher.text_len, 1)
-        return self._tokenizer
 
     def export(self, engine: TrainEngine, path: str) -> None:
         card = ModelCard(
@@ -129,17 +120,3 @@ def export_model(
     if dist.get_rank() == 0:
         storage.publish(staging, path, {"kind": card.kind})
     dist.barrier()
-
-
-def stage(config: RunConfig) -> Stage:
-    settings = config.pretrain
-    return Stage(
-        "pretrain",
-        settings.output,
-        settings.updates,
-        settings.batch,
-        settings.warmup,
-        settings.checkpoint_every,
-        settings.role,
-        config.seed,
-    )

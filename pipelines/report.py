@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from rich.table import Table
@@ -21,6 +20,7 @@ from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
 from model.metrics import Estimate
 from orchestrator.config import RunConfig
+from pipelines.plots import NAMES, plot_curves, plot_samples
 
 FORMAT = 1
 METRICS = {
@@ -37,19 +37,6 @@ PICTURES = {
     "kernel_distance": "distance.png",
 }
 SPANS = {"inside": "inside the trained length", "beyond": "beyond it", "overall": "all frames"}
-NAMES = {
-    "real": "real videos",
-    "teacher": "teacher",
-    "initial": "initial student",
-    "distilled": "distilled student",
-}
-# Okabe and Ito's palette, which stays apart for colour-blind readers; line styles for those who print in grey.
-_LOOKS = {
-    "real": ("#6e6e6e", ":"),
-    "teacher": ("#0072B2", "--"),
-    "initial": ("#E69F00", "-."),
-    "distilled": ("#009E73", "-"),
-}
 
 
 @dataclass(frozen=True)
@@ -163,8 +150,20 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
     output = Path(report.config.evaluate.output)
     output.mkdir(parents=True, exist_ok=True)
     for metric, picture in PICTURES.items():
-        _plot_curves(report, metric, output / picture)
-    _plot_samples(report, output / "contact_sheet.png")
+        plot_curves(
+            output / picture,
+            {name: row.by_frame[metric] for name, row in report.rows.items()},
+            label=METRICS[metric],
+            trained=report.trained,
+            share=metric in ("digit_accuracy", "motion_following"),
+        )
+    plot_samples(
+        output / "contact_sheet.png",
+        report.samples,
+        report.sample_prompts,
+        trained=report.trained,
+        chunk=report.chunk,
+    )
     # The tracker's address may hold a password, and is no part of what was measured.
     settings = report.config.portable()
     _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -358,64 +357,3 @@ def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     aside.write_text(text)
     os.replace(aside, path)
-
-
-def _plot_curves(report: Report, metric: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for name, row in report.rows.items():
-        estimate, (color, style) = row.by_frame[metric], _LOOKS[name]
-        frames = np.arange(row.frames)
-        axes.fill_between(frames, estimate.low, estimate.high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(frames, estimate.value, style, color=color, linewidth=2, label=NAMES[name])
-    axes.axvline(report.trained - 0.5, color="0.3", linewidth=1)
-    axes.annotate(
-        "trained length",
-        (report.trained - 0.5, 1.01),
-        xycoords=("data", "axes fraction"),
-        ha="right",
-        color="0.3",
-        fontsize=9,
-    )
-    if metric in ("digit_accuracy", "motion_following"):
-        axes.set_ylim(-0.02, 1.04)
-    axes.set_xlim(0, max(row.frames for row in report.rows.values()) - 1)
-    axes.set_xlabel("frame")
-    axes.set_ylabel(METRICS[metric])
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(report.rows), frameon=False)
-    figure.savefig(path)
-
-
-def _plot_samples(report: Report, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    frames = max(row.frames for row in report.rows.values())
-    figure = Figure(
-        figsize=(0.42 * frames + 2, 2.1 * len(report.sample_prompts)), dpi=100, layout="constrained"
-    )
-    for index, prompt in enumerate(report.sample_prompts):
-        axes = figure.add_subplot(len(report.sample_prompts), 1, index + 1)
-        strips = [_strip(videos[index], frames) for videos in report.samples.values()]
-        height = strips[0].shape[0]
-        axes.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.axvline(report.trained * height - 1, color="#D55E00", linewidth=2)
-        axes.set_yticks(
-            [height * (row + 0.5) for row in range(len(strips))], [NAMES[name] for name in report.samples]
-        )
-        starts = range(0, frames, report.chunk)
-        axes.set_xticks([height * (frame + 0.5) for frame in starts], [str(frame) for frame in starts])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_title(prompt, loc="left", fontsize=10)
-    figure.savefig(path, bbox_inches="tight")
-
-
-def _strip(video: Tensor, frames: int) -> np.ndarray:
-    """Frames `[F, 1, H, W]` side by side with grey between and behind them, `[H + 1, frames · (W + 1)]`."""
-    padded = torch.nn.functional.pad(video[:, 0], (0, 1, 0, 1), value=96)
-    missing = torch.full((frames - len(padded), *padded.shape[1:]), 96, dtype=padded.dtype)
-    return torch.cat([padded, missing]).permute(1, 0, 2).flatten(1).numpy()

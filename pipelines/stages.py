@@ -98,26 +98,26 @@ def run_id_of(newest: str | None) -> str | None:
 
 def pretrain(config: RunConfig, cluster: Cluster, resume: bool) -> None:
     from pipelines import pretrain as module
-    from pipelines.training import train
+    from pipelines.training import Stage, train
 
-    stage = module.stage(config)
+    stage = Stage("pretrain", config.pretrain, config.seed)
     previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
-    with tracking(config, "pretrain", stage.output, {}, previous) as tracker:
+    with tracking(config, "pretrain", config.pretrain.output, {}, previous) as tracker:
         path = train(stage, module.Pretrain(config, tracker.run_id), tracker=tracker, resume=resume)
         summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
 
 
 def initialize(config: RunConfig, cluster: Cluster, resume: bool) -> None:
     from pipelines import initialize as module
-    from pipelines.training import train
+    from pipelines.training import Stage, train
 
     teacher = module.check(config)
     say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
     module.write_pairs(config)
-    stage = module.stage(config)
+    stage = Stage("initialize", config.initialize, config.seed)
     parents = dict(teacher.card.lineage)
     previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
-    with tracking(config, "initialize", stage.output, parents, previous) as tracker:
+    with tracking(config, "initialize", config.initialize.output, parents, previous) as tracker:
         task = module.Initialize(config, {**parents, "initial_student": tracker.run_id})
         path = train(stage, task, tracker=tracker, resume=resume)
         summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from infra import storage
 from infra.tracking import Tracker
-from orchestrator.config import TrainRole
+from orchestrator.config import InitializeConfig, PretrainConfig
 from pipelines.console import Display, say
 from workers.engine import TrainEngine, WeightSource, init_process_group
 
@@ -63,26 +63,22 @@ class Stage:
     """How one model is trained."""
 
     name: str
-    output: str
-    updates: int
-    batch: int
-    warmup: int
-    checkpoint_every: int
-    role: TrainRole
+    settings: PretrainConfig | InitializeConfig
     seed: int
 
     @property
     def checkpoints(self) -> str:
-        return f"{self.output}/checkpoints"
+        return f"{self.settings.output}/checkpoints"
 
     @property
     def model(self) -> str:
-        return f"{self.output}/model"
+        return f"{self.settings.output}/model"
 
     def learning_rate(self, update: int) -> float:
         """Linear warm-up, then linear decay to zero."""
-        rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
-        return self.role.engine.learning_rate * rise * (1 - update / self.updates)
+        settings = self.settings
+        rise = min(1.0, (update + 1) / settings.warmup) if settings.warmup else 1.0
+        return settings.role.engine.learning_rate * rise * (1 - update / settings.updates)
 
 
 def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
@@ -90,16 +86,17 @@ def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
 
     Raises ValueError where there are checkpoints already and `resume` is false, and FloatingPointError where the loss is not finite.
     """
+    settings = stage.settings
     newest = storage.newest_complete(stage.checkpoints)
     if newest and not resume:
         raise ValueError(
-            f"{stage.output} already holds checkpoints; continue with --resume, or choose another output."
+            f"{settings.output} already holds checkpoints; continue with --resume, or choose another output."
         )
     if newest:
         say(f"{stage.name}: resuming from {newest}")
     start = int(storage.read_metadata(newest)["update"]) if newest else 0
     reports = Queue(actor_options={"num_cpus": 0})
-    with Display(stage.name, stage.updates, done=start) as display:
+    with Display(stage.name, settings.updates, done=start) as display:
         reader = threading.Thread(target=_read_reports, args=(reports, display, tracker), daemon=True)
         reader.start()
         trainer = TorchTrainer(
@@ -113,11 +110,13 @@ def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
             },
             torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
             scaling_config=ScalingConfig(
-                num_workers=stage.role.ranks,
-                use_gpu=stage.role.gpus > 0,
-                resources_per_worker={"CPU": stage.role.cpus, "GPU": stage.role.gpus},
+                num_workers=settings.role.ranks,
+                use_gpu=settings.role.gpus > 0,
+                resources_per_worker={"CPU": settings.role.cpus, "GPU": settings.role.gpus},
             ),
-            run_config=RayRunConfig(name=stage.name, storage_path=str(Path(stage.output).absolute() / "ray")),
+            run_config=RayRunConfig(
+                name=stage.name, storage_path=str(Path(settings.output).absolute() / "ray")
+            ),
         )
         try:
             trainer.fit()
@@ -148,10 +147,11 @@ def _read_reports(reports: Queue, display: Display, tracker: Tracker) -> None:
 
 def _loop(config: Mapping[str, Any]) -> None:
     stage: Stage = config["stage"]
+    settings = stage.settings
     task: Task = config["task"]
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(stage.role.threads)
+    torch.set_num_threads(settings.role.threads)
     init_process_group(
         rank=rank,
         world_size=ranks,
@@ -160,7 +160,7 @@ def _loop(config: Mapping[str, Any]) -> None:
         timeout_s=TIMEOUT_S,
     )
     torch.manual_seed(stage.seed)
-    engine = TrainEngine(task.build, stage.role.engine, weights=task.weights())
+    engine = TrainEngine(task.build, settings.role.engine, weights=task.weights())
     task.open(engine.device)
     start = 0
     if config["newest"]:
@@ -168,13 +168,13 @@ def _loop(config: Mapping[str, Any]) -> None:
             engine.load(directory)
         start = int(storage.read_metadata(config["newest"])["update"])
     module = torch.compile(engine.module) if task.compile else engine.module
-    parts = ranks * stage.role.engine.accumulation
-    size = stage.batch // parts
-    for update in range(start, stage.updates):
+    parts = ranks * settings.role.engine.accumulation
+    size = settings.batch // parts
+    for update in range(start, settings.updates):
         engine.set_learning_rate(stage.learning_rate(update))
         total = torch.zeros((), dtype=torch.float64)
         for part in range(rank, parts, ranks):
-            loss = task.loss(module, update, range(part * size, (part + 1) * size), stage.batch)
+            loss = task.loss(module, update, range(part * size, (part + 1) * size), settings.batch)
             engine.backward(loss)
             total += loss.detach().cpu().double() / parts
         if ranks > 1:
@@ -187,7 +187,7 @@ def _loop(config: Mapping[str, Any]) -> None:
             )
         result = engine.step()
         done = update + 1
-        if rank == 0 and (done % REPORT_EVERY == 0 or done == stage.updates):
+        if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.updates):
             config["reports"].put(
                 (
                     done,
@@ -198,7 +198,7 @@ def _loop(config: Mapping[str, Any]) -> None:
                     },
                 )
             )
-        if done % stage.checkpoint_every == 0 and done < stage.updates:
+        if done % settings.checkpoint_every == 0 and done < settings.updates:
             _save(stage, engine, {"stage": stage.name, "update": done, "run_id": config["run_id"]})
     task.export(engine, stage.model)
 

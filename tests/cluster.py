@@ -103,7 +103,7 @@ def two_node_cluster(
             _wait(lambda: process.poll() == 0, process, f"{directory}/{name}.log")  # noqa: B023
         yield cluster
     finally:
-        _kill_marked(mark)
+        kill_marked(mark)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -135,7 +135,7 @@ def _wait(condition, process: subprocess.Popen, log: str, timeout_s: float = 180
         time.sleep(0.1)
 
 
-def _kill_marked(mark: str) -> None:
+def kill_marked(mark: str) -> None:
     """Kill every process that inherited the mark: nodes, workers, and the drivers of jobs."""
     while marked := [process for process in psutil.process_iter() if _is_marked(process.pid, mark)]:
         for process in marked:

@@ -14,6 +14,7 @@ from torch import Tensor
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.worker_group import WorkerGroup
+from pipelines.distill import worker_settings
 from workers.actor import Rank
 from workers.prompts import PromptWorker
 from workers.scorers import CriticWorker, TeacherWorker
@@ -106,25 +107,7 @@ class Groups:
     def coordinator(self, config: RunConfig) -> Coordinator:
         """A coordinator of freshly built roles; its predecessor's are gone."""
         distill, roles = config.distill, config.distill.roles
-
-        def learning(role: Any) -> dict[str, Any]:
-            return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
-
-        settings: dict[str, dict[str, Any]] = {
-            "student": {"model": distill.student, "rollout": config.rollout, **learning(roles.student)},
-            "teacher": {
-                "model": distill.teacher,
-                "score": config.score,
-                "zero_stage": roles.teacher.zero_stage,
-                "dtype": roles.teacher.dtype,
-                "guidance": roles.teacher.guidance,
-            },
-            "critic": {
-                "model": distill.critic or distill.teacher,
-                "score": config.score,
-                **learning(roles.critic),
-            },
-        }
+        settings = worker_settings(config)
         ranks = {"student": roles.student.ranks, "teacher": roles.teacher.ranks, "critic": roles.critic.ranks}
         groups = {role: self.made[role, ranks[role]] for role in KINDS}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}

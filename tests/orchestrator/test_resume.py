@@ -51,7 +51,7 @@ def kill_after(saved: int, arguments: list[str], output: Path, moment: random.Ra
             driver.kill()
             assert driver.wait() == -9  # so it had not ended by itself
         finally:
-            cluster._kill_marked(mark)
+            cluster.kill_marked(mark)
 
 
 def newest(output: Path) -> int:
