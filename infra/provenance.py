@@ -1,10 +1,15 @@
 """Which code made a result: versions of what was installed and the commit of this project, as tags."""
 
 import importlib.metadata
+import json
+import os
 import platform
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+
+CARRIED = "SELF_FORCING_COMMIT"
+"""Environment variable that tells a job, which runs in a copy without a history, what it was copied from."""
 
 
 def versions() -> dict[str, str]:
@@ -18,6 +23,8 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> dict[str, str]:
     """Tags that name the commit of the code that runs; none where it is installed rather than checked out."""
+    if CARRIED in os.environ:
+        return json.loads(os.environ[CARRIED])
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -30,3 +37,8 @@ def git_commit() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"mlflow.source.git.commit": commit, "git.uncommitted_changes": str(changed).lower()}
+
+
+def carried() -> dict[str, str]:
+    """Environment variables with which a copy of this code elsewhere knows its commit."""
+    return {CARRIED: json.dumps(git_commit())}

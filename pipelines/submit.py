@@ -24,6 +24,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from infra.provenance import carried
 from orchestrator import cluster
 from pipelines.cli import COMMANDS, RECIPES, recipe_path
 
@@ -233,7 +234,7 @@ def _ray_address(address: str) -> Iterator[None]:
 def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> str:
     # Lines as they are written, as wide as the terminal that shows them.
     shown = {"PYTHONUNBUFFERED": "1", "COLUMNS": str(shutil.get_terminal_size((100, 24)).columns)}
-    environment = cluster.code_environment(working_dir) | {"env_vars": shown}
+    environment = cluster.code_environment(working_dir) | {"env_vars": shown | carried()}
     try:
         return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     except (RuntimeError, ValueError) as error:

@@ -5,6 +5,7 @@ A verb takes and returns tensors one per sample, so groups of different sizes re
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -34,7 +35,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     return timed
 
 
-class Rank:
+class Rank(ABC):
     """One rank of a role: a process with its own devices."""
 
     def __init__(self, *, rank: int, ranks: int, threads: int):
@@ -57,8 +58,9 @@ class Rank:
         )
         self.build()
 
+    @abstractmethod
     def build(self) -> None:
-        raise NotImplementedError
+        """Make the model; its process group is there."""
 
 
 class TrainedRank(Rank):

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 FORMAT_VERSION = 1
+SHUFFLE_BYTES = 2**30
+"""Bytes of the window within which samples are shuffled and kept in memory; a data set that fits in it is
+shuffled as a whole. Another size is another order."""
 _METADATA_KEY = b"self_forcing"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -33,17 +36,6 @@ _DTYPES = {
 }
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """Which data set a pipeline reads, and how far it is shuffled."""
-
-    path: str
-    """Directory of Parquet shards, or a single Parquet file."""
-    shuffle_bytes: int = 2**30
-    """Size in bytes of the window within which samples are shuffled and kept in memory; a data set that fits
-    in it is shuffled as a whole. Changing it changes the order of the samples."""
 
 
 def tensor_fields(name: str) -> list[pa.Field]:
@@ -99,7 +91,7 @@ class ParquetDataset:
         path: str | Path,
         columns: Sequence[str],
         *,
-        shuffle_bytes: int = DatasetConfig.shuffle_bytes,
+        shuffle_bytes: int = SHUFFLE_BYTES,
     ) -> None:
         if shuffle_bytes < 1:
             raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")

@@ -14,7 +14,7 @@ from workers.model_directory import ModelDirectory
 
 TINY = [
     *(f"--{role}.{name}={value}" for role in ("teacher", "student") for name, value in [
-        ("dim", 24), ("ffn_dim", 48), ("num_heads", 2), ("num_layers", 2), ("text_len", 24), ("text_dim", 16), ("freq_dim", 32),
+        ("dim", 24), ("ffn_dim", 48), ("num_heads", 2), ("num_layers", 2), ("text_len", 8), ("text_dim", 16), ("freq_dim", 32),
     ]),
     *(f"--video.{name}={value}" for name, value in [("frames", 9), ("height", 4), ("width", 4)]),
     *(f"--distill.roles.{role}.{name}={value}" for role in ("student", "teacher", "critic") for name, value in [

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from infra import storage
+from infra.provenance import git_commit
 from pipelines import submit
 from tests.cluster import BIN, TwoNodeCluster, two_node_cluster
 from tests.fixtures import TINY_RECIPE, furnished
@@ -132,6 +133,11 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     assert all(ours.get(name).equal(rays.get(name)) for name in ours.keys())  # noqa: SIM118 (not a mapping)
     with closing(sqlite3.connect(tmp_path / "ours/outputs/mlflow.db")) as tracked:
         assert tracked.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+        commit = git_commit().get(
+            "mlflow.source.git.commit"
+        )  # of what was handed in, which has no history there
+        asked = "SELECT value FROM tags WHERE key = 'mlflow.source.git.commit'"
+        assert tracked.execute(asked).fetchall() == ([(commit,)] if commit else [])
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2_on_the_cluster_too(
@@ -212,6 +218,7 @@ def test_a_failed_job_is_handed_in_again_but_bad_input_is_not(
 
 
 TRY = """
+from infra.provenance import git_commit
 from orchestrator import cluster
 from pipelines import submit
 for call in (lambda: cluster.connect({gcs!r}).__enter__(), lambda: submit.job_client({dashboard!r})):
