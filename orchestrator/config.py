@@ -46,7 +46,7 @@ class RanksConfig:
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.threads < 1 or self.cpus < 0 or self.gpus < 0:
-            raise ValueError("a role needs ranks and threads of at least 1, and cpus and gpus of at least 0.")
+            raise ValueError("ranks and threads of a role must be at least 1, its cpus and gpus at least 0.")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TeacherRole(RanksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.zero_stage not in (0, 3):
-            raise ValueError(f"teacher.zero_stage is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
+            raise ValueError(f"zero_stage is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
 
 
 @dataclass(frozen=True)

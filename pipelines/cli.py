@@ -83,10 +83,26 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
         arguments[:1] = ["--config", str(recipe_path(arguments[0]))]
     parser = config_parser(command)
     try:
-        options = parser.instantiate(parser.parse_args(arguments))
+        options = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(explain(str(error))) from None
-    return RunConfig(**{f.name: options[f.name] for f in fields(RunConfig)}), options
+    return compose(RunConfig, options), options
+
+
+def compose(kind: Any, values: Any, prefix: str = "") -> Any:
+    """The config of type `kind` from parsed values; a part that refuses its values says so under its dotted name."""
+    nested = {f.name: type(f.default) for f in fields(kind) if is_dataclass(f.default)}
+    arguments = {
+        f.name: compose(nested[f.name], values[f.name], f"{prefix}{f.name}.")
+        if f.name in nested
+        else values[f.name]
+        for f in fields(kind)
+    }
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        named = str(error).split()[0] in arguments
+        raise ValueError(f"{prefix}{error}" if named else str(error)) from error
 
 
 def explain(message: str) -> str:

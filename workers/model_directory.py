@@ -47,6 +47,11 @@ class VideoConfig:
     fps: int = 8
     """Frames a second of written videos."""
 
+    def __post_init__(self) -> None:
+        for name in ("frames", "channels", "height", "width", "pixel_std", "fps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(F, C, H, W)."""

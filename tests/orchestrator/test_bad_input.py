@@ -40,8 +40,14 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
             "rollout={sink: 3}",
             r"rollout.window of 4 frames is smaller than the chunk of 2 plus the sink of 3; use at least 5.",
         ),
-        ("distill.roles.student.engine.zero_stage=5", r"zero_stage is 5: use 0, 1, 2 or 3"),
-        ("distill.roles.teacher.zero_stage=1", r"teacher.zero_stage is 1: use 0 (replicated) or 3 (sharded)"),
+        (
+            "distill.roles.student.engine.zero_stage=5",
+            r"distill.roles.student.engine.zero_stage is 5: use 0, 1, 2 or 3",
+        ),
+        (
+            "distill.roles.teacher.zero_stage=1",
+            r"distill.roles.teacher.zero_stage is 1: use 0 (replicated) or 3 (sharded)",
+        ),
         (
             "distill.roles.student.ranks=3",
             r"distill.batch of 4 is not divisible by distill.roles.student.ranks",
