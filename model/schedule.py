@@ -52,11 +52,15 @@ class FlowSchedule:
         """The warped few-step list, e.g. [1000, 750, 500, 250] → [1000, 937.5, 833.3, 625] at shift 5."""
         return self.warp(torch.tensor(steps, dtype=torch.float32)).tolist()
 
-    def sigma(self, timestep: Tensor) -> Tensor:
-        """The sigma of the table entry nearest to each timestep, in float32; any shape, on its device."""
+    def nearest(self, table: Tensor, timestep: Tensor) -> Tensor:
+        """The values of `table` [1000] whose timesteps are nearest to `timestep`; any shape, on its device."""
         flat = timestep.detach().float().reshape(-1, 1).cpu()
         index = (self.timesteps - flat).abs().argmin(dim=1)
-        return self.sigmas[index].reshape(timestep.shape).to(timestep.device)
+        return table[index].reshape(timestep.shape).to(timestep.device)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """The sigma of the table entry nearest to each timestep, in float32; any shape, on its device."""
+        return self.nearest(self.sigmas, timestep)
 
     def score_timestep(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """Timesteps for teacher and critic: uniform integers 0..999 warped, then clamped to [low, high]."""

@@ -1,12 +1,15 @@
 """The Wan 2.1 diffusion transformer, in the three ways Self Forcing uses it.
 
-Bidirectional (teacher, critic), block-causal over a whole sequence (ODE regression), and cached, one chunk
-against a constant history (rollout). Parameter names are those of the Wan 2.1 release; every size comes
-from `TransformerConfig`. Source: Wan 2.1 (arXiv 2503.20314) for the architecture, CausVid (arXiv
-2412.07772) for per-frame timesteps under a block-causal mask.
+Bidirectional (teacher, critic), block-causal over a whole sequence (ODE regression, diffusion forcing;
+teacher forcing with a clean stream beside the noisy one), and cached, one chunk against a constant history
+(rollout). Parameter names are those of the Wan 2.1 release; every size comes from `TransformerConfig`.
+Source: Wan 2.1 (arXiv 2503.20314) for the architecture, CausVid (arXiv 2412.07772) for per-frame timesteps
+under a block-causal mask.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import rope
+from model.chunk_view import ChunkView, chunk_views
 from model.kv_cache import History, KeyValue, Window
 
 EVERYTHING = Window(None, 0, "absolute")
@@ -116,17 +120,6 @@ class Attention(nn.Module):
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
         return q, k, v
-
-
-@dataclass(frozen=True)
-class ChunkView:
-    """What one chunk of a block-causal sequence looks at, in tokens."""
-
-    queries: slice
-    keys: tuple[slice, ...]
-    """The sink, and the latest tokens up to the chunk's own end."""
-    query_phase: Tensor
-    key_phase: Tensor
 
 
 class SelfAttention(Attention):
@@ -248,6 +241,17 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale))
 
 
+class Tapped(NamedTuple):
+    """A velocity and what a classification branch reads (a tuple, because ZeRO-3 hooks look into those)."""
+
+    velocity: Tensor
+    """[B, F, C, H, W]."""
+    hidden: list[Tensor]
+    """Hidden states after each tapped block, [B, L, D]."""
+    time: Tensor
+    """Time embedding, [B, 1 or F, D]."""
+
+
 class WanTransformer(nn.Module):
     """Predicts the velocity of a noisy latent video."""
 
@@ -297,19 +301,32 @@ class WanTransformer(nn.Module):
         *,
         chunk: int | None = None,
         window: Window = EVERYTHING,
+        clean: Tensor | None = None,
         history: History | None = None,
         return_live: bool = False,
-    ) -> Tensor | tuple[Tensor, list[KeyValue]]:
+        taps: Sequence[int] = (),
+    ) -> Tensor | tuple[Tensor, list[KeyValue]] | Tapped:
         """Velocity [B, F, C, H, W] of noisy latents `x` of that shape.
 
         `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim]. Without more every frame
         sees every frame; with `chunk` frames see their own chunk and what `window` holds of earlier ones, as
-        in a rollout; with `history` all of `x` is one live chunk after it, and `return_live` also returns its
-        keys and values, as a cache stores them. Raises ValueError where `chunk` does not divide F.
+        in a rollout; with `clean` too, a video like `x`, the earlier ones are its frames at timestep 0 instead
+        of those of `x` (teacher forcing); with `history` all of `x` is one live chunk after it, and
+        `return_live` also returns its keys and values, as a cache stores them. `taps` names blocks, from 0,
+        whose hidden states are returned too. Raises ValueError where `chunk` does not divide F, or `clean`
+        comes without a chunk or in another shape.
         """
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
         rows, columns = self.config.grid(height, width)
         dtype = self.head.head.bias.dtype
+        if clean is not None:
+            if chunk is None or clean.shape != x.shape:
+                raise ValueError(
+                    f"clean frames need a chunk, not {chunk}, and the noisy frames' shape {tuple(x.shape)}, "
+                    f"not {tuple(clean.shape)}."
+                )
+            timestep = timestep[:, None].expand(-1, frames) if timestep.ndim == 1 else timestep
+            x, timestep = torch.cat([clean, x], 1), torch.cat([torch.zeros_like(timestep), timestep], 1)
         tokens = self.patch_embedding(x.to(dtype))
         embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(dtype))
         if embedded.ndim == 2:
@@ -320,8 +337,10 @@ class WanTransformer(nn.Module):
             phase = history.phase
         else:
             phase = rope.phases([range(frames)], rows, columns, self.config.head_dim, x.device)
-        chunks = None if chunk is None else self._chunk_views(frames, chunk, window, phase)
-        live = []
+        chunks = None
+        if chunk is not None:
+            chunks = chunk_views(frames, chunk, window, phase, streams=1 if clean is None else 2)
+        live, states = [], {}
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             arguments = (tokens, time, context, phase, chunks, history, layer)
@@ -331,6 +350,10 @@ class WanTransformer(nn.Module):
                 tokens, pair = block(*arguments)
             if return_live:
                 live.append(pair)
+            if layer in taps:
+                states[layer] = tokens
+        if clean is not None:
+            tokens, embedded = tokens[:, tokens.shape[1] // 2 :], embedded[:, frames:]
         velocity = rearrange(
             self.head(tokens, embedded),
             "b (f h w) (p q c) -> b f c (h p) (w q)",
@@ -340,25 +363,6 @@ class WanTransformer(nn.Module):
             p=self.config.patch_size[1],
             q=self.config.patch_size[2],
         )
+        if taps:
+            return Tapped(velocity, [states[layer] for layer in taps], embedded)
         return (velocity, live) if return_live else velocity
-
-    @staticmethod
-    def _chunk_views(frames: int, chunk: int, window: Window, phase: Tensor) -> list[ChunkView]:
-        if frames % chunk:
-            raise ValueError(f"a chunk of {chunk} frames does not divide {frames} frames.")
-        tokens = phase.shape[1] // frames
-        views = []
-        for start in range(0, frames, chunk):
-            sink, latest = window.kept(start, chunk)
-            queries = slice(start * tokens, (start + chunk) * tokens)
-            keys = (slice(0, sink * tokens), slice((start - latest) * tokens, queries.stop))
-            if window.positions == "absolute":
-                query_phase, key_phase = (
-                    phase[:, queries],
-                    torch.cat([phase[:, span] for span in keys], dim=1),
-                )
-            else:
-                seen, end = (sink + latest) * tokens, (sink + latest + chunk) * tokens
-                query_phase, key_phase = phase[:, seen:end], phase[:, :end]
-            views.append(ChunkView(queries, keys, query_phase, key_phase))
-        return views

@@ -8,18 +8,27 @@ is unknown; 3 if all else matches but some quantities belong to features that do
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.discriminator import BranchConfig, Discriminator
 from model.kv_cache import BlockCache
 from model.objectives.dmd import dmd_loss
-from model.objectives.flow_matching import flow_matching_loss
+from model.objectives.flow_matching import flow_matching_loss, timestep_weight
+from model.objectives.gan import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    relativistic_discriminator_loss,
+    relativistic_generator_loss,
+)
 from model.objectives.regression import regression_terms, trajectory_inputs
+from model.objectives.sid import sid_loss
 from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
 from model.schedule import FlowSchedule
 from model.score import guide, predict_x0
@@ -41,14 +50,18 @@ def error(ours: Tensor, golden: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def build(tensors: Tensors, meta: dict[str, str], prefix: str) -> WanTransformer:
-    """The product's transformer with the file's sizes and the weights under `prefix`."""
+def sizes_of(meta: dict[str, str]) -> TransformerConfig:
     sizes = json.loads(meta["cfg"])
     known = {field.name for field in fields(TransformerConfig)}
     config = {name: value for name, value in sizes.items() if name in known} | {
         "patch_size": tuple(sizes["patch_size"])
     }
-    model = WanTransformer(TransformerConfig(**config))
+    return TransformerConfig(**config)
+
+
+def build(tensors: Tensors, meta: dict[str, str], prefix: str) -> WanTransformer:
+    """The product's transformer with the file's sizes and the weights under `prefix`."""
+    model = WanTransformer(sizes_of(meta))
     model.load_state_dict(select(tensors, prefix))
     return model
 
@@ -57,7 +70,7 @@ def select(tensors: Tensors, prefix: str) -> Tensors:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def compare_gradients(model: WanTransformer, tensors: Tensors, prefix: str) -> Iterator[Result]:
+def compare_gradients(model: nn.Module, tensors: Tensors, prefix: str) -> Iterator[Result]:
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, golden in sorted(select(tensors, prefix).items()):
         gradient = ours[name]
@@ -144,8 +157,26 @@ def check_regression(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]
     yield from compare_gradients(model, tensors, "grad.")
 
 
+def check_teacher_forcing(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """Weighted flow matching under teacher forcing."""
+    model = build(tensors, meta, "sd.")
+    schedule = FlowSchedule(float(meta["shift"]))
+    x0, noise, timestep = tensors["clean"], tensors["noise"], tensors["timestep"]
+    noisy = schedule.add_noise(x0, noise, timestep)
+    velocity = model(noisy, timestep, tensors["context"], chunk=int(meta["chunk"]), clean=x0)
+    weight = timestep_weight(timestep, schedule)
+    loss = flow_matching_loss(velocity, noise, x0, weight)
+    yield "noisy", error(noisy, tensors["noisy"])
+    yield "velocity", error(velocity, tensors["velocity"])
+    yield "x0", error(schedule.x0(velocity, noisy, timestep), tensors["x0"])
+    yield "weight", error(weight, tensors["weight"])
+    yield "loss", error(loss.reshape(1), tensors["loss"])
+    loss.backward()
+    yield from compare_gradients(model, tensors, "grad.")
+
+
 def check_objectives(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
-    """Scores, DMD and the critic's loss."""
+    """Scores, DMD, SiD and the critic's loss."""
     teacher, critic = build(tensors, meta, "real."), build(tensors, meta, "fake.")
     schedule = FlowSchedule(float(meta["shift"]))
     video = tensors["video"].requires_grad_()
@@ -158,36 +189,72 @@ def check_objectives(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]
     yield "real_x0_cond", error(cond, tensors["real_x0_cond"])
     yield "real_x0_uncond", error(uncond, tensors["real_x0_uncond"])
     yield "fake_x0", error(fake, tensors["fake_x0"])
-    loss = dmd_loss(video, guide(cond, uncond, float(meta["guidance"])), fake)
-    yield "dmd.loss", error(loss.reshape(1), tensors["dmd.loss"])
-    yield "dmd.grad", error(torch.autograd.grad(loss, video)[0], tensors["dmd.grad"])
+    real = guide(cond, uncond, float(meta["guidance"]))
+    for name, loss in (
+        ("dmd", dmd_loss(video, real, fake)),
+        ("sid", sid_loss(video, real, fake, float(meta["sid_alpha"]))),
+    ):
+        yield f"{name}.loss", error(loss.reshape(1), tensors[f"{name}.loss"])
+        (gradient,) = torch.autograd.grad(loss, video, retain_graph=True)
+        yield f"{name}.grad", error(gradient, tensors[f"{name}.grad"])
     velocity = critic(noisy.detach(), timestep, tensors["cond"])
     critic_loss = flow_matching_loss(velocity, tensors["noise"], video.detach())
     critic_loss.backward()
     yield "critic.loss", error(critic_loss.reshape(1), tensors["critic.loss"])
     yield from compare_gradients(critic, tensors, "critic.grad.")
-    yield from not_yet(name for name in tensors if name.startswith("sid."))
+
+
+def check_gan(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """The adversarial losses of both sides and their gradients."""
+    branch = BranchConfig(
+        tuple(json.loads(meta["taps"])), int(meta["num_class"]), json.loads(meta["concat_time"])
+    )
+    model = Discriminator(sizes_of(meta), branch)
+    model.transformer.load_state_dict(select(tensors, "sd."))
+    model.branch.load_state_dict(select(tensors, "branch."))
+    schedule, timestep = FlowSchedule(float(meta["shift"])), tensors["timestep"][:, 0]
+    video, data = tensors["video"].requires_grad_(), tensors["real"]
+
+    def noised(x0: Tensor, noise: str) -> Tensor:
+        return schedule.add_noise(x0, tensors[noise], timestep)
+
+    def logit(x_t: Tensor) -> Tensor:
+        return model(x_t, timestep, tensors["context"])[1]
+
+    fake, real = logit(noised(video, "g.noise_fake")), logit(noised(data, "g.noise_real"))
+    yield "g.logit_fake", error(fake, tensors["g.logit_fake"])
+    yield "g.logit_real", error(real, tensors["g.logit_real"])
+    for name, mean in (("g", generator_loss(fake)), ("g_rel", relativistic_generator_loss(fake, real))):
+        loss = float(meta["g_weight"]) * mean
+        yield f"{name}.loss", error(loss.reshape(1), tensors[f"{name}.loss"])
+        (gradient,) = torch.autograd.grad(loss, video, retain_graph=True)
+        yield f"{name}.grad", error(gradient, tensors[f"{name}.grad"])
+
+    noisy_fake, noisy_real = noised(video.detach(), "d.noise"), noised(data, "d.noise")
+    fake, real = logit(noisy_fake), logit(noisy_real)
+    yield "d.logit_fake", error(fake, tensors["d.logit_fake"])
+    yield "d.logit_real", error(real, tensors["d.logit_real"])
+    plain = float(meta["d_weight"]) * discriminator_loss(fake, real)
+    total = relativistic = float(meta["d_weight"]) * relativistic_discriminator_loss(fake, real)
+    yield "d.loss", error(plain.reshape(1), tensors["d.loss"])
+    yield "d_rel.loss", error(relativistic.reshape(1), tensors["d_rel.loss"])
+    for name, x_t, before in (("r1", noisy_real, real), ("r2", noisy_fake, fake)):
+        sigma = float(meta[f"{name}_sigma"])
+        perturbed = logit(x_t + sigma * tensors[f"{name}.noise"])
+        penalty = float(meta[f"{name}_weight"]) * gradient_penalty(perturbed, before, sigma)
+        yield f"{name}.logit", error(perturbed, tensors[f"{name}.logit"])
+        yield f"{name}.loss", error(penalty.reshape(1), tensors[f"{name}.loss"])
+        total = total + 0.5 * penalty
+    for prefix, loss in (("d.grad.", plain), ("total.grad.", total)):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        yield from compare_gradients(model.transformer, tensors, prefix + "sd.")
+        yield from compare_gradients(model.branch, tensors, prefix + "branch.")
 
 
 def check_later(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
-    """Forms whose feature does not exist yet: every quantity that the file would have us match."""
-    inputs = (
-        "sd.",
-        "branch.",
-        "noise",
-        "clean",
-        "context",
-        "timestep",
-        "video",
-        "real",
-        "hidden_states",
-        "encoder_",
-    )
-    yield from not_yet(name for name in tensors if not name.startswith(inputs) and ".noise" not in name)
-
-
-def not_yet(names: Iterable[str]) -> Iterator[Result]:
-    return ((name, None) for name in sorted(names))
+    """A checkpoint in the diffusers format: no such names are read yet."""
+    yield "output", None
 
 
 Check = Callable[[Tensors, dict[str, str]], Iterator[Result]]
@@ -203,8 +270,8 @@ def form(tensors: Tensors, meta: dict[str, str]) -> Check | None:
             {"guidance", "shift"},
             check_objectives,
         ),
-        ({"clean", "noise", "timestep", "weight", "loss"}, {"chunk", "shift"}, check_later),
-        ({"video", "real", "d.loss", "g.loss"}, {"taps", "shift"}, check_later),
+        ({"clean", "noise", "timestep", "weight", "loss"}, {"chunk", "shift"}, check_teacher_forcing),
+        ({"video", "real", "d.loss", "g.loss"}, {"taps", "shift"}, check_gan),
         ({"hidden_states", "encoder_hidden_states", "output"}, {"cfg"}, check_later),
     ]
     for names, keys, check in forms:

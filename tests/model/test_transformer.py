@@ -84,16 +84,33 @@ def test_later_chunks_cannot_be_seen(chunk: int) -> None:
     assert ((one - two).abs().amax((0, 2, 3, 4))[before:] > 1e-4).all()
 
 
-def test_checkpointing_changes_no_number() -> None:
+@pytest.mark.parametrize("clean", [False, True])
+def test_checkpointing_changes_no_number(clean: bool) -> None:
     outputs = []
     for checkpointing in (False, True):
         model, (x, timestep, context) = tiny_model(activation_checkpointing=checkpointing), inputs()
-        velocity = model(x, timestep, context, chunk=CHUNK)
-        velocity.square().sum().backward()
-        outputs.append((velocity, [parameter.grad for parameter in model.parameters()]))
-    (velocity, gradients), (again, gradients_again) = outputs
-    assert torch.equal(velocity, again)
+        velocity, (hidden,), _ = model(
+            x, timestep, context, chunk=CHUNK, clean=normal(*x.shape) if clean else None, taps=(0,)
+        )
+        (velocity.square().sum() + hidden.square().sum()).backward()
+        outputs.append((velocity, hidden, [parameter.grad for parameter in model.parameters()]))
+    (velocity, hidden, gradients), (again, hidden_again, gradients_again) = outputs
+    assert torch.equal(velocity, again) and torch.equal(hidden, hidden_again)
     assert all(torch.equal(one, two) for one, two in zip(gradients, gradients_again, strict=True))
+
+
+@torch.no_grad()
+def test_tapped_blocks_show_their_hidden_states_in_the_same_forward() -> None:
+    model, (x, _, context) = tiny_model(), inputs()
+    timestep, seen, embedded = torch.tensor([900.0, 30.0]), [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    model.time_embedding.register_forward_hook(lambda module, args, out: embedded.append(out))
+    velocity, hidden, time = model(x, timestep, context, taps=(1, 0))
+    assert len(seen) == CONFIG.num_layers
+    assert torch.equal(hidden[0], seen[1]) and torch.equal(hidden[1], seen[0])
+    assert torch.equal(time[:, 0], embedded[0])
+    assert torch.equal(velocity, model(x, timestep, context))
 
 
 def test_bfloat16_runs_and_is_close() -> None:
