@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.tracking import TrackingConfig, sqlite_uri
+from model.objectives import ObjectiveConfig
 from model.rollout import RolloutConfig
 from model.score import ScoreConfig
 from model.transformer import TransformerConfig
@@ -175,6 +176,8 @@ class DistillConfig:
     """Request the next rollout while the critic trains; the results are the same to the bit."""
     cache_gradient: Literal["constant", "released"] = "constant"
     """Cached keys and values are constants, or pass gradient on as the released code does."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss on the whole video."""
     roles: RolesConfig = RolesConfig()
     """Ranks and optimizers of the three roles."""
     checkpoint_every: int = 50

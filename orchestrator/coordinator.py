@@ -63,16 +63,29 @@ class Coordinator:
 
     def update_student(self, iteration: int, timer: "Timer") -> None:
         plan = ScorePlan((self.config.seed, iteration, "score"))
+        through = self.config.distill.objective.through_scores
         for part in range(self.config.distill.roles.student.engine.accumulation):
             made = self.rollout(iteration, "student", part)
             inputs = (made.samples, made.videos, made.contexts)
-            by_teacher, real = self.teacher.scatter("score", *inputs, head=(self.uncond, plan))
-            by_critic, fake = self.critic.scatter("score", *inputs, head=(plan,))
-            pulled, _ = self.student.scatter("pullback", made.samples, real, fake, results=False)
+            by_teacher, real = self.teacher.scatter("score", *inputs, head=(through, plan, self.uncond))
+            by_critic, fake = self.critic.scatter("score", *inputs, head=(through, plan))
+            judged, *cotangents = self.student.scatter(
+                "judge", made.samples, real, fake, results=2 if through else 0
+            )
+            by_pullback, gradients = [], []
+            if through:
+                for scorer, cotangent in zip((self.teacher, self.critic), cotangents, strict=True):
+                    stats, gradient = scorer.scatter("pullback", made.samples, cotangent)
+                    by_pullback.append((scorer, stats))
+                    gradients.append(gradient)
+            (pulled,) = self.student.scatter("pullback", made.samples, *gradients, results=0)
             timer.add("rollout", "student", self.student.stats(made.stats))
             timer.add("score", "teacher", self.teacher.stats(by_teacher))
             timer.add("score", "critic", self.critic.stats(by_critic))
-            timer.add("pullback", "student", self.finite("student", iteration, self.student.stats(pulled)))
+            timer.add("judge", "student", self.finite("student", iteration, self.student.stats(judged)))
+            for scorer, stats in by_pullback:
+                timer.add("pullback", scorer.role, scorer.stats(stats))
+            timer.add("pullback", "student", self.student.stats(pulled))
         stepped = self.student.stats(self.student.broadcast("step"))
         timer.add("step", "student", self.finite("student", iteration, stepped))
 
@@ -89,8 +102,8 @@ class Coordinator:
         updates = []
         for first in range(0, len(samples), size):
             part = slice(first, first + size)
-            stats, _ = self.critic.scatter(
-                "update", samples[part], videos[part], contexts[part], head=(plan,), results=False
+            (stats,) = self.critic.scatter(
+                "update", samples[part], videos[part], contexts[part], head=(plan,), results=0
             )
             updates.append(stats)
         if self.config.distill.overlap:

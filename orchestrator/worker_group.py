@@ -38,11 +38,11 @@ class WorkerGroup:
         samples: Sequence[int],
         *columns: Sequence[ObjectRef],
         head: Sequence[Any] = (),
-        results: bool = True,
-    ) -> tuple[list[ObjectRef], list[ObjectRef]]:
+        results: int = 1,
+    ) -> tuple[list[ObjectRef], ...]:
         """Share samples out evenly: a rank is called with `head`, its samples' indices, and its part of every column.
 
-        Returns the ranks' `Stats`, and (where the verb has `results`) one for every sample, in the order of `samples`.
+        Returns the ranks' `Stats`, then as many columns as the verb has `results`, one reference a sample in the order of `samples`.
         """
         share = len(samples) // len(self.actors)
         if share * len(self.actors) != len(samples):
@@ -50,16 +50,17 @@ class WorkerGroup:
                 f"{len(samples)} samples do not divide over {len(self.actors)} {self.role} ranks."
             )
         stats: list[ObjectRef] = []
-        outcomes: list[ObjectRef] = []
+        made: list[list[ObjectRef]] = [[] for _ in range(results)]
         for rank, actor in enumerate(self.actors):
             part = slice(rank * share, (rank + 1) * share)
             tensors = [reference for column in columns for reference in column[part]]
-            call = getattr(actor, verb).options(num_returns=share + 1 if results else 1)
+            call = getattr(actor, verb).options(num_returns=1 + results * share)
             answer = call.remote(*head, list(samples[part]), *tensors)
             first, *rest = answer if results else [answer]
             stats.append(first)
-            outcomes += rest
-        return stats, outcomes
+            for index, column in enumerate(made):
+                column += rest[index * share : (index + 1) * share]
+        return stats, *made
 
     def wait(self, references: Any) -> Any:
         """`ray.get`, with a worker's own failure raised as what it was."""

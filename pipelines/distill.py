@@ -81,7 +81,12 @@ def worker_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
         return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
 
     return {
-        "student": {"model": distill.student, "rollout": config.rollout, **learning(roles.student)},
+        "student": {
+            "model": distill.student,
+            "rollout": config.rollout,
+            "objective": distill.objective,
+            **learning(roles.student),
+        },
         "teacher": {
             "model": distill.teacher,
             "score": config.score,

@@ -231,6 +231,7 @@ class FrozenEngine:
         del chosen["optimizer"]
         self.device = zero.device()
         self.dtype = zero.DTYPES[dtype]
+        self.version = 0
         self.module = zero.build_module(build, chosen).eval().requires_grad_(False)
         parameters = dict(self.module.named_parameters())
         for name, full in _stream(weights, parameters, self.device, shared=zero_stage == 3):

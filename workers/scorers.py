@@ -1,5 +1,7 @@
 """Teacher and critic: both score a noisy video; the critic also learns to, on the student's videos."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,21 +16,71 @@ from workers.engine import EngineConfig, FrozenEngine, TrainEngine
 from workers.model_directory import ModelDirectory
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """A prediction whose graph is alive, the video that it is of, and the weights it was made with."""
+
+    video: Tensor
+    prediction: Tensor
+    version: int
+
+
 class _Scorer(Rank):
+    engine: Any  # a FrozenEngine or a TrainEngine
+
     def __init__(self, *, rank: int, ranks: int, threads: int, model: str, score: ScoreConfig):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
         self.source = ModelDirectory(model)
         self.config = score
         self.schedule = FlowSchedule(score.shift)
+        self._graph: _Graph | None = None
 
     def _inputs(
-        self, plan: ScorePlan, samples: list[int], tensors: tuple[Tensor, ...], device: torch.device
+        self, plan: ScorePlan, samples: list[int], tensors: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Videos, noise, timesteps and contexts from one video a sample, then one context a sample."""
-        half = len(samples)
+        half, device = len(samples), self.engine.device
         video, context = samples_in(tensors[:half], device), samples_in(tensors[half:], device)
         noise, timestep = plan.draw(video, samples, self.config)
         return video, noise, timestep, context
+
+    def _answer(
+        self,
+        keep: bool,
+        plan: ScorePlan,
+        samples: list[int],
+        tensors: tuple[Tensor, ...],
+        predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Any, ...]:
+        """x0 by `predict` (noisy video, timestep, context); its graph is kept for `pullback` if `keep`."""
+        if keep and self._graph is not None:
+            raise RuntimeError(
+                "a score to be pulled back was asked for while the graph of the last one is alive."
+            )
+        video, noise, timestep, context = self._inputs(plan, samples, tensors)
+        video.requires_grad_(keep)
+        with torch.set_grad_enabled(keep):
+            x0 = predict(self.schedule.add_noise(video, noise, timestep), timestep, context)
+        if keep:
+            self._graph = _Graph(video, x0, self.engine.version)
+        return {}, *samples_out(x0)
+
+    @verb
+    def pullback(self, samples: list[int], *cotangents: Tensor) -> tuple[Any, ...]:
+        """Gradients with respect to the videos of the kept score, one a sample, from those with respect to its x0.
+
+        The weights' own gradients stay as they are. RuntimeError if there is no graph, or if the weights have changed since.
+        """
+        graph, self._graph = self._graph, None
+        if graph is None:
+            raise RuntimeError("pullback needs the graph of a score, and none is alive.")
+        if graph.version != self.engine.version:
+            raise RuntimeError(
+                f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
+            )
+        cotangent = samples_in(cotangents, self.engine.device)
+        (gradient,) = torch.autograd.grad(graph.prediction, graph.video, cotangent)
+        return {}, *samples_out(gradient)
 
 
 class TeacherWorker(_Scorer):
@@ -56,20 +108,26 @@ class TeacherWorker(_Scorer):
         )
 
     @verb
-    def score(self, uncond: Tensor, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
-        """Guided x0 [F, C, H, W], one a sample, of the noised videos: `tensors` are the videos, then the contexts."""
-        video, noise, timestep, context = self._inputs(plan, samples, tensors, self.engine.device)
-        with torch.no_grad():
-            x0 = guided_x0(
+    def score(
+        self, keep: bool, plan: ScorePlan, uncond: Tensor, samples: list[int], *tensors: Tensor
+    ) -> tuple[Any, ...]:
+        """Guided x0 [F, C, H, W], one a sample, of the noised videos: `tensors` are the videos, then the contexts.
+
+        With `keep` its graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
+        """
+
+        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            return guided_x0(
                 self.engine.module,
-                self.schedule.add_noise(video, noise, timestep),
+                noisy,
                 timestep,
                 cond=context,
                 uncond=uncond.to(self.engine.device),
                 guidance=self.guidance,
                 schedule=self.schedule,
             )
-        return {}, *samples_out(x0)
+
+        return self._answer(keep, plan, samples, tensors, predict)
 
 
 class CriticWorker(_Scorer, TrainedRank):
@@ -98,18 +156,20 @@ class CriticWorker(_Scorer, TrainedRank):
         )
 
     @verb
-    def score(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
+    def score(self, keep: bool, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
         """x0 [F, C, H, W], one a sample, as `TeacherWorker.score` without guidance."""
-        video, noise, timestep, context = self._inputs(plan, samples, tensors, self.engine.device)
-        noisy = self.schedule.add_noise(video, noise, timestep)
-        with torch.no_grad():
-            x0 = predict_x0(self.engine.module, noisy, timestep, context, self.schedule)
-        return {}, *samples_out(x0)
+
+        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            return predict_x0(self.engine.module, noisy, timestep, context, self.schedule)
+
+        return self._answer(keep, plan, samples, tensors, predict)
 
     @verb
     def update(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> Stats:
         """One micro-batch of flow matching on the student's videos; the last one of an update also steps."""
-        video, noise, timestep, context = self._inputs(plan, samples, tensors, self.engine.device)
+        if self._graph is not None:
+            raise RuntimeError("update was called while the graph of a score is alive; pull it back first.")
+        video, noise, timestep, context = self._inputs(plan, samples, tensors)
         velocity = self.engine.module(self.schedule.add_noise(video, noise, timestep), timestep, context)
         loss = flow_matching_loss(velocity.float(), noise, video)
         self.engine.backward(loss)

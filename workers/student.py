@@ -1,6 +1,6 @@
 """The student: generates by self-rollout, keeps the graph, pulls a gradient back through it, and steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from infra import storage
 from model.kv_cache import BlockCache
 from model.noise import SampleNoise
-from model.objectives.dmd import dmd_loss
+from model.objectives import Leaves, ObjectiveConfig
 from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
 from model.transformer import WanTransformer
 from workers.actor import Stats, TrainedRank, samples_in, samples_out, verb
@@ -19,10 +19,11 @@ from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
 
 @dataclass(frozen=True)
 class _Graph:
-    """A video whose graph is alive, and the weights it was made with."""
+    """A video whose graph is alive, the weights it was made with, and what the objective sends it."""
 
     video: Tensor
     version: int
+    gradient: Tensor | None = None
 
 
 class StudentWorker(TrainedRank):
@@ -36,12 +37,14 @@ class StudentWorker(TrainedRank):
         threads: int,
         model: str,
         rollout: RolloutConfig,
+        objective: ObjectiveConfig,
         engine: EngineConfig,
         activation_checkpointing: bool,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
         self.source = ModelDirectory(model)
         self.config = rollout
+        self.objective = objective
         self.engine_config = engine
         self.activation_checkpointing = activation_checkpointing
         self._graph: _Graph | None = None
@@ -84,28 +87,48 @@ class StudentWorker(TrainedRank):
         return torch.cat(list(generate(self.engine.module, rollout, samples_in(contexts, device))), dim=1)
 
     @verb
-    def pullback(self, samples: list[int], *predictions: Tensor) -> Stats:
-        """Backward through the kept rollout from the DMD loss: `predictions` are the teacher's x0, one a sample, then the critic's.
+    def judge(self, samples: list[int], *predictions: Tensor) -> Stats | tuple[Any, ...]:
+        """The objective of the kept rollout: `predictions` are the teacher's x0, one a sample, then the critic's.
 
-        The loss is computed on leaves, so what crosses actors are videos and never a graph. RuntimeError if there is no graph, or if the
-        weights have changed since the rollout.
+        It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with respect to the video is kept for
+        `pullback`; those with respect to the predictions are returned in their order, where the objective has any. RuntimeError if there
+        is no graph.
+        """
+        if self._graph is None:
+            raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
+        half, device = len(samples), self.engine.device
+        video = self._graph.video.detach().requires_grad_()
+        through = self.objective.through_scores
+        real, fake = (
+            samples_in(part, device).requires_grad_(through)
+            for part in (predictions[:half], predictions[half:])
+        )
+        loss = self.objective(Leaves(video, real, fake))
+        gradient, *cotangents = torch.autograd.grad(loss, [video, real, fake] if through else [video])
+        self._graph = replace(self._graph, gradient=gradient)
+        stats = {"loss": loss.item(), "score_gap": (fake - real).detach().abs().mean().item()}
+        # Ray hands an answer of one value over as it is, and a tuple of one as a tuple.
+        return (stats, *(sample for each in cotangents for sample in samples_out(each))) if through else stats
+
+    @verb
+    def pullback(self, samples: list[int], *gradients: Tensor) -> Stats:
+        """Backward through the kept rollout. `gradients` with respect to the video, one a sample from each scorer that the objective
+        flows through, add to what `judge` kept.
+
+        RuntimeError if nothing was judged, or if the weights have changed since the rollout.
         """
         graph, self._graph = self._graph, None
-        if graph is None:
-            raise RuntimeError("pullback needs the graph of a rollout with gradient, and none is alive.")
+        if graph is None or graph.gradient is None:
+            raise RuntimeError("pullback needs a rollout with gradient that was judged, and there is none.")
         if graph.version != self.engine.version:
             raise RuntimeError(
                 f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
             )
-        half = len(samples)
-        real, fake = (
-            samples_in(part, self.engine.device) for part in (predictions[:half], predictions[half:])
-        )
-        leaf = graph.video.detach().requires_grad_()
-        loss = dmd_loss(leaf, real, fake)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient = graph.gradient
+        for first in range(0, len(gradients), len(samples)):
+            gradient = gradient + samples_in(gradients[first : first + len(samples)], self.engine.device)
         self.engine.backward((graph.video * gradient).sum())
-        return {"loss": loss.item(), "score_gap": (fake - real).abs().mean().item()}
+        return {}
 
     @verb
     def step(self) -> Stats:

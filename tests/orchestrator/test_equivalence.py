@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.kv_cache import BlockCache
 from model.noise import SampleNoise
-from model.objectives.dmd import dmd_loss
+from model.objectives import Leaves, ObjectiveConfig
 from model.objectives.flow_matching import flow_matching_loss
 from model.rollout import Rollout, RolloutPlan, generate
 from model.schedule import FlowSchedule
@@ -127,21 +127,21 @@ def by_hand(config: RunConfig) -> Outcome:
         return schedule.add_noise(video, noise, timestep), noise, timestep
 
     video, context = rollout("student", contexts[:batch]), contexts[:batch]
-    with torch.no_grad():
-        noisy, _, timestep = noised(video, "score")
-        real = guided_x0(
-            teacher,
-            noisy,
-            timestep,
-            cond=context,
-            uncond=text.encode([""]),
-            guidance=distill.roles.teacher.guidance,
-            schedule=schedule,
-        )
-        fake = predict_x0(fake_model, noisy, timestep, context, schedule)
-    student_loss = dmd_loss(video, real, fake)
-    student_loss.backward()
+    noisy, _, timestep = noised(video, "score")
+    real = guided_x0(
+        teacher,
+        noisy,
+        timestep,
+        cond=context,
+        uncond=text.encode([""]),
+        guidance=distill.roles.teacher.guidance,
+        schedule=schedule,
+    )
+    fake = predict_x0(fake_model, noisy, timestep, context, schedule)
+    student_loss = distill.objective(Leaves(video, real, fake))
+    student_loss.backward()  # one graph, through teacher and critic where the objective says so
     gradients = gradients_of(generator)
+    fake_model.zero_grad()
 
     settings = distill.roles.student.engine
     optimizer = torch.optim.AdamW(
@@ -203,6 +203,24 @@ def test_spreading_a_run_out_changes_no_number(
 ) -> None:
     assert len(base.metrics) == UPDATES and base.metrics[-1]["critic/loss"] != base.metrics[0]["critic/loss"]
     check(run(groups, spread(config, **how)), base)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"ranks": 2, "stage": 3, "teacher": (2, 3)}, {"stage": 2, "accumulation": 2, "checkpointing": True}],
+    ids=["1-rank", "2-ranks-zero-3", "1-rank-zero-2-recomputed-accumulated"],
+)
+def test_gradients_that_flow_through_the_scores_are_those_of_one_graph(
+    groups: Groups, config: RunConfig, how: dict
+) -> None:
+    config = replace(
+        config, distill=replace(config.distill, iterations=1, objective=ObjectiveConfig({"sid": 1.0}))
+    )
+    found, reference = run(groups, spread(config, **how)), by_hand(config)
+    assert len(found.metrics) == 1
+    check(
+        replace(found, metrics=[{name: found.metrics[0][name] for name in reference.metrics[0]}]), reference
+    )
 
 
 def test_overlap_changes_no_bit(groups: Groups, config: RunConfig) -> None:

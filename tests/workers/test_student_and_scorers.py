@@ -47,6 +47,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         SteppableStudent,
         model=config.distill.student,
         rollout=config.rollout,
+        objective=config.distill.objective,
         engine=replace(roles.student.engine, zero_stage=0),
         activation_checkpointing=False,
     )
@@ -86,9 +87,11 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
 
     def pullback(videos: list[ray.ObjectRef]) -> dict[str, float]:
         # The critic's answer against the video itself: some gradient, which is all that is needed here.
-        _, fake = critic.scatter("score", SAMPLES, videos, prompts, head=(ScorePlan((0, 0, "score")),))
-        stats, _ = student.scatter("pullback", SAMPLES, fake, prompts_like(videos), results=False)
-        return student.stats(stats)
+        _, fake = critic.scatter("score", SAMPLES, videos, prompts, head=(False, ScorePlan((0, 0, "score"))))
+        (stats,) = student.scatter("judge", SAMPLES, fake, prompts_like(videos), results=0)
+        loss = student.stats(stats)
+        (stats,) = student.scatter("pullback", SAMPLES, results=0)
+        return loss | student.stats(stats)
 
     def prompts_like(videos: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
         return [zeros_like.remote(video) for video in videos]
@@ -98,7 +101,7 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
             call()
         assert str(caught.value) == f"student: {message}"
 
-    no_graph = "pullback needs the graph of a rollout with gradient, and none is alive."
+    no_graph = "judge needs the graph of a rollout with gradient, and none is alive."
     videos = rollout(gradient=False)
     refused(lambda: pullback(videos), no_graph)
 
@@ -124,6 +127,29 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
     assert student.stats(student.broadcast("step"))["grad_norm"] > 0
 
 
+def test_a_score_is_pulled_back_once_at_its_own_weights(
+    roles: tuple[WorkerGroup, WorkerGroup], config: RunConfig
+) -> None:
+    _, critic = roles
+    prompts = contexts(config)
+    videos = [ray.put(torch.ones(config.video.shape) * (sample + 1)) for sample in SAMPLES]
+    plan = ScorePlan((0, 0, "score"))
+
+    def refused(verb: str, *columns: list[ray.ObjectRef], head: tuple, says: str) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            critic.stats(critic.scatter(verb, SAMPLES, *columns, head=head)[0])
+        assert str(caught.value).startswith(f"critic: {says}")
+
+    refused("pullback", videos, head=(), says="pullback needs the graph of a score, and none is alive.")
+    critic.scatter("score", SAMPLES, videos, prompts, head=(True, plan))
+    refused("score", videos, prompts, head=(True, plan), says="a score to be pulled back was asked for while")
+    with pytest.raises(RuntimeError, match="update was called while the graph of a score is alive"):
+        critic.stats(critic.scatter("update", SAMPLES, videos, prompts, head=(plan,), results=0)[0])
+    _, gradients = critic.scatter("pullback", SAMPLES, videos)
+    assert all(gradient.shape == config.video.shape and gradient.any() for gradient in ray.get(gradients))
+    refused("pullback", videos, head=(), says="pullback needs the graph of a score, and none is alive.")
+
+
 @ray.remote(num_cpus=0)
 def zeros_like(video: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(video)
@@ -134,7 +160,7 @@ def test_a_workers_defect_keeps_its_own_trace(roles: tuple[WorkerGroup, WorkerGr
     with pytest.raises(RuntimeError, match=r"^critic: ") as caught:
         critic.stats(
             critic.scatter(
-                "update", SAMPLES, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=False
+                "update", SAMPLES, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=0
             )[0]
         )
     assert "scorers.py" in str(caught.value.__cause__)
