@@ -20,7 +20,7 @@ TIME_SCALE = 10.0
 class BranchConfig:
     """The classification branch of a critic."""
 
-    taps: tuple[int, ...]
+    taps: tuple[int, ...] = ()
     """Blocks, counted from 0, whose hidden states the branch reads."""
     num_class: int = 1
     """Logits a video is given."""
@@ -28,8 +28,6 @@ class BranchConfig:
     """Whether the branch is told the timestep."""
 
     def __post_init__(self) -> None:
-        if not self.taps:
-            raise ValueError("taps is empty: name at least one block that the classification branch reads.")
         if self.num_class < 1:
             raise ValueError(f"num_class must be at least 1, not {self.num_class}.")
 
@@ -74,6 +72,8 @@ class ClassificationBranch(nn.Module):
 
     def __init__(self, config: TransformerConfig, branch: BranchConfig):
         super().__init__()
+        if not branch.taps:
+            raise ValueError("taps is empty: name at least one block that the classification branch reads.")
         beyond = [tap for tap in branch.taps if not 0 <= tap < config.num_layers]
         if beyond:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from infra.tracking import TrackingConfig, sqlite_uri
 from model.objectives import ObjectiveConfig
+from model.objectives.gan import DiscriminatorConfig
 from model.rollout import RolloutConfig
 from model.score import ScoreConfig
 from model.transformer import TransformerConfig
@@ -24,6 +25,8 @@ class DataConfig:
     """Parquet data set of videos or latents to train on."""
     held_out: str = "outputs/data/held_out"
     """Parquet data set to evaluate against."""
+    real: str | None = None
+    """Parquet data set of latents (or of videos, where there is a codec) that the discriminator compares with."""
     videos: int = 16384
     """Moving-digit training videos that `prepare` writes."""
     held_out_videos: int = 1024
@@ -178,6 +181,8 @@ class DistillConfig:
     """Cached keys and values are constants, or pass gradient on as the released code does."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """The loss on the whole video."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """The critic's classification branch, for the adversarial losses."""
     roles: RolesConfig = RolesConfig()
     """Ranks and optimizers of the three roles."""
     checkpoint_every: int = 50
@@ -270,6 +275,25 @@ class RunConfig:
                     f"distill.roles.{name}.ranks of {ranks} does not divide the {scored} videos scored at once "
                     f"(distill.batch / roles.student.engine.accumulation)."
                 )
+        objective, discriminator = self.distill.objective, self.distill.discriminator
+        if ("logits" in objective.reads) != bool(discriminator.taps):
+            raise ValueError(
+                "distill.discriminator.taps must name blocks of the critic where distill.objective.weights has an adversarial loss, "
+                "and only there."
+            )
+        if any(not 0 <= tap < self.student.num_layers for tap in discriminator.taps):
+            raise ValueError(
+                f"distill.discriminator.taps {list(discriminator.taps)} must lie between 0 and {self.student.num_layers - 1}, "
+                "the critic's last block."
+            )
+        if discriminator.relativistic != ("data_logits" in objective.reads):
+            raise ValueError(
+                "distill.discriminator.relativistic must be true with relativistic_gan among distill.objective.weights, and only then."
+            )
+        if bool(discriminator.taps) != (self.data.real is not None):
+            raise ValueError(
+                "data.real must name a data set of real videos where distill.discriminator.taps is set, and only there."
+            )
         if self.pretrain.compile and self.pretrain.role.engine.zero_stage == 3:
             raise ValueError(
                 "pretrain.compile does not work with zero_stage 3; use zero_stage 2, or compile: false."
@@ -303,7 +327,12 @@ class RunConfig:
         guide = self.distill.roles.teacher
         if guide.negative_embedding is not None:
             guide = replace(guide, negative_embedding=model(guide.negative_embedding))
-        data = replace(self.data, train=under(self.data.train), held_out=under(self.data.held_out))
+        data = replace(
+            self.data,
+            train=under(self.data.train),
+            held_out=under(self.data.held_out),
+            real=None if self.data.real is None else under(self.data.real),
+        )
         distill = replace(
             self.distill,
             roles=replace(self.distill.roles, teacher=guide),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from model.objectives import Prediction
 from model.rollout import RolloutPlan
 from model.score import ScorePlan
 from orchestrator.config import RunConfig
@@ -24,6 +25,8 @@ from orchestrator.worker_group import WorkerGroup
 
 Purpose = Literal["student", "critic"]
 Metrics = dict[str, float]
+Answers = tuple[str, WorkerGroup, list[ObjectRef]]
+"""A verb, who was asked, and the references to what its ranks measured."""
 
 
 @dataclass(frozen=True)
@@ -63,47 +66,96 @@ class Coordinator:
 
     def update_student(self, iteration: int, timer: "Timer") -> None:
         plan = ScorePlan((self.config.seed, iteration, "score"))
-        through = self.config.distill.objective.through_scores
+        objective = self.config.distill.objective
         for part in range(self.config.distill.roles.student.engine.accumulation):
             made = self.rollout(iteration, "student", part)
-            inputs = (made.samples, made.videos, made.contexts)
-            by_teacher, real = self.teacher.scatter("score", *inputs, head=(through, plan, self.uncond))
-            by_critic, fake = self.critic.scatter("score", *inputs, head=(through, plan))
+            predictions, scored = self.score(made, plan, iteration, part)
             judged, *cotangents = self.student.scatter(
-                "judge", made.samples, real, fake, results=2 if through else 0
+                "judge",
+                made.samples,
+                *(predictions[name] for name in objective.reads),
+                results=len(objective.flows),
             )
-            by_pullback, gradients = [], []
-            if through:
-                for scorer, cotangent in zip((self.teacher, self.critic), cotangents, strict=True):
-                    stats, gradient = scorer.scatter("pullback", made.samples, cotangent)
-                    by_pullback.append((scorer, stats))
-                    gradients.append(gradient)
+            gradients, returned = self.pull_back(
+                made.samples, dict(zip(objective.flows, cotangents, strict=True))
+            )
             (pulled,) = self.student.scatter("pullback", made.samples, *gradients, results=0)
             timer.add("rollout", "student", self.student.stats(made.stats))
-            timer.add("score", "teacher", self.teacher.stats(by_teacher))
-            timer.add("score", "critic", self.critic.stats(by_critic))
+            for verb, scorer, stats in [*scored, *returned]:
+                timer.add(verb, scorer.role, scorer.stats(stats))
             timer.add("judge", "student", self.finite("student", iteration, self.student.stats(judged)))
-            for scorer, stats in by_pullback:
-                timer.add("pullback", scorer.role, scorer.stats(stats))
             timer.add("pullback", "student", self.student.stats(pulled))
         stepped = self.student.stats(self.student.broadcast("step"))
         timer.add("step", "student", self.finite("student", iteration, stepped))
 
+    def score(
+        self, made: Rollouts, plan: ScorePlan, iteration: int, part: int
+    ) -> tuple[dict[Prediction, list[ObjectRef]], list[Answers]]:
+        """The predictions that the objective reads. A scorer keeps its graph where gradient will flow back."""
+        objective = self.config.distill.objective
+        predictions: dict[Prediction, list[ObjectRef]] = {}
+        answers: list[Answers] = []
+
+        def ask(
+            scorer: WorkerGroup, inputs: Any, plan: ScorePlan, *more: Any, keep: bool, results: int
+        ) -> Any:
+            stats, *columns = scorer.scatter("score", *inputs, head=(keep, plan, *more), results=results)
+            answers.append(("score", scorer, stats))
+            return columns
+
+        inputs = (made.samples, made.videos, made.contexts)
+        if "real" in objective.reads:
+            keep = "real" in objective.flows
+            (predictions["real"],) = ask(self.teacher, inputs, plan, self.uncond, keep=keep, results=1)
+        names: tuple[Prediction, ...] = (
+            ("fake", "logits") if self.config.distill.discriminator.taps else ("fake",)
+        )
+        keep = any(name in objective.flows for name in names)
+        predictions |= zip(names, ask(self.critic, inputs, plan, keep=keep, results=len(names)), strict=True)
+        if "data_logits" in objective.reads:
+            data = self.data(iteration, "student", part)
+            apart = ScorePlan((self.config.seed, iteration, "score-data"))
+            _, predictions["data_logits"] = ask(
+                self.critic, (made.samples, *data), apart, keep=False, results=2
+            )
+        return predictions, answers
+
+    def pull_back(
+        self, samples: list[int], cotangents: dict[Prediction, list[ObjectRef]]
+    ) -> tuple[list[list[ObjectRef]], list[Answers]]:
+        """What gradients with respect to predictions are with respect to the videos, from each scorer that made any."""
+        gradients, answers = [], []
+        makers: list[tuple[WorkerGroup, tuple[Prediction, ...]]] = [
+            (self.teacher, ("real",)),
+            (self.critic, ("fake", "logits")),
+        ]
+        for scorer, made in makers:
+            names = [name for name in made if name in cotangents]
+            if names:
+                stats, gradient = scorer.scatter(
+                    "pullback", samples, *(cotangents[name] for name in names), head=(names,)
+                )
+                gradients.append(gradient)
+                answers.append(("pullback", scorer, stats))
+        return gradients, answers
+
     def update_critic(self, iteration: int, timer: "Timer") -> None:
         plan = ScorePlan((self.config.seed, iteration, "critic-score"))
-        made = [
-            self.rollout(iteration, "critic", part)
-            for part in range(self.config.distill.roles.student.engine.accumulation)
-        ]
-        samples = [sample for part in made for sample in part.samples]
-        videos = [video for part in made for video in part.videos]
-        contexts = [context for part in made for context in part.contexts]
+        made, columns = [], []
+        for part in range(self.config.distill.roles.student.engine.accumulation):
+            rollouts = self.rollout(iteration, "critic", part)
+            data = self.data(iteration, "critic", part) if self.config.distill.discriminator.taps else ()
+            made.append(rollouts)
+            columns.append((rollouts.samples, rollouts.videos, rollouts.contexts, *data))
+        samples, *tensors = (
+            [each for column in parts for each in column] for parts in zip(*columns, strict=True)
+        )
         size = len(samples) // self.config.distill.roles.critic.engine.accumulation
         updates = []
         for first in range(0, len(samples), size):
-            part = slice(first, first + size)
+            part_of = slice(first, first + size)
             (stats,) = self.critic.scatter(
-                "update", samples[part], videos[part], contexts[part], head=(plan,), results=0
+                "update", samples[part_of], *(column[part_of] for column in tensors), head=(plan,), results=0
             )
             updates.append(stats)
         if self.config.distill.overlap:
@@ -139,6 +191,13 @@ class Coordinator:
         contexts = self.contexts(position, size)
         stats, videos = self.student.scatter("rollout", samples, contexts, head=(plan,))
         return Rollouts(samples, contexts, videos, stats)
+
+    def data(self, iteration: int, purpose: Purpose, part: int) -> tuple[list[ObjectRef], list[ObjectRef]]:
+        """References to latents and prompt embeddings of the data that the discriminator compares with."""
+        size = self.config.distill.batch // self.config.distill.roles.student.engine.accumulation
+        position = self.batch_index(iteration, purpose) * self.config.distill.batch + part * size
+        both: Any = self.prompts.data.options(num_returns=2 * size).remote(position, size)
+        return list(both[:size]), list(both[size:])
 
     def contexts(self, position: int, size: int) -> list[ObjectRef]:
         """References to the embeddings of `size` prompts."""

@@ -20,9 +20,10 @@ from orchestrator.placement import place
 from orchestrator.worker_group import WorkerGroup
 from pipelines.console import Display, say
 from pipelines.media import contact_sheet, grid, write_video
+from workers.critic import CriticWorker
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
-from workers.prompts import PromptWorker
-from workers.scorers import CriticWorker, TeacherWorker
+from workers.prompts import LatentDataset, PromptWorker
+from workers.scorers import TeacherWorker
 from workers.student import StudentWorker
 
 SAMPLES = 8
@@ -67,6 +68,8 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
             raise ValueError(
                 f"distill.{role} at {paths[role]} makes latents of {card.video.shape[1:]}, and `video` says {config.video.shape[1:]}."
             )
+    if config.data.real is not None:
+        LatentDataset(config.data.real, config.video, embedded=config.text.encoder == "embedded")
     return models
 
 
@@ -97,6 +100,7 @@ def worker_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
         "critic": {
             "model": distill.critic or distill.teacher,
             "score": config.score,
+            "discriminator": distill.discriminator,
             **learning(roles.critic),
         },
     }
@@ -126,7 +130,7 @@ def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
         prompts: Any = (
             ray.remote(PromptWorker)
             .options(num_cpus=0)
-            .remote(config.data.train, config.seed, config.distill.student)
+            .remote(config.data.train, config.seed, config.distill.student, config.data.real)
         )
         for group in groups.values():
             group.start()

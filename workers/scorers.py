@@ -1,31 +1,35 @@
-"""Teacher and critic: both score a noisy video; the critic also learns to, on the student's videos."""
+"""Scorers of a noisy video, and the frozen teacher, which is one; the critic is the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from model.objectives.flow_matching import flow_matching_loss
+from model.objectives import Prediction
 from model.schedule import FlowSchedule
-from model.score import ScoreConfig, ScorePlan, guided_x0, predict_x0
+from model.score import ScoreConfig, ScorePlan, guided_x0
 from model.transformer import WanTransformer
-from workers.actor import Rank, Stats, TrainedRank, samples_in, samples_out, verb
-from workers.engine import EngineConfig, FrozenEngine, TrainEngine
+from workers.actor import Rank, samples_in, samples_out, verb
+from workers.engine import FrozenEngine
 from workers.model_directory import ModelDirectory
+
+Predictions = dict[Prediction, Tensor]
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A prediction whose graph is alive, the video that it is of, and the weights it was made with."""
+    """Predictions whose graph is alive, the video that they are of, and the weights they were made with."""
 
     video: Tensor
-    prediction: Tensor
+    predictions: Predictions
     version: int
 
 
-class _Scorer(Rank):
+class Scorer(Rank):
+    """One rank that answers with predictions of a noisy video, and pulls gradients back through them."""
+
     engine: Any  # a FrozenEngine or a TrainEngine
 
     def __init__(self, *, rank: int, ranks: int, threads: int, model: str, score: ScoreConfig):
@@ -35,14 +39,13 @@ class _Scorer(Rank):
         self.schedule = FlowSchedule(score.shift)
         self._graph: _Graph | None = None
 
-    def _inputs(
-        self, plan: ScorePlan, samples: list[int], tensors: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Videos, noise, timesteps and contexts from one video a sample, then one context a sample."""
-        half, device = len(samples), self.engine.device
-        video, context = samples_in(tensors[:half], device), samples_in(tensors[half:], device)
-        noise, timestep = plan.draw(video, samples, self.config)
-        return video, noise, timestep, context
+    def _columns(self, samples: list[int], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """One batch for each column, which has one tensor a sample."""
+        count = len(samples)
+        return [
+            samples_in(tensors[first : first + count], self.engine.device)
+            for first in range(0, len(tensors), count)
+        ]
 
     def _answer(
         self,
@@ -50,24 +53,27 @@ class _Scorer(Rank):
         plan: ScorePlan,
         samples: list[int],
         tensors: tuple[Tensor, ...],
-        predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+        predict: Callable[[Tensor, Tensor, Tensor], Predictions],
     ) -> tuple[Any, ...]:
-        """x0 by `predict` (noisy video, timestep, context); its graph is kept for `pullback` if `keep`."""
+        """What `predict` (noisy video, timestep, context) gives; its graph is kept for `pullback` if `keep`."""
         if keep and self._graph is not None:
             raise RuntimeError(
                 "a score to be pulled back was asked for while the graph of the last one is alive."
             )
-        video, noise, timestep, context = self._inputs(plan, samples, tensors)
+        video, context = self._columns(samples, tensors)
+        noise, timestep = plan.draw(video, samples, self.config)
         video.requires_grad_(keep)
         with torch.set_grad_enabled(keep):
-            x0 = predict(self.schedule.add_noise(video, noise, timestep), timestep, context)
+            predictions = predict(self.schedule.add_noise(video, noise, timestep), timestep, context)
         if keep:
-            self._graph = _Graph(video, x0, self.engine.version)
-        return {}, *samples_out(x0)
+            self._graph = _Graph(video, predictions, self.engine.version)
+        return {}, *(sample for each in predictions.values() for sample in samples_out(each))
 
     @verb
-    def pullback(self, samples: list[int], *cotangents: Tensor) -> tuple[Any, ...]:
-        """Gradients with respect to the videos of the kept score, one a sample, from those with respect to its x0.
+    def pullback(
+        self, names: Sequence[Prediction], samples: list[int], *cotangents: Tensor
+    ) -> tuple[Any, ...]:
+        """Gradients with respect to the videos of the kept score, one a sample, from those with respect to the predictions `names`.
 
         The weights' own gradients stay as they are. RuntimeError if there is no graph, or if the weights have changed since.
         """
@@ -78,12 +84,13 @@ class _Scorer(Rank):
             raise RuntimeError(
                 f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
             )
-        cotangent = samples_in(cotangents, self.engine.device)
-        (gradient,) = torch.autograd.grad(graph.prediction, graph.video, cotangent)
+        (gradient,) = torch.autograd.grad(
+            [graph.predictions[name] for name in names], graph.video, self._columns(samples, cotangents)
+        )
         return {}, *samples_out(gradient)
 
 
-class TeacherWorker(_Scorer):
+class TeacherWorker(Scorer):
     """One rank of the frozen teacher, replicated or sharded."""
 
     def __init__(
@@ -116,8 +123,8 @@ class TeacherWorker(_Scorer):
         With `keep` its graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
         """
 
-        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            return guided_x0(
+        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
+            real = guided_x0(
                 self.engine.module,
                 noisy,
                 timestep,
@@ -126,54 +133,6 @@ class TeacherWorker(_Scorer):
                 guidance=self.guidance,
                 schedule=self.schedule,
             )
+            return {"real": real}
 
         return self._answer(keep, plan, samples, tensors, predict)
-
-
-class CriticWorker(_Scorer, TrainedRank):
-    """One rank of the critic, the score of what the student generates."""
-
-    def __init__(
-        self,
-        *,
-        rank: int,
-        ranks: int,
-        threads: int,
-        model: str,
-        score: ScoreConfig,
-        engine: EngineConfig,
-        activation_checkpointing: bool,
-    ):
-        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
-        self.engine_config, self.activation_checkpointing = engine, activation_checkpointing
-
-    def build(self) -> None:
-        sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
-        self.engine = TrainEngine(
-            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing),
-            self.engine_config,
-            weights=self.source,
-        )
-
-    @verb
-    def score(self, keep: bool, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
-        """x0 [F, C, H, W], one a sample, as `TeacherWorker.score` without guidance."""
-
-        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            return predict_x0(self.engine.module, noisy, timestep, context, self.schedule)
-
-        return self._answer(keep, plan, samples, tensors, predict)
-
-    @verb
-    def update(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> Stats:
-        """One micro-batch of flow matching on the student's videos; the last one of an update also steps."""
-        if self._graph is not None:
-            raise RuntimeError("update was called while the graph of a score is alive; pull it back first.")
-        video, noise, timestep, context = self._inputs(plan, samples, tensors)
-        velocity = self.engine.module(self.schedule.add_noise(video, noise, timestep), timestep, context)
-        loss = flow_matching_loss(velocity.float(), noise, video)
-        self.engine.backward(loss)
-        result = self.engine.step()
-        # Left out of the other micro-batches, whose zeros the mean over an update would take for norms.
-        norm = {"grad_norm": result.grad_norm} if result.stepped or result.grad_norm else {}
-        return {"loss": loss.item(), **norm}

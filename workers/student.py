@@ -9,7 +9,7 @@ from torch import Tensor
 from infra import storage
 from model.kv_cache import BlockCache
 from model.noise import SampleNoise
-from model.objectives import Leaves, ObjectiveConfig
+from model.objectives import ObjectiveConfig
 from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
 from model.transformer import WanTransformer
 from workers.actor import Stats, TrainedRank, samples_in, samples_out, verb
@@ -88,27 +88,29 @@ class StudentWorker(TrainedRank):
 
     @verb
     def judge(self, samples: list[int], *predictions: Tensor) -> Stats | tuple[Any, ...]:
-        """The objective of the kept rollout: `predictions` are the teacher's x0, one a sample, then the critic's.
+        """The objective of the kept rollout: `predictions` are those that it reads, each with one a sample.
 
         It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with respect to the video is kept for
-        `pullback`; those with respect to the predictions are returned in their order, where the objective has any. RuntimeError if there
-        is no graph.
+        `pullback`; those with respect to the predictions through which it flows are returned. RuntimeError if there is no graph.
         """
         if self._graph is None:
             raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
-        half, device = len(samples), self.engine.device
-        video = self._graph.video.detach().requires_grad_()
-        through = self.objective.through_scores
-        real, fake = (
-            samples_in(part, device).requires_grad_(through)
-            for part in (predictions[:half], predictions[half:])
-        )
-        loss = self.objective(Leaves(video, real, fake))
-        gradient, *cotangents = torch.autograd.grad(loss, [video, real, fake] if through else [video])
+        count, reads, flows = len(samples), self.objective.reads, self.objective.flows
+        leaves: dict[Any, Tensor] = {
+            name: samples_in(predictions[i * count : (i + 1) * count], self.engine.device)
+            for i, name in enumerate(reads)
+        }
+        leaves["video"] = self._graph.video.detach()
+        wanted = [leaves[name].requires_grad_() for name in ("video", *flows)]
+        loss = self.objective(leaves)
+        # A loss that does not look at the video itself, such as the adversarial one, sends it nothing directly.
+        gradient, *cotangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
         self._graph = replace(self._graph, gradient=gradient)
-        stats = {"loss": loss.item(), "score_gap": (fake - real).detach().abs().mean().item()}
+        stats = {"loss": loss.item()}
+        if {"real", "fake"} <= set(reads):
+            stats["score_gap"] = (leaves["fake"] - leaves["real"]).detach().abs().mean().item()
         # Ray hands an answer of one value over as it is, and a tuple of one as a tuple.
-        return (stats, *(sample for each in cotangents for sample in samples_out(each))) if through else stats
+        return (stats, *(sample for each in cotangents for sample in samples_out(each))) if flows else stats
 
     @verb
     def pullback(self, samples: list[int], *gradients: Tensor) -> Stats:

@@ -7,19 +7,29 @@ one, write a function of `Leaves` in a file of this package and name it in `LOSS
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from model.objectives.dmd import dmd_loss
+from model.objectives.gan import generator_loss, relativistic_generator_loss
 from model.objectives.sid import sid_loss
+
+Prediction = Literal["real", "fake", "logits", "data_logits"]
+"""The guided teacher's x0 of the student's noised video, the critic's, the critic's logits of that video, and its
+logits of a noised video of the data."""
+Leaves = Mapping[Literal["video"] | Prediction, Tensor]
+"""What a loss is computed from: the student's `video` [B, F, C, H, W] and the predictions that it reads; x0 are
+of the video's shape, logits [B, classes]."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The loss on the student's whole video."""
 
-    weights: Mapping[str, float] = field(default_factory=lambda: {"dmd": 1.0})
-    """Weight of each loss that takes part: `dmd` (distribution matching) or `sid` (score identity)."""
+    weights: dict[str, float] = field(default_factory=lambda: {"dmd": 1.0})
+    """Weight of each loss that takes part: `dmd` (distribution matching), `sid` (score identity), `gan` (adversarial) or
+    `relativistic_gan`."""
     sid_alpha: float = 1.0
     """Weight of SiD's second term; the published runs use 1."""
 
@@ -28,28 +38,24 @@ class ObjectiveConfig:
         if unknown:
             raise ValueError(f"weights names {unknown[0]!r}, which is no loss; use {', '.join(LOSSES)}.")
         if not self.weights or any(not weight > 0 for weight in self.weights.values()):
-            raise ValueError("weights must give each loss that takes part a positive weight.")
+            raise ValueError("weights must give each loss that takes part a positive weight, and name one.")
 
     @property
-    def through_scores(self) -> bool:
-        """Whether gradient flows back through the predictions of teacher and critic."""
-        return any(LOSSES[name].through_scores for name in self.weights)
+    def reads(self) -> tuple[Prediction, ...]:
+        """The predictions that the losses are computed from."""
+        read = {name for loss in self.weights for name in LOSSES[loss].reads}
+        return tuple(name for name in get_args(Prediction) if name in read)
 
-    def __call__(self, leaves: "Leaves") -> Tensor:
+    @property
+    def flows(self) -> tuple[Prediction, ...]:
+        """The predictions through which gradient flows back to the video."""
+        through = {name for loss in self.weights for name in LOSSES[loss].flows}
+        return tuple(name for name in get_args(Prediction) if name in through)
+
+    def __call__(self, leaves: Leaves) -> Tensor:
         """The weighted loss, a mean over the samples."""
-        return sum(weight * LOSSES[name].compute(leaves, self) for name, weight in self.weights.items())  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class Leaves:
-    """What a loss is computed from; videos [B, F, C, H, W]."""
-
-    video: Tensor
-    """The student's video."""
-    real: Tensor
-    """The guided teacher's x0 of that video, noised."""
-    fake: Tensor
-    """The critic's."""
+        losses = [weight * LOSSES[name].compute(leaves, self) for name, weight in self.weights.items()]
+        return sum(losses[1:], start=losses[0])
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,24 @@ class Loss:
     """One holistic loss and what it asks of the scorers."""
 
     compute: Callable[[Leaves, ObjectiveConfig], Tensor]
-    through_scores: bool = False
-    """Whether it has a gradient with respect to the predictions."""
+    reads: tuple[Prediction, ...]
+    flows: tuple[Prediction, ...] = ()
+    """Those of `reads` with respect to which it has a gradient; data is no function of the student's video."""
 
 
 LOSSES: dict[str, Loss] = {
-    "dmd": Loss(lambda leaves, _: dmd_loss(leaves.video, leaves.real, leaves.fake)),
+    "dmd": Loss(
+        lambda leaves, _: dmd_loss(leaves["video"], leaves["real"], leaves["fake"]), ("real", "fake")
+    ),
     "sid": Loss(
-        lambda leaves, config: sid_loss(leaves.video, leaves.real, leaves.fake, config.sid_alpha),
-        through_scores=True,
+        lambda leaves, config: sid_loss(leaves["video"], leaves["real"], leaves["fake"], config.sid_alpha),
+        reads=("real", "fake"),
+        flows=("real", "fake"),
+    ),
+    "gan": Loss(lambda leaves, _: generator_loss(leaves["logits"]), reads=("logits",), flows=("logits",)),
+    "relativistic_gan": Loss(
+        lambda leaves, _: relativistic_generator_loss(leaves["logits"], leaves["data_logits"]),
+        reads=("logits", "data_logits"),
+        flows=("logits",),
     ),
 }

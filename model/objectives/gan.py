@@ -5,8 +5,41 @@ pairing); Lin et al., arXiv 2501.08316 (R1 approximated by a finite difference).
 [B, classes] of the noised student video and of noised data; every mean is over samples and classes.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from model.discriminator import BranchConfig
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(BranchConfig):
+    """The critic's classification branch and how it learns; without taps there is none."""
+
+    relativistic: bool = False
+    """Whether each generated video is compared with one of the data, or judged alone."""
+    weight: float = 1.0
+    """Weight of the discriminator's loss."""
+    flow_weight: float = 1.0
+    """Weight of the critic's flow matching beside it; a purely adversarial objective may do with 0."""
+    r1_weight: float = 0.0
+    """Weight of the approximate R1 penalty, on data."""
+    r1_sigma: float = 0.01
+    """How far R1 perturbs noised data."""
+    r2_weight: float = 0.0
+    """Weight of the approximate R2 penalty, on the student's videos."""
+    r2_sigma: float = 0.01
+    """How far R2 perturbs noised videos."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("weight", "flow_weight", "r1_weight", "r2_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        for name in ("r1_sigma", "r2_sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
 
 
 def generator_loss(fake: Tensor) -> Tensor:

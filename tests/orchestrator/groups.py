@@ -16,8 +16,9 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.worker_group import WorkerGroup
 from pipelines.distill import worker_settings
 from workers.actor import Rank
+from workers.critic import CriticWorker
 from workers.prompts import PromptWorker
-from workers.scorers import CriticWorker, TeacherWorker
+from workers.scorers import TeacherWorker
 from workers.student import StudentWorker
 
 
@@ -111,7 +112,7 @@ class Groups:
         ranks = {"student": roles.student.ranks, "teacher": roles.teacher.ranks, "critic": roles.critic.ranks}
         groups = {role: self.made[role, ranks[role]] for role in KINDS}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}
-        ray.get(self.prompts.become.remote(config.data.train, config.seed, distill.student))
+        ray.get(self.prompts.become.remote(config.data.train, config.seed, distill.student, config.data.real))
         for role, group in groups.items():
             group.wait(pending[role])
         uncond = self.prompts.unconditional.remote(

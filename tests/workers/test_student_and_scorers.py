@@ -12,7 +12,7 @@ from model.score import ScorePlan
 from orchestrator.config import RunConfig
 from orchestrator.worker_group import WorkerGroup
 from tests.fixtures import furnished
-from workers.scorers import CriticWorker
+from workers.critic import CriticWorker
 from workers.student import StudentWorker
 
 pytestmark = pytest.mark.slow
@@ -56,6 +56,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         CriticWorker,
         model=config.distill.teacher,
         score=config.score,
+        discriminator=config.distill.discriminator,
         engine=replace(roles.critic.engine, zero_stage=0),
         activation_checkpointing=False,
     )
@@ -140,14 +141,18 @@ def test_a_score_is_pulled_back_once_at_its_own_weights(
             critic.stats(critic.scatter(verb, SAMPLES, *columns, head=head)[0])
         assert str(caught.value).startswith(f"critic: {says}")
 
-    refused("pullback", videos, head=(), says="pullback needs the graph of a score, and none is alive.")
+    refused(
+        "pullback", videos, head=(["fake"],), says="pullback needs the graph of a score, and none is alive."
+    )
     critic.scatter("score", SAMPLES, videos, prompts, head=(True, plan))
     refused("score", videos, prompts, head=(True, plan), says="a score to be pulled back was asked for while")
     with pytest.raises(RuntimeError, match="update was called while the graph of a score is alive"):
         critic.stats(critic.scatter("update", SAMPLES, videos, prompts, head=(plan,), results=0)[0])
-    _, gradients = critic.scatter("pullback", SAMPLES, videos)
+    _, gradients = critic.scatter("pullback", SAMPLES, videos, head=(["fake"],))
     assert all(gradient.shape == config.video.shape and gradient.any() for gradient in ray.get(gradients))
-    refused("pullback", videos, head=(), says="pullback needs the graph of a score, and none is alive.")
+    refused(
+        "pullback", videos, head=(["fake"],), says="pullback needs the graph of a score, and none is alive."
+    )
 
 
 @ray.remote(num_cpus=0)

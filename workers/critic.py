@@ -1,0 +1,149 @@
+"""The critic: learns the score of the student's videos, and perhaps to tell them from data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.discriminator import ClassificationBranch, Discriminator
+from model.noise import SampleNoise
+from model.objectives.flow_matching import flow_matching_loss
+from model.objectives.gan import (
+    DiscriminatorConfig,
+    discriminator_loss,
+    gradient_penalty,
+    relativistic_discriminator_loss,
+)
+from model.score import ScoreConfig, ScorePlan
+from model.transformer import WanTransformer
+from workers.actor import Stats, TrainedRank, verb
+from workers.engine import EngineConfig, TrainEngine
+from workers.model_directory import ModelDirectory
+from workers.scorers import Predictions, Scorer
+
+
+class _WithBranch:
+    """Weights of a transformer, and of a classification branch that has not learned yet."""
+
+    def __init__(self, source: ModelDirectory, branch: ClassificationBranch):
+        self.source = source
+        self.branch = branch.state_dict()
+
+    def keys(self) -> list[str]:
+        return [f"transformer.{name}" for name in self.source.keys()] + [  # noqa: SIM118 (not a mapping)
+            f"branch.{name}" for name in self.branch
+        ]
+
+    def get(self, name: str) -> Tensor:
+        part, _, own = name.partition(".")
+        return self.branch[own] if part == "branch" else self.source.get(own)
+
+
+class CriticWorker(Scorer, TrainedRank):
+    """One rank of the critic, the score of what the student generates, and perhaps a judge of it."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        ranks: int,
+        threads: int,
+        model: str,
+        score: ScoreConfig,
+        discriminator: DiscriminatorConfig,
+        engine: EngineConfig,
+        activation_checkpointing: bool,
+    ):
+        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
+        self.discriminator = discriminator
+        self.engine_config, self.activation_checkpointing = engine, activation_checkpointing
+
+    def build(self) -> None:
+        sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
+        if not self.discriminator.taps:
+            self.engine = TrainEngine(
+                lambda: WanTransformer(sizes, activation_checkpointing=checkpointing),
+                self.engine_config,
+                weights=self.source,
+            )
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            branch = ClassificationBranch(sizes, self.discriminator)
+        self.engine = TrainEngine(
+            lambda: Discriminator(sizes, self.discriminator, activation_checkpointing=checkpointing),
+            self.engine_config,
+            weights=_WithBranch(self.source, branch),
+        )
+
+    def _predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Velocity and, where there is a branch, logits."""
+        answer = self.engine.module(noisy, timestep, context)
+        return answer if self.discriminator.taps else (answer, None)
+
+    @verb
+    def score(self, keep: bool, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
+        """x0 [F, C, H, W], one a sample, as `TeacherWorker.score` without guidance, and logits [classes] where there is a branch."""
+
+        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
+            velocity, logits = self._predict(noisy, timestep, context)
+            fake: Predictions = {"fake": self.schedule.x0(velocity, noisy, timestep)}
+            return fake if logits is None else {**fake, "logits": logits}
+
+        return self._answer(keep, plan, samples, tensors, predict)
+
+    @verb
+    def update(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> Stats:
+        """One micro-batch of flow matching on the student's videos, and of telling them from data where there is a branch; the last one of
+        an update also steps.
+
+        `tensors` are videos and contexts, then (with a branch) videos of the data and their contexts.
+        """
+        if self._graph is not None:
+            raise RuntimeError("update was called while the graph of a score is alive; pull it back first.")
+        video, context, *data = self._columns(samples, tensors)
+        noise, timestep = plan.draw(video, samples, self.config)
+        noisy = self.schedule.add_noise(video, noise, timestep)
+        if data:
+            velocity, losses = self._judge(plan, samples, noisy, context, noise, timestep, *data)
+        else:
+            velocity, losses = self.engine.module(noisy, timestep, context), {}
+        flow = flow_matching_loss(velocity.float(), noise, video)
+        loss = sum(losses.values(), start=flow * (self.discriminator.flow_weight if data else 1.0))
+        self.engine.backward(loss)
+        result = self.engine.step()
+        # Left out of the other micro-batches, whose zeros the mean over an update would take for norms.
+        norm = {"grad_norm": result.grad_norm} if result.stepped or result.grad_norm else {}
+        return {"loss": flow.item(), **{name: value.item() for name, value in losses.items()}, **norm}
+
+    def _judge(
+        self,
+        plan: ScorePlan,
+        samples: list[int],
+        noisy: Tensor,
+        context: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        data: Tensor,
+        data_context: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The velocity of the student's noisy videos, and the weighted losses of the branch."""
+        settings = self.discriminator
+        noisy_data = self.schedule.add_noise(data, noise, timestep)
+        velocity, logits = self._predict(
+            torch.cat([noisy, noisy_data]), timestep.repeat(2), torch.cat([context, data_context])
+        )
+        assert logits is not None, "data is sent to a critic with a branch"
+        fake, real = logits.chunk(2)
+        judge = relativistic_discriminator_loss if settings.relativistic else discriminator_loss
+        losses = {"discriminator": settings.weight * judge(fake, real)}
+        sources = SampleNoise([(*plan.noise, sample) for sample in samples], noisy.device)
+        for name, weight, sigma, x_t, prompt, before, step in (
+            ("r1", settings.r1_weight, settings.r1_sigma, noisy_data, data_context, real, 1),
+            ("r2", settings.r2_weight, settings.r2_sigma, noisy, context, fake, 2),
+        ):
+            if weight:
+                _, perturbed = self._predict(x_t + sigma * sources.draw(x_t.shape, 0, step), timestep, prompt)
+                assert perturbed is not None
+                losses[name] = 0.5 * weight * gradient_penalty(perturbed, before, sigma)
+        return velocity[: len(noisy)], losses
