@@ -82,6 +82,24 @@ def write_prompts(path: Path, embedded: tuple[int, int] | None = None) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path / "00000.parquet")
 
 
+def write_real(path: Path, config: RunConfig) -> None:
+    """A data set of random videos, pixels where there is a codec and latents where there is none."""
+    generator = torch.Generator().manual_seed(7)
+    sizes, (frames, channels, height, width) = config.student, config.video.shape
+    name, rows = ("latent" if config.video.codec == "none" else "video"), []
+    embedded = config.text.encoder == "embedded"
+    for prompt in PROMPTS:
+        latent = torch.randn(frames, channels, height, width, generator=generator)
+        pixels = torch.randint(256, (frames, 1, 2 * height, 2 * width), generator=generator)
+        row = encode_tensor(name, latent if name == "latent" else pixels.to(torch.uint8))
+        embedding = torch.randn(sizes.text_len, sizes.text_dim, generator=generator)
+        rows.append(row | (encode_tensor("embedding", embedding) if embedded else {"prompt": prompt}))
+    text = tensor_fields("embedding") if embedded else [pa.field("prompt", pa.string())]
+    schema = dataset_schema([*text, *tensor_fields(name)], kind="video", provenance={})
+    path.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path / "00000.parquet")
+
+
 def furnished(root: Path, recipe: str | Path = TINY_RECIPE, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe's config below `root`, with the models, prompts and negative prompt that it names written there."""
     config, _ = parse("distill", [str(recipe), f"--root={root}", *overrides])
@@ -93,6 +111,8 @@ def furnished(root: Path, recipe: str | Path = TINY_RECIPE, overrides: Sequence[
         write_model(root / path, size, seed=seed, rollout=rollout, video=config.video, text=text)
     embedded = (sizes.text_len, sizes.text_dim) if text.encoder == "embedded" else None
     write_prompts(root / config.data.train, embedded)
+    if config.data.real is not None:
+        write_real(root / config.data.real, config)
     negative = config.distill.roles.teacher.negative_embedding
     if negative:
         embedding = torch.randn(sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(6))

@@ -1,25 +1,28 @@
 """One algorithm, however it is spread out: ranks, ZeRO stages, recomputation, accumulation and overlap change no number."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.discriminator import ClassificationBranch, Discriminator
 from model.kv_cache import BlockCache
 from model.noise import SampleNoise
-from model.objectives import Leaves, ObjectiveConfig
+from model.objectives import ObjectiveConfig
 from model.objectives.flow_matching import flow_matching_loss
+from model.objectives.gan import DiscriminatorConfig, gradient_penalty, relativistic_discriminator_loss
 from model.rollout import Rollout, RolloutPlan, generate
 from model.schedule import FlowSchedule
 from model.score import ScorePlan, guided_x0, predict_x0
-from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Metrics
-from tests.fixtures import furnished
+from tests.fixtures import furnished, write_real
 from tests.orchestrator.groups import Groups, first_gradients_of, weights_of
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
+from workers.prompts import LatentDataset
 
 pytestmark = pytest.mark.slow
 UPDATES = 5
@@ -96,7 +99,16 @@ def by_hand(config: RunConfig) -> Outcome:
     distill, batch = config.distill, config.distill.batch
     student, critic = ModelDirectory(distill.student), ModelDirectory(distill.teacher)
     teacher, text = critic.transformer(), student.text_encoder()
-    generator, fake_model = (source.transformer().requires_grad_() for source in (student, critic))
+    generator = student.transformer().requires_grad_()
+    fake_model: nn.Module = critic.transformer().requires_grad_()
+    settings = distill.discriminator
+    if settings.taps:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            fake_model = Discriminator(config.student, settings)
+            torch.manual_seed(0)
+            fake_model.branch = ClassificationBranch(config.student, settings)
+        fake_model.transformer.load_state_dict(critic.transformer().state_dict())
     rows = ParquetDataset(config.data.train, ["prompt"]).batch(0, 2 * batch, config.seed)
     contexts = text.encode([row["prompt"] for row in rows])
     schedule, samples = FlowSchedule(config.score.shift), list(range(batch))
@@ -137,32 +149,73 @@ def by_hand(config: RunConfig) -> Outcome:
         guidance=distill.roles.teacher.guidance,
         schedule=schedule,
     )
-    fake = predict_x0(fake_model, noisy, timestep, context, schedule)
-    student_loss = distill.objective(Leaves(video, real, fake))
+    leaves = {"video": video, "real": real}
+    if settings.taps:
+        velocity, leaves["logits"] = fake_model(noisy, timestep, context)
+        leaves["fake"] = schedule.x0(velocity, noisy, timestep)
+        data, prompts = data_of(config, 0)
+        noisy_data, _, timestep = noised(data, "score-data")
+        _, leaves["data_logits"] = fake_model(noisy_data, timestep, text.encode(prompts))
+    else:
+        leaves["fake"] = predict_x0(fake_model, noisy, timestep, context, schedule)
+    student_loss = distill.objective(leaves)
     student_loss.backward()  # one graph, through teacher and critic where the objective says so
     gradients = gradients_of(generator)
     fake_model.zero_grad()
 
-    settings = distill.roles.student.engine
+    engine = distill.roles.student.engine
     optimizer = torch.optim.AdamW(
         generator.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+        lr=engine.learning_rate,
+        betas=engine.betas,
+        eps=engine.eps,
+        weight_decay=engine.weight_decay,
     )
-    torch.nn.utils.clip_grad_norm_(generator.parameters(), settings.clip)
+    torch.nn.utils.clip_grad_norm_(generator.parameters(), engine.clip)
     optimizer.step()
 
     video = rollout("critic", contexts[batch:])
     noisy, noise, timestep = noised(video, "critic-score")
-    critic_loss = flow_matching_loss(fake_model(noisy, timestep, contexts[batch:]), noise, video)
-    critic_loss.backward()
-    losses = {"student/loss": student_loss.item(), "critic/loss": critic_loss.item()}
+    losses = {"student/loss": student_loss.item()}
+    total = torch.zeros(())
+    if settings.taps:
+        data, prompts = data_of(config, 1)
+        noisy_data, prompt = schedule.add_noise(data, noise, timestep), text.encode(prompts)
+        velocity, logits = fake_model(noisy, timestep, contexts[batch:])
+        _, data_logits = fake_model(noisy_data, timestep, prompt)
+        total = relativistic_discriminator_loss(logits, data_logits) * settings.weight
+        losses["critic/discriminator"] = total.item()
+        draws = SampleNoise([(config.seed, 0, "critic-score", sample) for sample in samples])
+        for step, x_t, text_of, before in (
+            (1, noisy_data, prompt, data_logits),
+            (2, noisy, contexts[batch:], logits),
+        ):
+            sigma, weight = (
+                (settings.r1_sigma, settings.r1_weight)
+                if step == 1
+                else (settings.r2_sigma, settings.r2_weight)
+            )
+            _, perturbed = fake_model(x_t + sigma * draws.draw(x_t.shape, 0, step), timestep, text_of)
+            penalty = 0.5 * weight * gradient_penalty(perturbed, before, sigma)
+            losses[f"critic/r{step}"] = penalty.item()
+            total = total + penalty
+    else:
+        velocity = fake_model(noisy, timestep, contexts[batch:])
+    critic_loss = flow_matching_loss(velocity, noise, video)
+    (total + critic_loss).backward()
+    losses["critic/loss"] = critic_loss.item()
     return Outcome([losses], gradients, gradients_of(fake_model))
 
 
-def gradients_of(model: WanTransformer) -> dict[str, Tensor]:
+def data_of(config: RunConfig, batch: int) -> tuple[Tensor, list[str]]:
+    """Latents and prompts of a batch of the data."""
+    assert config.data.real is not None
+    real, size = LatentDataset(config.data.real, config.video, embedded=False), config.distill.batch
+    latents, prompts = real.batch(batch * size, size, config.seed)
+    return torch.stack(latents), prompts
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -210,12 +263,25 @@ def test_spreading_a_run_out_changes_no_number(
     [{}, {"ranks": 2, "stage": 3, "teacher": (2, 3)}, {"stage": 2, "accumulation": 2, "checkpointing": True}],
     ids=["1-rank", "2-ranks-zero-3", "1-rank-zero-2-recomputed-accumulated"],
 )
+@pytest.mark.parametrize("loss", ["sid", "gan"])
 def test_gradients_that_flow_through_the_scores_are_those_of_one_graph(
-    groups: Groups, config: RunConfig, how: dict
+    groups: Groups, config: RunConfig, how: dict, loss: str
 ) -> None:
-    config = replace(
-        config, distill=replace(config.distill, iterations=1, objective=ObjectiveConfig({"sid": 1.0}))
-    )
+    distill = replace(config.distill, iterations=1, objective=ObjectiveConfig({"sid": 1.0}))
+    data = config.data
+    if loss == "gan":
+        data = replace(data, real=f"{config.root}/real")
+        if not Path(str(data.real)).exists():
+            write_real(Path(str(data.real)), config)
+        distill = replace(
+            distill,
+            objective=ObjectiveConfig({"dmd": 1.0, "relativistic_gan": 0.5}),
+            discriminator=DiscriminatorConfig(
+                taps=(0, 1), concat_time=True, relativistic=True, weight=0.7, r1_weight=0.3, r1_sigma=0.1,
+                r2_weight=0.2, r2_sigma=0.1,
+            ),
+        )  # fmt: skip
+    config = replace(config, data=data, distill=distill)
     found, reference = run(groups, spread(config, **how)), by_hand(config)
     assert len(found.metrics) == 1
     check(
