@@ -199,6 +199,8 @@ class EvaluateConfig:
     """Videos generated together."""
     teacher_steps: int = 32
     """Euler steps of the teacher's sampler."""
+    teacher_guidance: float = 3.0
+    """Classifier-free guidance of the teacher's sampler, in the form cond + guidance · (cond − uncond)."""
     threads: int = 1
     """Threads that torch uses in each actor."""
 
