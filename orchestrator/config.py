@@ -104,6 +104,8 @@ class PretrainConfig:
     """Steps of linear warm-up; then the learning rate falls linearly to zero."""
     dropout: float = 0.1
     """Share of prompts that are dropped, for classifier-free guidance."""
+    shift: float = 5.0
+    """Warp of the noise levels trained at; more than 1 prefers high ones."""
     role: TrainRole = TrainRole(
         engine=EngineConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), clip=1.0, ema_decay=0.998)
     )
