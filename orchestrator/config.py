@@ -108,6 +108,8 @@ class PretrainConfig:
     """Steps of linear warm-up; then the learning rate falls linearly to zero."""
     dropout: float = 0.1
     """Share of prompts that are dropped, for classifier-free guidance."""
+    shift: float = 5.0
+    """Warp of the noise levels trained at; more than 1 prefers high ones."""
     role: TrainRole = TrainRole(
         engine=EngineConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), clip=1.0, ema_decay=0.998)
     )
@@ -207,6 +209,8 @@ class EvaluateConfig:
     """Videos generated together."""
     teacher_steps: int = 32
     """Euler steps of the teacher's sampler."""
+    teacher_guidance: float = 3.0
+    """Classifier-free guidance of the teacher's sampler, in the form cond + guidance · (cond − uncond)."""
     threads: int = 1
     """Threads that torch uses in each actor."""
 

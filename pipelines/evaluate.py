@@ -249,7 +249,7 @@ def _job(config: RunConfig, name: str, model: ModelDirectory) -> Job:
         return Job(model.path, manifest, config.seed, settings.videos, settings.frames, None)
     sampler = {
         "steps": settings.teacher_steps,
-        "guidance": role.guidance,
+        "guidance": settings.teacher_guidance,
         "negative_prompt": role.negative_prompt,
     }
     return Job(model.path, manifest, config.seed, settings.videos, model.card.video.frames, sampler)

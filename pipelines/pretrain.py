@@ -67,14 +67,14 @@ class Pretrain(Task):
             raise ValueError("pretrain reads videos, so it needs a video.codec.")
         self.codec = codec
         self.tokenizer = ByteEncoder(self.config.teacher.text_len, 1)
-        self.schedule = FlowSchedule(self.config.score.shift)
+        self.schedule = FlowSchedule(self.config.pretrain.shift)
 
     def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
         seed = self.config.seed
         rows = self.data.batch(update * batch + samples.start, len(samples), seed)
         x0 = self.codec.encode(torch.stack([row["video"] for row in rows])).to(self.device)
         plan = ScorePlan((seed, update, "pretrain"))
-        noise, timestep = plan.draw(x0, list(samples), ScoreConfig(self.config.score.shift, *EVERY_TIMESTEP))
+        noise, timestep = plan.draw(x0, list(samples), ScoreConfig(self.config.pretrain.shift, *EVERY_TIMESTEP))
         dropped = [
             integer(1000, seed, update, "drop", i) < 1000 * self.config.pretrain.dropout for i in samples
         ]
@@ -89,7 +89,7 @@ class Pretrain(Task):
             self.config.teacher,
             self.config.video,
             self.config.text,
-            shift=self.config.score.shift,
+            shift=self.config.pretrain.shift,
             lineage={"teacher": self.run_id},
             recipe=self.config.portable(),
         )

@@ -297,7 +297,7 @@ def _markdown(report: Report) -> str:
         "",
         f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of {report.chunk} with "
         f"{report.steps} steps a chunk, the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps "
-        f"at guidance {report.config.distill.roles.teacher.guidance:g}. Brackets hold 95 % bootstrap intervals over videos.",
+        f"at guidance {settings.teacher_guidance:g}. Brackets hold 95 % bootstrap intervals over videos.",
         "",
         "![digit accuracy by frame](drift.png)",
         "",
