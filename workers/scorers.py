@@ -110,8 +110,12 @@ class TeacherWorker(Scorer):
 
     def build(self) -> None:
         sizes = self.source.card.transformer
+        # Recomputing happens under a gradient only, which a score has where the objective flows through it.
         self.engine = FrozenEngine(
-            lambda: WanTransformer(sizes), weights=self.source, zero_stage=self.zero_stage, dtype=self.dtype
+            lambda: WanTransformer(sizes, activation_checkpointing=True),
+            weights=self.source,
+            zero_stage=self.zero_stage,
+            dtype=self.dtype,
         )
 
     @verb

@@ -54,6 +54,14 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
         ),
         ("distill.roles.teacher.ranks=3", r"distill.roles.teacher.ranks of 3 does not divide the 4 videos"),
         ("distill.batch=many", r"distill.batch"),
+        (
+            "distill.objective.weights={vsd: 1}",
+            r"distill.objective.weights names 'vsd', which is no loss; use dmd, sid",
+        ),
+        (
+            "distill.objective.weights={gan: 1}",
+            r"distill.discriminator.taps must name blocks of the critic where",
+        ),
         ("text.encoder=embedded", r"distill.roles.teacher.negative_embedding must name a file"),
     ],
 )
