@@ -74,7 +74,9 @@ class Pretrain(Task):
         rows = self.data.batch(update * batch + samples.start, len(samples), seed)
         x0 = self.codec.encode(torch.stack([row["video"] for row in rows])).to(self.device)
         plan = ScorePlan((seed, update, "pretrain"))
-        noise, timestep = plan.draw(x0, list(samples), ScoreConfig(self.config.pretrain.shift, *EVERY_TIMESTEP))
+        noise, timestep = plan.draw(
+            x0, list(samples), ScoreConfig(self.config.pretrain.shift, *EVERY_TIMESTEP)
+        )
         dropped = [
             integer(1000, seed, update, "drop", i) < 1000 * self.config.pretrain.dropout for i in samples
         ]
