@@ -160,12 +160,15 @@ def zeros_like(video: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(video)
 
 
-def test_a_workers_defect_keeps_its_own_trace(roles: tuple[WorkerGroup, WorkerGroup]) -> None:
+def test_a_workers_defect_keeps_its_own_trace(
+    roles: tuple[WorkerGroup, WorkerGroup], config: RunConfig
+) -> None:
     _, critic = roles
+    videos = [ray.put(torch.zeros(config.video.shape))] * 2
     with pytest.raises(RuntimeError, match=r"^critic: ") as caught:
         critic.stats(
             critic.scatter(
-                "update", SAMPLES, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=0
+                "update", SAMPLES, videos, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=0
             )[0]
         )
-    assert "scorers.py" in str(caught.value.__cause__)
+    assert "critic.py" in str(caught.value.__cause__)
