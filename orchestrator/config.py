@@ -290,10 +290,6 @@ class RunConfig:
                 f"distill.discriminator.taps {list(discriminator.taps)} must lie between 0 and {self.student.num_layers - 1}, "
                 "the critic's last block."
             )
-        if discriminator.relativistic != ("data_logits" in objective.reads):
-            raise ValueError(
-                "distill.discriminator.relativistic must be true with relativistic_gan among distill.objective.weights, and only then."
-            )
         if bool(discriminator.taps) != (self.data.real is not None):
             raise ValueError(
                 "data.real must name a data set of real videos where distill.discriminator.taps is set, and only there."

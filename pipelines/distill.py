@@ -101,6 +101,7 @@ def worker_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
             "model": distill.critic or distill.teacher,
             "score": config.score,
             "discriminator": distill.discriminator,
+            "relativistic": "data_logits" in distill.objective.reads,
             **learning(roles.critic),
         },
     }

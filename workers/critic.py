@@ -51,11 +51,12 @@ class CriticWorker(Scorer, TrainedRank):
         model: str,
         score: ScoreConfig,
         discriminator: DiscriminatorConfig,
+        relativistic: bool,
         engine: EngineConfig,
         activation_checkpointing: bool,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
-        self.discriminator = discriminator
+        self.discriminator, self.relativistic = discriminator, relativistic
         self.engine_config, self.activation_checkpointing = engine, activation_checkpointing
 
     def build(self) -> None:
@@ -135,7 +136,7 @@ class CriticWorker(Scorer, TrainedRank):
         )
         assert logits is not None, "data is sent to a critic with a branch"
         fake, real = logits.chunk(2)
-        judge = relativistic_discriminator_loss if settings.relativistic else discriminator_loss
+        judge = relativistic_discriminator_loss if self.relativistic else discriminator_loss
         losses = {"discriminator": settings.weight * judge(fake, real)}
         sources = SampleNoise([(*plan.noise, sample) for sample in samples], noisy.device)
         for name, weight, sigma, x_t, prompt, before, step in (

@@ -17,8 +17,6 @@ from model.discriminator import BranchConfig
 class DiscriminatorConfig(BranchConfig):
     """The critic's classification branch and how it learns; without taps there is none."""
 
-    relativistic: bool = False
-    """Whether each generated video is compared with one of the data, or judged alone."""
     weight: float = 1.0
     """Weight of the discriminator's loss."""
     flow_weight: float = 1.0

@@ -280,7 +280,7 @@ def test_gradients_that_flow_through_the_scores_are_those_of_one_graph(
             distill,
             objective=ObjectiveConfig({"dmd": 1.0, "relativistic_gan": 0.5}),
             discriminator=DiscriminatorConfig(
-                taps=(0, 1), concat_time=True, relativistic=True, weight=0.7, r1_weight=0.3, r1_sigma=0.5,
+                taps=(0, 1), concat_time=True, weight=0.7, r1_weight=0.3, r1_sigma=0.5,
                 r2_weight=0.2, r2_sigma=0.5,
             ),
         )  # fmt: skip
@@ -288,8 +288,8 @@ def test_gradients_that_flow_through_the_scores_are_those_of_one_graph(
     found, reference = run(groups, spread(config, **how)), by_hand(config)
     assert len(found.metrics) == 1
     values = {name: found.metrics[0][name] for name in reference.metrics[0]}
-    # Finite differences in float32 amplify rounding.
-    check(replace(found, metrics=[values]), reference, tolerance=1e-4)
+    # The penalties' finite differences amplify rounding.
+    check(replace(found, metrics=[values]), reference, tolerance=1e-4 if loss == "gan" else 1e-5)
 
 
 def test_overlap_changes_no_bit(groups: Groups, config: RunConfig) -> None:

@@ -57,6 +57,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         model=config.distill.teacher,
         score=config.score,
         discriminator=config.distill.discriminator,
+        relativistic=False,
         engine=replace(roles.critic.engine, zero_stage=0),
         activation_checkpointing=False,
     )
