@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.kv_cache import Cache, History, KeyValue, Window
 from model.noise import Key, NoiseSource, integer
 from model.schedule import FlowSchedule, clean, interpolate
+from model.score import guide
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,25 @@ class RolloutConfig:
     """Rotary frame positions: of the video, as published, or of the window, for endless streams."""
     context_noise: Literal["nearest", "none"] = "nearest"
     """Noise on a chunk before it is cached: at the sigma nearest to timestep 0, as published, or none."""
+    first_steps: tuple[float, ...] | None = None
+    """Unwarped timesteps of the first chunk, which has no past to go by; null takes `steps`."""
+    sampler: Literal["consistency", "ode"] = "consistency"
+    """From one step to the next by noising the predicted x0 anew, as few-step students do, or along the ODE, for many steps."""
 
     def __post_init__(self) -> None:
         if self.shift <= 0:
             raise ValueError(f"rollout.shift must be positive, not {self.shift}; Wan uses 5, no warp is 1.")
         if self.chunk < 1:
             raise ValueError(f"rollout.chunk must be at least 1 frame, not {self.chunk}.")
-        if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
-            raise ValueError(
-                f"rollout.steps {list(self.steps)} must fall strictly, for example [1000, 750, 500, 250]."
-            )
-        if not all(0 < step <= 1000 for step in self.steps):
-            raise ValueError(f"rollout.steps {list(self.steps)} must lie in (0, 1000].")
+        for name, steps in (("steps", self.steps), ("first_steps", self.first_steps)):
+            if steps is None:
+                continue
+            if not steps or list(steps) != sorted(set(steps), reverse=True):
+                raise ValueError(
+                    f"rollout.{name} {list(steps)} must fall strictly, for example [1000, 750, 500, 250]."
+                )
+            if not all(0 < step <= 1000 for step in steps):
+                raise ValueError(f"rollout.{name} {list(steps)} must lie in (0, 1000].")
         if self.sink < 0:
             raise ValueError(f"rollout.sink must not be negative, not {self.sink}; 0 keeps no sink.")
         if self.window is not None and self.window < self.chunk + self.sink:
@@ -67,6 +75,15 @@ class RolloutConfig:
                 f"rollout.chunk of {self.chunk} does not divide {frames} frames; "
                 f"use {max(1, frames // self.chunk) * self.chunk} frames or another chunk."
             )
+
+    @property
+    def every_step(self) -> tuple[float, ...]:
+        """Unwarped timesteps at which any chunk is denoised, falling."""
+        return tuple(sorted({*self.steps, *(self.first_steps or ())}, reverse=True))
+
+    def steps_at(self, frame: int) -> tuple[float, ...]:
+        """Unwarped timesteps of the chunk that starts at `frame`."""
+        return self.first_steps if frame == 0 and self.first_steps is not None else self.steps
 
     def context_window(self) -> Window:
         return Window(self.window, self.sink, self.positions)
@@ -86,6 +103,10 @@ class RolloutPlan:
     """A chunk carries a gradient if its first frame is among the last `grad_frames` ones; 0 is none."""
     cache_gradient: Literal["constant", "released"] = "constant"
     """Cached keys and values are constants, or pass gradient on to their chunk's own call, as released."""
+    first_exit_step: int | None = None
+    """The same for the first chunk where it has steps of its own."""
+    given_frames: int = 0
+    """Frames of the video that are given, not generated."""
 
     @classmethod
     def draw(
@@ -96,17 +117,30 @@ class RolloutPlan:
         seed: int,
         update: int,
         purpose: str,
-        gradient: bool,
+        grad_frames: int,
         cache_gradient: Literal["constant", "released"] = "constant",
+        given_frames: int = 0,
     ) -> "RolloutPlan":
-        """A training plan: a uniformly drawn exit step, and gradient over the whole video if any."""
-        exit_step = integer(len(config.steps), seed, update, purpose, "exit")
-        return cls(frames, exit_step, (seed, update, purpose), frames if gradient else 0, cache_gradient)
+        """A training plan: uniformly drawn exit steps, and gradient over the last `grad_frames` frames."""
+        key = (seed, update, purpose)
+        exit_step = integer(len(config.steps), *key, "exit")
+        first = config.first_steps
+        first_exit = None if first is None else integer(len(first), *key, "first-exit")
+        return cls(frames, exit_step, key, grad_frames, cache_gradient, first_exit, given_frames)
 
     @classmethod
-    def full(cls, config: RolloutConfig, frames: int, *, seed: int) -> "RolloutPlan":
+    def full(
+        cls, config: RolloutConfig, frames: int, *, seed: int = 0, given_frames: int = 0
+    ) -> "RolloutPlan":
         """An inference plan: every step, no gradient."""
-        return cls(frames, len(config.steps) - 1, (seed, "generate"))
+        first = None if config.first_steps is None else len(config.first_steps) - 1
+        return cls(
+            frames,
+            len(config.steps) - 1,
+            (seed, "generate"),
+            first_exit_step=first,
+            given_frames=given_frames,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,8 +171,15 @@ class Rollout:
         initial: Tensor | None = None,
     ):
         """`shape` is (B, C, H, W); `initial` [B, f, C, H, W], clean, starts the video (image-to-video)."""
-        if not 0 <= plan.exit_step < len(config.steps):
-            raise ValueError(f"exit_step {plan.exit_step} is beyond the {len(config.steps)} rollout.steps.")
+        for name, steps, index in (
+            ("", config.steps, plan.exit_step),
+            ("first_", config.first_steps, plan.first_exit_step),
+        ):
+            if steps is None or index is None:
+                if steps is not index:
+                    raise ValueError(f"{name}exit_step {index} does not go with rollout.{name}steps {steps}.")
+            elif not 0 <= index < len(steps):
+                raise ValueError(f"{name}exit_step {index} is beyond the {len(steps)} rollout.{name}steps.")
         given = 0 if initial is None else initial.shape[1]
         if config.window is not None and given > config.window:
             raise ValueError(
@@ -147,14 +188,13 @@ class Rollout:
         config.check_frames(plan.frames - given)
         self.config = config
         self.plan = plan
-        schedule = FlowSchedule(config.shift)
-        self.timesteps = schedule.few_steps(config.steps)
-        self.sigmas = schedule.sigma(torch.tensor(self.timesteps)).tolist()
-        self.context_sigma = schedule.sigma(torch.tensor(0.0)).item()
+        self.schedule = FlowSchedule(config.shift)
+        self.context_sigma = self.schedule.sigma(torch.tensor(0.0)).item()
         self.noise = noise
         self.cache = cache
         self.shape = shape
         self.start = 0
+        self.exit_step = plan.exit_step
         self.exit_live: list[KeyValue] | None = None
         if initial is None:
             self._begin_chunk()
@@ -166,6 +206,10 @@ class Rollout:
     def _begin_chunk(self) -> None:
         batch, *frame = self.shape
         self.step: int | None = 0
+        first = self.plan.first_exit_step
+        self.exit_step = first if self.start == 0 and first is not None else self.plan.exit_step
+        self.timesteps = self.schedule.few_steps(self.config.steps_at(self.start))
+        self.sigmas = self.schedule.sigma(torch.tensor(self.timesteps)).tolist()
         self.x = self._draw((batch, self.config.chunk, *frame), 0)
         self.history = self.cache.history(self.config.chunk)
 
@@ -183,7 +227,7 @@ class Rollout:
         if end >= self.plan.frames:
             return None
         timestep = 0.0 if self.step is None else self.timesteps[self.step]
-        gradient = self.step == self.plan.exit_step and self.start >= self.plan.frames - self.plan.grad_frames
+        gradient = self.step == self.exit_step and self.start >= self.plan.frames - self.plan.grad_frames
         return NetworkCall(
             self.x,
             torch.full(self.x.shape[:2], timestep, device=self.x.device),
@@ -200,9 +244,13 @@ class Rollout:
             self._commit(live)
             return None
         x0 = clean(self.x, velocity.float(), self.sigmas[self.step])
-        if self.step < self.plan.exit_step:
+        if self.step < self.exit_step:
+            sigma = self.sigmas[self.step]
             self.step += 1
-            self.x = interpolate(x0, self._draw(x0.shape, self.step), self.sigmas[self.step])
+            if self.config.sampler == "ode":
+                self.x = self.x + (self.sigmas[self.step] - sigma) * velocity.float()
+            else:
+                self.x = interpolate(x0, self._draw(x0.shape, self.step), self.sigmas[self.step])
             return None
         context = x0.detach()
         if self.config.context_noise == "nearest":
@@ -227,16 +275,22 @@ class Rollout:
             self._begin_chunk()
 
 
-def generate(model: nn.Module, rollout: Rollout, context: Tensor) -> Iterator[Tensor]:
+def generate(
+    model: nn.Module, rollout: Rollout, context: Tensor, *, guidance: float = 0.0
+) -> Iterator[Tensor]:
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
     `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the
-    plan says, and for no other.
+    plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows
+    is the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
     """
     while (call := rollout.next_call()) is not None:
         with torch.set_grad_enabled(call.gradient):
             answer = model(call.x, call.timestep, context, history=call.history, return_live=call.keeps_live)
             velocity, live = answer if call.keeps_live else (answer, None)
+            if guidance:
+                cond, uncond = velocity.chunk(2)
+                velocity = guide(cond, uncond, guidance).repeat(2, 1, 1, 1, 1)
             chunk = rollout.advance(velocity, live)
         if chunk is not None:
             yield chunk

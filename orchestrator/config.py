@@ -26,7 +26,10 @@ class DataConfig:
     held_out: str = "outputs/data/held_out"
     """Parquet data set to evaluate against."""
     real: str | None = None
-    """Parquet data set of latents (or of videos, where there is a codec) that the discriminator compares with."""
+    """Parquet data set of real videos (latents, or pixels where there is a codec), for adversarial losses, students that start from data
+    instead of noise, and initialisations that learn from data."""
+    skip_damaged: bool = False
+    """Leave damaged shards out and say how many there are; otherwise they are an error."""
     videos: int = 16384
     """Moving-digit training videos that `prepare` writes."""
     held_out_videos: int = 1024
@@ -122,26 +125,32 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class InitializeConfig:
-    """The initial student: regression on ODE pairs of the teacher."""
+    """The initial student: a model of the student's size made causal, and perhaps few-step."""
 
+    method: Literal["ode", "causal_ode", "causal_consistency", "teacher_forcing", "diffusion_forcing"] = "ode"
+    """Regression on stored ODE pairs of a bidirectional teacher (`ode`) or of a causal one (`causal_ode`); consistency distillation of a
+    causal teacher, without stored pairs; or flow matching on data under teacher forcing or diffusion forcing, which makes a causal
+    many-step model, such as those two need for a teacher."""
     output: str = "outputs/initial"
     """Run directory; the initial student is written to its `model`."""
     teacher: str = "outputs/teacher/model"
-    """Model directory of the teacher, of the student's size: it makes the pairs, and the student starts from its weights."""
+    """Model directory of the teacher, of the student's size: the student starts from its weights."""
     pairs: int = 512
     """ODE trajectories that the teacher generates."""
     pairs_path: str = "outputs/data/ode_pairs"
     """Parquet data set of the trajectories."""
     ode_steps: int = 24
-    """Euler steps of each trajectory."""
+    """Euler steps along the teacher's ODE, and of a many-step model when it generates."""
     guidance: float = 2.0
-    """Classifier-free guidance of the trajectories, in the form cond + guidance · (cond − uncond)."""
+    """Classifier-free guidance along the ODE, in the form cond + guidance · (cond − uncond); a many-step model generates with it."""
+    dropout: float = 0.1
+    """Share of prompts that are dropped where a many-step model learns from data, for classifier-free guidance."""
     samplers: int = 1
     """Actors that make pairs, each with the CPUs and GPUs of a rank."""
     updates: int = 250
     """Optimizer steps."""
     batch: int = 16
-    """Trajectories per optimizer step, over all ranks."""
+    """Videos or trajectories per optimizer step, over all ranks."""
     warmup: int = 10
     """Steps of linear warm-up; then the learning rate falls linearly to zero."""
     role: TrainRole = TrainRole(engine=EngineConfig(learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0))
@@ -177,6 +186,12 @@ class DistillConfig:
     """Iterations for one student update."""
     batch: int = 16
     """Videos per update, over all ranks."""
+    inputs: Literal["rollout", "teacher_forcing", "diffusion_forcing"] = "rollout"
+    """What the student makes the scored videos from: its own rollout, or (the baselines) real videos, noised chunk by chunk."""
+    rollout_frames: int | None = None
+    """Longest rollout in latent frames; lengths are drawn between video.frames and this, and the last video.frames are scored. Null is video.frames."""
+    given_frames: int = 0
+    """First latent frames of each rollout that are a real video's; 1 trains image-to-video."""
     overlap: bool = True
     """Request the next rollout while the critic trains; the results are the same to the bit."""
     cache_gradient: Literal["constant", "released"] = "constant"
@@ -193,6 +208,11 @@ class DistillConfig:
     """Checkpoints kept; the newest complete one always is."""
     sample_every: int = 100
     """Iterations between sample videos; 0 makes none."""
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the student needs real videos to make its own."""
+        return self.inputs != "rollout" or self.given_frames > 0
 
 
 @dataclass(frozen=True)
@@ -252,7 +272,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         frames, channels, height, width = self.video.shape
-        self.rollout.check_frames(frames)
+        self.rollout.check_frames(frames - self.distill.given_frames)
         for name, sizes in (("teacher", self.teacher), ("student", self.student)):
             if (sizes.in_dim, sizes.out_dim) != (channels, channels):
                 raise ValueError(
@@ -290,13 +310,43 @@ class RunConfig:
                 f"distill.discriminator.taps {list(discriminator.taps)} must lie between 0 and {self.student.num_layers - 1}, "
                 "the critic's last block."
             )
-        if bool(discriminator.taps) != (self.data.real is not None):
-            raise ValueError(
-                "data.real must name a data set of real videos where distill.discriminator.taps is set, and only there."
-            )
+        self._check_data()
         if self.pretrain.compile and self.pretrain.role.engine.zero_stage == 3:
             raise ValueError(
                 "pretrain.compile does not work with zero_stage 3; use zero_stage 2, or compile: false."
+            )
+
+    def _check_data(self) -> None:
+        """What starts from real videos, or goes beyond their length."""
+        distill, frames = self.distill, self.video.frames
+        needs = {
+            "distill.discriminator.taps": bool(distill.discriminator.taps),
+            f"distill.inputs {distill.inputs}": distill.inputs != "rollout",
+            "distill.given_frames": distill.given_frames > 0,
+            f"initialize.method {self.initialize.method}": self.initialize.method != "ode",
+        }
+        for name, needed in needs.items():
+            if needed and self.data.real is None:
+                raise ValueError(f"{name} needs real videos: data.real must name a data set of them.")
+        if not 0 <= distill.given_frames < frames:
+            raise ValueError(
+                f"distill.given_frames of {distill.given_frames} must leave some of the {frames} video.frames to generate."
+            )
+        longest = distill.rollout_frames
+        if distill.inputs != "rollout" and (longest or distill.given_frames):
+            raise ValueError(
+                "distill.rollout_frames and distill.given_frames describe rollouts; they need distill.inputs rollout."
+            )
+        if longest is None:
+            return
+        if longest < frames or (longest - frames) % self.rollout.chunk:
+            raise ValueError(
+                f"distill.rollout_frames of {longest} must be the {frames} video.frames and any number of chunks of "
+                f"{self.rollout.chunk} more."
+            )
+        if longest > frames and self.video.make_codec() is None:
+            raise ValueError(
+                "distill.rollout_frames beyond video.frames needs a video.codec, to make the scored window's first frame anew."
             )
 
     def portable(self) -> dict[str, Any]:

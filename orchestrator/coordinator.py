@@ -17,6 +17,8 @@ from typing import Any, Literal
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from model.forcing import ForcedPlan
+from model.noise import integer
 from model.objectives import Prediction
 from model.rollout import RolloutPlan
 from model.score import ScorePlan
@@ -113,7 +115,7 @@ class Coordinator:
         keep = any(name in objective.flows for name in names)
         predictions |= zip(names, ask(self.critic, inputs, plan, keep=keep, results=len(names)), strict=True)
         if "data_logits" in objective.reads:
-            data = self.data(iteration, "student", part)
+            data = self.data(self.position(iteration, "student", part), len(made.samples))
             apart = ScorePlan((self.config.seed, iteration, "score-data"))
             _, predictions["data_logits"] = ask(
                 self.critic, (made.samples, *data), apart, keep=False, results=2
@@ -144,8 +146,10 @@ class Coordinator:
         made, columns = [], []
         for part in range(self.config.distill.roles.student.engine.accumulation):
             rollouts = self.rollout(iteration, "critic", part)
-            data = self.data(iteration, "critic", part) if self.config.distill.discriminator.taps else ()
             made.append(rollouts)
+            data: Any = ()
+            if self.config.distill.discriminator.taps:
+                data = self.data(self.position(iteration, "critic", part), len(rollouts.samples))
             columns.append((rollouts.samples, rollouts.videos, rollouts.contexts, *data))
         samples, *tensors = (
             [each for column in parts for each in column] for parts in zip(*columns, strict=True)
@@ -176,26 +180,44 @@ class Coordinator:
         if (iteration, purpose, part) in self.ahead:
             return self.ahead.pop((iteration, purpose, part))
         distill = self.config.distill
-        plan = RolloutPlan.draw(
-            self.config.rollout,
-            self.config.video.frames,
-            seed=self.config.seed,
-            update=iteration,
-            purpose=purpose,
-            gradient=purpose == "student",
-            cache_gradient=distill.cache_gradient,
-        )
         size = distill.batch // distill.roles.student.engine.accumulation
         samples = list(range(part * size, (part + 1) * size))
-        position = self.batch_index(iteration, purpose) * distill.batch + part * size
-        contexts = self.contexts(position, size)
-        stats, videos = self.student.scatter("rollout", samples, contexts, head=(plan,))
+        contexts, *data = self.inputs(self.position(iteration, purpose, part), size)
+        verb, plan = self.plan(iteration, purpose)
+        stats, videos = self.student.scatter(verb, samples, contexts, *data, head=(plan,))
         return Rollouts(samples, contexts, videos, stats)
 
-    def data(self, iteration: int, purpose: Purpose, part: int) -> tuple[list[ObjectRef], list[ObjectRef]]:
-        """References to latents and prompt embeddings of the data that the discriminator compares with."""
-        size = self.config.distill.batch // self.config.distill.roles.student.engine.accumulation
-        position = self.batch_index(iteration, purpose) * self.config.distill.batch + part * size
+    def plan(self, iteration: int, purpose: Purpose) -> tuple[str, RolloutPlan | ForcedPlan]:
+        """How the student makes its videos: the verb, and all that is random about it."""
+        config, distill = self.config, self.config.distill
+        key, gradient = (config.seed, iteration, purpose), purpose == "student"
+        if distill.inputs != "rollout":
+            return "predict", ForcedPlan(distill.inputs, key, gradient)
+        video, chunk = config.video.frames, config.rollout.chunk
+        spare = ((distill.rollout_frames or video) - video) // chunk
+        frames = video + chunk * integer(spare + 1, *key, "frames")
+        # The first chunk of a later window has a first frame that is made anew, so it carries no gradient.
+        carried = video if frames == video else video - chunk
+        return "rollout", RolloutPlan.draw(
+            config.rollout,
+            frames,
+            seed=config.seed,
+            update=iteration,
+            purpose=purpose,
+            grad_frames=carried if gradient else 0,
+            cache_gradient=distill.cache_gradient,
+            given_frames=distill.given_frames,
+        )
+
+    def inputs(self, position: int, size: int) -> list[list[ObjectRef]]:
+        """Prompt embeddings of a batch, and videos of the data where the student starts from those."""
+        if not self.config.distill.starts_from_data:
+            return [self.contexts(position, size)]
+        latents, contexts = self.data(position, size)
+        return [contexts, latents]
+
+    def data(self, position: int, size: int) -> tuple[list[ObjectRef], list[ObjectRef]]:
+        """References to latents of the data and to the embeddings of their prompts."""
         both: Any = self.prompts.data.options(num_returns=2 * size).remote(position, size)
         return list(both[:size]), list(both[size:])
 
@@ -211,6 +233,12 @@ class Coordinator:
         """Which batch of prompts a rollout uses: every rollout takes the next one, so a resumed run needs no saved position."""
         before = iteration + math.ceil(iteration / self.config.distill.student_every)
         return before + (1 if purpose == "critic" and self.updates_student(iteration) else 0)
+
+    def position(self, iteration: int, purpose: Purpose, part: int) -> int:
+        """Where a micro-batch starts in the seeded order of the data."""
+        distill = self.config.distill
+        size = distill.batch // distill.roles.student.engine.accumulation
+        return self.batch_index(iteration, purpose) * distill.batch + part * size
 
     def finite(self, role: Purpose, iteration: int, stats: Metrics) -> Metrics:
         for name, value in stats.items():

@@ -22,7 +22,7 @@ from pipelines.console import Display, say
 from pipelines.media import contact_sheet, grid, write_video
 from workers.critic import CriticWorker
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
-from workers.prompts import LatentDataset, PromptWorker
+from workers.prompts import LatentDataset, Prompts, PromptWorker
 from workers.scorers import TeacherWorker
 from workers.student import StudentWorker
 
@@ -68,8 +68,16 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
             raise ValueError(
                 f"distill.{role} at {paths[role]} makes latents of {card.video.shape[1:]}, and `video` says {config.video.shape[1:]}."
             )
+    if models["teacher"].card.video.frames < config.video.frames:
+        raise ValueError(
+            f"distill.teacher at {paths['teacher']} is trained on {models['teacher'].card.video.frames} frames, too short for the "
+            f"{config.video.frames} video.frames that it would score."
+        )
     if config.data.real is not None:
-        LatentDataset(config.data.real, config.video, embedded=config.text.encoder == "embedded")
+        column = Prompts(models["student"]).column
+        data = LatentDataset(config.data.real, config.video, column, skip_damaged=config.data.skip_damaged)
+        if data.skipped:
+            say(f"distill: left out {data.skipped} damaged shards of data.real at {config.data.real}")
     return models
 
 
@@ -131,7 +139,13 @@ def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
         prompts: Any = (
             ray.remote(PromptWorker)
             .options(num_cpus=0)
-            .remote(config.data.train, config.seed, config.distill.student, config.data.real)
+            .remote(
+                config.data.train,
+                config.seed,
+                config.distill.student,
+                config.data.real,
+                skip_damaged=config.data.skip_damaged,
+            )
         )
         for group in groups.values():
             group.start()
@@ -196,9 +210,10 @@ def sample(config: RunConfig, coordinator: Coordinator, student: ModelDirectory,
         return []
     ranks = len(coordinator.student.actors)
     count = max(SAMPLES // ranks, 1) * ranks
-    contexts = coordinator.contexts(0, count)
-    plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed)
-    _, videos = coordinator.student.scatter("rollout", list(range(count)), contexts, head=(plan,))
+    inputs = coordinator.inputs(0, count)
+    given = config.distill.given_frames
+    plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed, given_frames=given)
+    _, videos = coordinator.student.scatter("rollout", list(range(count)), *inputs, head=(plan,))
     stem = f"{config.distill.output}/samples/{done:07d}"
     files = ray.get(write_samples.remote(stem, config.video, *videos))
     return [Path(file) for file in files]

@@ -5,6 +5,7 @@ its ODE over the trained length. `Generator` is what evaluation uses too.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from model.kv_cache import SlotCache
 from model.noise import Key, SampleNoise
 from model.rollout import Rollout, RolloutPlan, generate
-from pipelines.initialize import integrate
+from pipelines.ode_pairs import guided_velocity, integrate
 from workers.model_directory import ModelDirectory
 
 
@@ -35,11 +36,26 @@ class Generator:
         return -(-frames // chunk) * chunk
 
     @torch.no_grad()
-    def student(self, prompts: Sequence[str], noise: Sequence[Key], frames: int) -> Tensor:
-        """Latent videos [B, frames, C, H, W] by rollout, one prompt and one noise key a video."""
+    def student(
+        self,
+        prompts: Sequence[str],
+        noise: Sequence[Key],
+        frames: int,
+        initial: Tensor | None = None,
+        negative_prompt: str = "",
+    ) -> Tensor:
+        """Latent videos [B, frames, C, H, W] by rollout, one prompt and one noise key a video.
+
+        `initial` latents [B, f, C, H, W] start the videos, and are part of them. A student that generates with guidance runs each row
+        twice, the second time with `negative_prompt`.
+        """
         config, sizes, video = self.card.rollout, self.card.transformer, self.card.video
         if config is None:
             raise ValueError(f"the model at {self.source.path} is a teacher; streaming needs a student.")
+        count, twins = len(prompts), 2 if self.card.guidance else 1
+        prompts = [*prompts, *[negative_prompt] * (count * (twins - 1))]
+        if initial is not None:
+            initial = initial.to(self.device).repeat(twins, 1, 1, 1, 1)
         cache = SlotCache(
             config.context_window(),
             sizes.grid(video.height, video.width),
@@ -53,14 +69,15 @@ class Generator:
         )
         rollout = Rollout(
             config,
-            RolloutPlan(frames, len(config.steps) - 1),
-            noise=SampleNoise(noise, self.device),
+            RolloutPlan.full(config, frames),
+            noise=SampleNoise(list(noise) * twins, self.device),
             cache=cache,
             shape=(len(prompts), video.channels, video.height, video.width),
+            initial=initial,
         )
-        return torch.cat(
-            [chunk.cpu() for chunk in generate(self.model, rollout, self.text.encode(prompts))], dim=1
-        )
+        chunks = generate(self.model, rollout, self.text.encode(prompts), guidance=self.card.guidance)
+        whole = [*([] if initial is None else [initial]), *chunks]
+        return torch.cat([chunk[:count].cpu() for chunk in whole], dim=1)
 
     @torch.no_grad()
     def teacher(
@@ -74,15 +91,14 @@ class Generator:
     ) -> Tensor:
         """Latent videos [B, F, C, H, W] of the trained length by Euler's method with guidance."""
         x = SampleNoise(noise, self.device).draw((len(prompts), *self.card.video.shape), 0, 0)
-        path = integrate(
+        velocity = partial(
+            guided_velocity,
             self.model,
-            x,
             cond=self.text.encode(prompts),
             uncond=self.text.encode([negative_prompt]),
             guidance=guidance,
-            shift=self.card.shift,
-            grid=torch.linspace(1000, 0, steps + 1).tolist(),
         )
+        path = integrate(velocity, x, shift=self.card.shift, grid=torch.linspace(1000, 0, steps + 1).tolist())
         return path[-1].cpu()
 
     def decode(self, latents: Tensor) -> Tensor:

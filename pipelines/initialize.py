@@ -1,155 +1,38 @@
-"""`self-forcing initialize`: the initial student, by regression on the teacher's ODE trajectories.
+"""`self-forcing initialize`: the initial student, block-causal, from a model of its size.
 
-Ray Data integrates the probability-flow ODE of the guided teacher and writes trajectories as Parquet; then the student, under the block-causal
-mask of its own rollout, learns to predict where each noisy chunk ends (CausVid, section 4.2). The trajectories' timesteps and the student's
-few-step list come from one schedule.
+Three ways lead to a few-step student: regression on ODE pairs of a bidirectional teacher (CausVid, arXiv 2412.07772, section 4.2), regression
+on those of a causal teacher, and consistency distillation of a causal teacher. Two make a causal many-step model by flow matching on data,
+under teacher forcing or diffusion forcing; such a model can be the causal teacher, or be looked at for what it is.
+Everything has one schedule, the student's.
 """
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
-import pyarrow as pa
-import ray
 import torch
 from torch import Tensor, nn
 
-from infra import storage
+from model.forcing import forced, per_chunk
 from model.noise import SampleNoise, integer
+from model.objectives.consistency import consistency_step, consistency_target
+from model.objectives.flow_matching import flow_matching_loss, timestep_weight
 from model.objectives.regression import regression_terms, trajectory_inputs
-from model.schedule import FlowSchedule
-from model.score import guide
+from model.rollout import RolloutConfig
+from model.schedule import TIMESTEPS, FlowSchedule
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
+from pipelines.ode_pairs import guided_velocity, ode_grid
 from pipelines.pretrain import export_model
 from pipelines.training import Task
-from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
-from workers.engine import TrainEngine
+from workers.dataset import ParquetDataset
+from workers.engine import FrozenEngine, TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory
-
-ODE_BATCH = 32
-
-
-def ode_grid(config: RunConfig) -> list[float]:
-    """Unwarped timesteps of the ODE: evenly spaced, and every step of the student among them, then 0."""
-    even = torch.linspace(1000, 0, config.initialize.ode_steps + 1).tolist()
-    return sorted({*map(float, config.rollout.steps), *(round(step, 6) for step in even)}, reverse=True)
-
-
-@torch.no_grad()
-def integrate(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    cond: Tensor,
-    uncond: Tensor,
-    guidance: float,
-    shift: float,
-    grid: list[float],
-) -> list[Tensor]:
-    """Euler's method along the guided velocity from noise `x` [B, F, C, H, W]; the video at each timestep of `grid`."""
-    schedule = FlowSchedule(shift)
-    timesteps = schedule.few_steps(grid)
-    # The end of the path is clean, while the table's smallest sigma is not zero.
-    sigmas = [*schedule.sigma(torch.tensor(timesteps[:-1])).tolist(), 0.0]
-    path = [x]
-    for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
-        t = torch.full((2 * len(x),), timestep, device=x.device)
-        both = model(torch.cat([x, x]), t, torch.cat([cond, uncond.expand_as(cond)])).float()
-        x = x + (following - sigma) * guide(both[: len(x)], both[len(x) :], guidance)
-        path.append(x)
-    return path
-
-
-class OdeSampler:
-    """A Ray Data actor that turns sample indices into trajectories."""
-
-    def __init__(self, config: RunConfig, threads: int):
-        torch.set_num_threads(threads)
-        self.config = config
-        source = ModelDirectory(config.initialize.teacher)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = source.transformer(self.device)
-        self.text = source.text_encoder(self.device)
-        self.prompts = ParquetDataset(config.data.train, ["prompt"])
-        self.grid = ode_grid(config)
-        self.kept = [self.grid.index(float(step)) for step in config.rollout.steps] + [len(self.grid) - 1]
-
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-        samples = [int(i) for i in batch["id"]]
-        seed, settings = self.config.seed, self.config.initialize
-        prompts = [self.prompts.batch(i, 1, seed)[0]["prompt"] for i in samples]
-        noise = SampleNoise([(seed, "ode", i) for i in samples], self.device).draw(
-            (len(samples), *self.config.video.shape), 0, 0
-        )
-        path = integrate(
-            self.model,
-            noise,
-            cond=self.text.encode(prompts),
-            uncond=self.text.encode([self.config.distill.roles.teacher.negative_prompt]),
-            guidance=settings.guidance,
-            shift=self.config.rollout.shift,
-            grid=self.grid,
-        )
-        trajectories = torch.stack([path[i] for i in self.kept], dim=1).cpu()
-        rows = [
-            {"sample": i, "prompt": prompt, **encode_tensor("trajectory", trajectory)}
-            for i, prompt, trajectory in zip(samples, prompts, trajectories, strict=True)
-        ]
-        return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def write_pairs(config: RunConfig) -> None:
-    """Write the trajectories, whole or not at all; those that are there already are kept if they were made with the same settings."""
-    settings = config.initialize
-    made_with = {
-        "pairs": settings.pairs,
-        "grid": ode_grid(config),
-        "guidance": settings.guidance,
-        "shift": config.rollout.shift,
-        "seed": config.seed,
-        "steps": list(config.rollout.steps),
-        "teacher": storage.read_metadata(settings.teacher) | {"path": settings.teacher},
-    }
-    if storage.is_complete(settings.pairs_path):
-        if storage.read_metadata(settings.pairs_path) == made_with:
-            return
-        raise ValueError(
-            f"{settings.pairs_path} holds ODE pairs made with other settings; delete it or choose another initialize.pairs_path."
-        )
-    staging = storage.begin(settings.pairs_path)
-    schema = dataset_schema(
-        [pa.field("sample", pa.int64()), pa.field("prompt", pa.string()), *tensor_fields("trajectory")],
-        kind="ode_pairs",
-        provenance=made_with,
-    )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    # Rows in order, so that the data set (and the order in which training reads it) is the same every time.
-    context.execution_options.preserve_order = True
-    role = settings.role
-    with storage.writing(staging) as directory:
-        (
-            ray.data.range(settings.pairs, override_num_blocks=max(1, settings.pairs // (4 * ODE_BATCH)))
-            .map_batches(
-                OdeSampler,
-                fn_constructor_args=(config, role.threads),
-                batch_size=ODE_BATCH,
-                num_cpus=role.cpus,
-                num_gpus=role.gpus,
-                compute=ray.data.ActorPoolStrategy(size=settings.samplers),
-            )
-            .write_parquet(str(directory), schema=schema)
-        )
-    storage.publish(staging, settings.pairs_path, made_with)
+from workers.prompts import LatentDataset, Prompts
 
 
 @dataclass
 class Initialize(Task):
-    """Causal regression on ODE pairs."""
+    """What all ways to an initial student share."""
 
     config: RunConfig
     lineage: Mapping[str, str]
@@ -167,33 +50,33 @@ class Initialize(Task):
 
     def open(self, device: torch.device) -> None:
         self.device = device
-        self.data = ParquetDataset(self.config.initialize.pairs_path, ["prompt", "trajectory"])
-        self.text = self.source().text_encoder(device)
-        schedule = FlowSchedule(self.config.rollout.shift)
-        self.schedule = schedule
-        self.steps = torch.tensor([*schedule.few_steps(self.config.rollout.steps), 0.0], device=device)
+        self.prompts = Prompts(self.source(), device)
+        self.schedule = FlowSchedule(self.config.rollout.shift)
+        guide = self.config.distill.roles.teacher
+        negative = self.prompts.negative(guide.negative_prompt, guide.negative_embedding)
+        self.negative = negative.to(device)
+        self.open_data()
 
-    def _index(self, update: int, samples: range) -> Tensor:
-        """Which step of its trajectory each frame is shown at, the same within a chunk: [B, F]."""
-        chunk, seed = self.config.rollout.chunk, self.config.seed
-        chunks = range(self.config.video.frames // chunk)
-        index = [[integer(len(self.steps), seed, update, "index", i, c) for c in chunks] for i in samples]
-        return torch.tensor(index, device=self.device).repeat_interleave(chunk, dim=1)
-
-    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
-        rows = self.data.batch(update * batch + samples.start, len(samples), self.config.seed)
-        trajectory = torch.stack([row["trajectory"] for row in rows]).to(self.device)
-        noisy, timestep = trajectory_inputs(trajectory, self.steps, self._index(update, samples))
-        rollout = self.config.rollout
-        context = self.text.encode([row["prompt"] for row in rows])
-        velocity = module(noisy, timestep, context, chunk=rollout.chunk, window=rollout.context_window())
-        total, count = regression_terms(
-            self.schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep
+    def open_data(self) -> None:
+        """Open what this way learns from: real videos, unless it says otherwise."""
+        data = self.config.data
+        assert data.real is not None, "the config asks for real videos"
+        self.data = LatentDataset(
+            data.real, self.config.video, self.prompts.column, skip_damaged=data.skip_damaged
         )
-        # Noisy values of the whole batch, which every rank can count for itself, so that means of means stay the pooled mean.
-        noisy_frames = (self._index(update, range(batch)) < len(self.steps) - 1).sum()
-        values = count / max(1, int((timestep != 0).sum())) * noisy_frames
-        return total / values * (batch / len(samples))
+
+    def real_videos(self, update: int, samples: range, batch: int) -> tuple[Tensor, Tensor]:
+        """Latents [B, F, C, H, W] and the embeddings of their prompts."""
+        latents, prompts = self.data.batch(update * batch + samples.start, len(samples), self.config.seed)
+        return torch.stack(latents).to(self.device), torch.stack(self.prompts.embed(prompts)).to(self.device)
+
+    def rollout(self) -> RolloutConfig:
+        """How the finished model generates."""
+        return self.config.rollout
+
+    def guidance(self) -> float:
+        """The guidance that it needs to generate."""
+        return 0.0
 
     def export(self, engine: TrainEngine, path: str) -> None:
         source = self.source()
@@ -202,7 +85,8 @@ class Initialize(Task):
             self.config.student,
             self.config.video,
             source.card.text,
-            rollout=self.config.rollout,
+            rollout=self.rollout(),
+            guidance=self.guidance(),
             shift=self.config.rollout.shift,
             lineage=self.lineage,
             recipe=self.config.portable(),
@@ -210,16 +94,143 @@ class Initialize(Task):
         export_model(engine, path, card, source.text_weights())
 
 
+class Regression(Initialize):
+    """Regression on ODE pairs, of a bidirectional or of a causal teacher."""
+
+    def open_data(self) -> None:
+        self.causal = self.config.initialize.method == "causal_ode"
+        columns = [self.prompts.column, "trajectory", *(["clean"] if self.causal else [])]
+        self.pairs = ParquetDataset(self.config.initialize.pairs_path, columns)
+        steps = self.schedule.few_steps(self.config.rollout.every_step)
+        # A causal teacher's student always has a clean past; another one meets it where the past is drawn at timestep 0.
+        self.steps = torch.tensor([*steps, *([] if self.causal else [0.0])], device=self.device)
+
+    def _index(self, update: int, samples: range) -> Tensor:
+        """Which step of its trajectory each frame is shown at, the same within a chunk: [B, F]."""
+        keys = [(self.config.seed, update, "index", i) for i in samples]
+        return per_chunk(len(self.steps), self.config.rollout, self.config.video.frames, keys).to(self.device)
+
+    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
+        rows = self.pairs.batch(update * batch + samples.start, len(samples), self.config.seed)
+        trajectory = torch.stack([row["trajectory"] for row in rows]).to(self.device)
+        clean = torch.stack([row["clean"] for row in rows]).to(self.device) if self.causal else None
+        noisy, timestep = trajectory_inputs(trajectory, self.steps, self._index(update, samples))
+        context = torch.stack(self.prompts.embed([row[self.prompts.column] for row in rows])).to(self.device)
+        velocity = forced(module, self.config.rollout, noisy, timestep, context, clean)
+        total, count = regression_terms(
+            self.schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep
+        )
+        # Noisy values of the whole batch, which every rank can count for itself, so that means of means stay the pooled mean.
+        noisy_frames = (self.steps[self._index(update, range(batch))] != 0).sum()
+        values = count / max(1, int((timestep != 0).sum())) * noisy_frames
+        return total / values * (batch / len(samples))
+
+
+class ForcedFlow(Initialize):
+    """Autoregressive flow matching on data, under teacher forcing or diffusion forcing."""
+
+    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
+        config, method = self.config, self.config.initialize.method
+        data, context = self.real_videos(update, samples, batch)
+        keys = [(config.seed, update, method, i) for i in samples]
+        drop = [
+            integer(1000, config.seed, update, "drop", i) < 1000 * config.initialize.dropout for i in samples
+        ]
+        context = torch.where(torch.tensor(drop, device=self.device)[:, None, None], self.negative, context)
+        uniform = per_chunk(TIMESTEPS, config.rollout, config.video.frames, keys).to(self.device)
+        timestep = self.schedule.warp(uniform.float())
+        noise = SampleNoise(keys, self.device).draw(data.shape, 0, 0)
+        noisy = self.schedule.add_noise(data, noise, timestep)
+        clean = data if method == "teacher_forcing" else None
+        velocity = forced(module, config.rollout, noisy, timestep, context, clean)
+        return flow_matching_loss(velocity.float(), noise, data, timestep_weight(timestep, self.schedule))
+
+    def rollout(self) -> RolloutConfig:
+        steps = tuple(ode_grid(self.config)[:-1])
+        return replace(
+            self.config.rollout, steps=steps, first_steps=None, sampler="ode", context_noise="none"
+        )
+
+    def guidance(self) -> float:
+        return self.config.initialize.guidance
+
+
+class Consistency(Initialize):
+    """Consistency distillation of a causal teacher on real videos: each chunk's past is clean."""
+
+    def open(self, device: torch.device) -> None:
+        super().open(device)
+        sizes, engine = self.config.student, self.config.initialize.role.engine
+        self.teacher = FrozenEngine(
+            lambda: WanTransformer(sizes),
+            weights=self.source(),
+            zero_stage=3 if engine.zero_stage == 3 else 0,
+            dtype=engine.dtype,
+        )
+        timesteps = self.schedule.few_steps(ode_grid(self.config))
+        sigmas = self.schedule.sigma(torch.tensor(timesteps[:-1]))
+        self.timesteps = torch.tensor(timesteps, device=device)
+        self.sigmas = torch.cat([sigmas, torch.zeros(1)]).to(device)
+
+    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
+        config, rollout = self.config, self.config.rollout
+        data, context = self.real_videos(update, samples, batch)
+        keys = [(config.seed, update, "consistency", i) for i in samples]
+        index = per_chunk(len(self.timesteps) - 1, rollout, config.video.frames, keys).to(self.device)
+        timestep, sigma, following = self.timesteps[index], self.sigmas[index], self.sigmas[index + 1]
+        noise = SampleNoise(keys, self.device).draw(data.shape, 0, 0)
+        noisy = self.schedule.add_noise(data, noise, timestep)
+        with torch.no_grad():
+            velocity = guided_velocity(
+                self.teacher.module,
+                noisy,
+                timestep,
+                cond=context,
+                uncond=self.negative,
+                guidance=config.initialize.guidance,
+                clean=data,
+                chunk=rollout.chunk,
+                window=rollout.context_window(),
+            )
+            followed = consistency_step(noisy, velocity, sigma, following)
+            there = self.timesteps[index + 1]
+            predicted = self.schedule.x0(
+                forced(module, rollout, followed, there, context, data), followed, there
+            )
+        x0 = self.schedule.x0(forced(module, rollout, noisy, timestep, context, data), noisy, timestep)
+        return (x0 - consistency_target(predicted, followed, following)).square().mean()
+
+
+METHODS: dict[str, type[Initialize]] = {
+    "ode": Regression,
+    "causal_ode": Regression,
+    "causal_consistency": Consistency,
+    "teacher_forcing": ForcedFlow,
+    "diffusion_forcing": ForcedFlow,
+}
+
+
 def check(config: RunConfig) -> ModelDirectory:
-    """The teacher that the student starts from; ValueError where it does not fit."""
-    source = ModelDirectory(config.initialize.teacher)
+    """The model that the student starts from; ValueError where it does not fit."""
+    settings, source = config.initialize, ModelDirectory(config.initialize.teacher)
     if source.card.transformer != config.student:
         raise ValueError(
-            f"the model at {config.initialize.teacher} has other sizes than `student`; "
+            f"the model at {settings.teacher} has other sizes than `student`; "
             "initialize.teacher must be a model of the student's size."
         )
     if source.card.video.shape != config.video.shape:
         raise ValueError(
-            f"the model at {config.initialize.teacher} makes latents of {source.card.video.shape}, `video` says {config.video.shape}."
+            f"the model at {settings.teacher} makes latents of {source.card.video.shape}, `video` says {config.video.shape}."
+        )
+    config.rollout.check_frames(config.video.frames)
+    causal = settings.method in ("causal_ode", "causal_consistency")
+    if causal and source.card.kind != "student":
+        raise ValueError(
+            f"initialize.method {settings.method} needs a causal model at initialize.teacher, and the one at {settings.teacher} is "
+            "bidirectional; make one with initialize.method teacher_forcing."
+        )
+    if settings.method == "ode" and source.card.kind != "teacher":
+        raise ValueError(
+            f"initialize.method ode needs a bidirectional teacher, and the model at {settings.teacher} is causal; use causal_ode."
         )
     return source

@@ -109,16 +109,20 @@ def pretrain(config: RunConfig, cluster: Cluster, resume: bool) -> None:
 
 def initialize(config: RunConfig, cluster: Cluster, resume: bool) -> None:
     from pipelines import initialize as module
+    from pipelines.ode_pairs import write_pairs
     from pipelines.training import Stage, train
 
     teacher = module.check(config)
-    say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
-    module.write_pairs(config)
+    if config.initialize.method in ("ode", "causal_ode"):
+        say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
+        write_pairs(config)
     stage = Stage("initialize", config.initialize, config.seed)
     parents = dict(teacher.card.lineage)
     previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
     with tracking(config, "initialize", config.initialize.output, parents, previous) as tracker:
-        task = module.Initialize(config, {**parents, "initial_student": tracker.run_id})
+        task = module.METHODS[config.initialize.method](
+            config, {**parents, "initial_student": tracker.run_id}
+        )
         path = train(stage, task, tracker=tracker, resume=resume)
         summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
 

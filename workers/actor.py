@@ -38,6 +38,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
 class Rank(ABC):
     """One rank of a role: a process with its own devices."""
 
+    engine: Any  # a FrozenEngine or a TrainEngine
+
     def __init__(self, *, rank: int, ranks: int, threads: int):
         torch.set_num_threads(threads)
         self.rank = rank
@@ -62,6 +64,15 @@ class Rank(ABC):
     def build(self) -> None:
         """Make the model; its process group is there."""
 
+    def columns(self, samples: list[int], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Batches [B, …], one for each column of `tensors`, which has one tensor a sample.
+
+        What comes out of the object store is read-only until it is copied.
+        """
+        count = len(samples)
+        starts = range(0, len(tensors), count)
+        return [torch.stack(tensors[first : first + count]).to(self.engine.device) for first in starts]
+
 
 class TrainedRank(Rank):
     """One rank of a model in training."""
@@ -82,8 +93,3 @@ class TrainedRank(Rank):
 def samples_out(tensor: Tensor) -> list[Tensor]:
     """A batch [B, …] as B tensors of their own, on the CPU: a view would carry the whole batch into the object store."""
     return [sample.clone() for sample in tensor.detach().cpu()]
-
-
-def samples_in(tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    """A batch [B, …] of tensors out of the object store, which are read-only until they are copied."""
-    return torch.stack(tensors).to(device)

@@ -102,7 +102,7 @@ class CriticWorker(Scorer, TrainedRank):
         """
         if self._graph is not None:
             raise RuntimeError("update was called while the graph of a score is alive; pull it back first.")
-        video, context, *data = self._columns(samples, tensors)
+        video, context, *data = self.columns(samples, tensors)
         noise, timestep = plan.draw(video, samples, self.config)
         noisy = self.schedule.add_noise(video, noise, timestep)
         if data:

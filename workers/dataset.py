@@ -92,7 +92,9 @@ class ParquetDataset:
         columns: Sequence[str],
         *,
         shuffle_bytes: int = SHUFFLE_BYTES,
+        skip_damaged: bool = False,
     ) -> None:
+        """With `skip_damaged` shards that cannot be read are left out and counted in `skipped`; that reads every shard once."""
         if shuffle_bytes < 1:
             raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")
         self.columns = tuple(columns)
@@ -106,6 +108,14 @@ class ParquetDataset:
         self._epoch: tuple[tuple[int, int], list[np.ndarray], list[int]] | None = None
         self._window: tuple[tuple[int, int, int], np.ndarray] | None = None
 
+        self.skipped = 0
+        """Damaged shards that were left out."""
+        if skip_damaged:
+            whole = [file for file in self._shards if _is_whole(file)]
+            self.skipped = len(self._shards) - len(whole)
+            self._shards = whole
+            if not whole:
+                raise ValueError(f"every shard of the data set {path} is damaged; write it again")
         footers = [_read_footer(file) for file in self._shards]
         first_schema = footers[0][1]
         self._tensors, self._stored = _stored_columns(self._shards[0], first_schema, self.columns)
@@ -153,6 +163,14 @@ class ParquetDataset:
                     ) from error
             row[name] = value
         return row
+
+    def shapes(self, name: str) -> set[tuple[int, ...]]:
+        """Every shape that the tensor `name` has in some row; reads nothing but the shapes."""
+        found: set[tuple[int, ...]] = set()
+        for file in self._shards:
+            column = pq.read_table(file, columns=[f"{name}_shape"], memory_map=True)[0]
+            found |= {tuple(shape) for shape in column.to_pylist()}
+        return found
 
     def batch(self, position: int, size: int, seed: int) -> list[Row]:
         """Samples `position … position + size − 1` of the endless order of `seed`.
@@ -225,6 +243,16 @@ def _find_shards(path: Path) -> list[Path]:
     if not shards:
         raise ValueError(f"the data set {path} holds no *.parquet shard; `self-forcing prepare` writes some")
     return shards
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as shard:
+            for _ in shard.iter_batches():
+                pass
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def _read_footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:

@@ -86,6 +86,8 @@ class ModelCard:
     text: TextConfig
     rollout: RolloutConfig | None = None
     """How a student generates; none for a teacher."""
+    guidance: float = 0.0
+    """Classifier-free guidance that a student generates with, in the form cond + guidance · (cond − uncond); a distilled one needs none."""
     shift: float = 5.0
     """Warp of the noise schedule that the model was trained with."""
     lineage: Mapping[str, str] = field(default_factory=dict)
@@ -191,6 +193,7 @@ def _card(body: Mapping[str, Any]) -> ModelCard:
         video=build(VideoConfig, body["video"]),
         text=build(TextConfig, body["text"]),
         rollout=build(RolloutConfig, body["rollout"]),
+        guidance=body.get("guidance", 0.0),
         shift=body["shift"],
         lineage=body["lineage"],
         recipe=body["recipe"],

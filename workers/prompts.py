@@ -1,5 +1,6 @@
 """Prompts as embeddings, and videos of the data as latents."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,65 +11,101 @@ from workers.dataset import ParquetDataset, Row
 from workers.model_directory import ModelDirectory, VideoConfig
 
 
+class Prompts:
+    """How a model's prompts become embeddings: by its own encoder, or they come embedded in the data set."""
+
+    def __init__(self, model: ModelDirectory, device: torch.device | str = "cpu"):
+        self._encoder = None if model.card.text.encoder == "embedded" else model.text_encoder(device)
+
+    @property
+    def column(self) -> str:
+        """The data set's column of prompts: text, or tensors [text_len, text_dim]."""
+        return "embedding" if self._encoder is None else "prompt"
+
+    def embed(self, values: Sequence[Any]) -> list[Tensor]:
+        """Embeddings [text_len, text_dim] of values of `column`."""
+        if self._encoder is None:
+            return list(values)
+        return [embedding.clone() for embedding in self._encoder.encode(list(values))]
+
+    def negative(self, prompt: str, file: str | None) -> Tensor:
+        """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
+        if file is not None:
+            return load_file(file)["embedding"]
+        if self._encoder is None:
+            raise ValueError(
+                "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative one's file."
+            )
+        return self.embed([prompt])[0]
+
+
 class PromptWorker:
     """An actor that reads prompts and hands out their embeddings, one reference a sample."""
 
-    def __init__(self, path: str, seed: int, model: str, real: str | None = None):
+    def __init__(
+        self, path: str, seed: int, model: str, real: str | None = None, *, skip_damaged: bool = False
+    ):
         """`model` names the directory whose encoder embeds prompts, unless the data sets hold an `embedding` column; `real` is a data
         set of videos, if any are asked for.
         """
         source = ModelDirectory(model)
-        self._embedded = source.card.text.encoder == "embedded"
-        self._data = ParquetDataset(path, ["embedding"] if self._embedded else ["prompt"])
-        self._encoder = None if self._embedded else source.text_encoder()
+        self._prompts = Prompts(source)
+        self._data = ParquetDataset(path, [self._prompts.column], skip_damaged=skip_damaged)
         self._seed = seed
-        self._real = None if real is None else LatentDataset(real, source.card.video, embedded=self._embedded)
+        self._real = None
+        if real is not None:
+            self._real = LatentDataset(
+                real, source.card.video, self._prompts.column, skip_damaged=skip_damaged
+            )
 
     def batch(self, position: int, size: int) -> list[Tensor] | Tensor:
         """Embeddings [text_len, text_dim] of samples `position …`, in the seeded order."""
         rows = self._data.batch(position, size, self._seed)
-        if self._embedded:
-            return unwrapped([row["embedding"] for row in rows])
-        return unwrapped(self._encode([row["prompt"] for row in rows]))
+        return unwrapped(self._prompts.embed([row[self._prompts.column] for row in rows]))
 
     def data(self, position: int, size: int) -> list[Tensor]:
         """Latents [F, C, H, W] of samples `position …`, in the seeded order, then their embeddings."""
         if self._real is None:
             raise ValueError("there are no real videos: data.real must name a data set of them.")
         latents, prompts = self._real.batch(position, size, self._seed)
-        return [*latents, *(prompts if self._embedded else self._encode(prompts))]
+        return [*latents, *self._prompts.embed(prompts)]
 
     def unconditional(self, prompt: str, file: str | None) -> Tensor:
         """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
-        return self._encode([prompt])[0] if file is None else load_file(file)["embedding"]
-
-    def _encode(self, prompts: list[str]) -> list[Tensor]:
-        if self._encoder is None:
-            raise ValueError(
-                "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative one's file."
-            )
-        return [embedding.clone() for embedding in self._encoder.encode(prompts)]
+        return self._prompts.negative(prompt, file)
 
 
 class LatentDataset:
     """Latents and prompts of a data set that holds either latents or videos of pixels."""
 
-    def __init__(self, path: str, video: VideoConfig, *, embedded: bool):
-        """ValueError where it is missing, or its videos do not have the shape that `video` says."""
-        self._prompt = "embedding" if embedded else "prompt"
+    def __init__(self, path: str, video: VideoConfig, prompts: str, *, skip_damaged: bool = False):
+        """`prompts` names their column. ValueError where the data set is missing, or a video has not the shape that `video` says."""
+        self._prompts = prompts
         self._codec = video.make_codec()
         self._video = "latent" if self._codec is None else "video"
-        self._data = ParquetDataset(path, [self._prompt, self._video])
-        found = tuple(self._latents([self._data.row(0)])[0].shape)
-        if found != video.shape:
+        self._data = ParquetDataset(path, [prompts, self._video], skip_damaged=skip_damaged)
+        shapes = self._data.shapes(self._video)
+        if self._codec is not None and len(shapes) == 1:
+            shapes = {tuple(self._latents([self._data.row(0)])[0].shape)}
+        odd = sorted(shapes - {video.shape})
+        if odd:
             raise ValueError(
-                f"data.real at {path} holds latents of {list(found)}, and `video` says {list(video.shape)}."
+                f"data.real at {path} holds {'latents' if self._codec is None else 'videos'} of {list(odd[0])}, "
+                f"and `video` says latents of {list(video.shape)}."
             )
 
+    @property
+    def skipped(self) -> int:
+        """Damaged shards that were left out."""
+        return self._data.skipped
+
+    def __len__(self) -> int:
+        return len(self._data)
+
     def batch(self, position: int, size: int, seed: int) -> tuple[list[Tensor], list[Any]]:
-        """Latents and prompts of samples `position …`, in the seeded order."""
+        """Latents and values of the prompts' column of samples `position …`, in the seeded order."""
         rows = self._data.batch(position, size, seed)
-        return self._latents(rows), [row[self._prompt] for row in rows]
+        return self._latents(rows), [row[self._prompts] for row in rows]
 
     def _latents(self, rows: list[Row]) -> list[Tensor]:
         videos = torch.stack([row[self._video] for row in rows])

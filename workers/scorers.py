@@ -11,7 +11,7 @@ from model.objectives import Prediction
 from model.schedule import FlowSchedule
 from model.score import ScoreConfig, ScorePlan, guided_x0
 from model.transformer import WanTransformer
-from workers.actor import Rank, samples_in, samples_out, verb
+from workers.actor import Rank, samples_out, verb
 from workers.engine import FrozenEngine
 from workers.model_directory import ModelDirectory
 
@@ -30,22 +30,12 @@ class _Graph:
 class Scorer(Rank):
     """One rank that answers with predictions of a noisy video, and pulls gradients back through them."""
 
-    engine: Any  # a FrozenEngine or a TrainEngine
-
     def __init__(self, *, rank: int, ranks: int, threads: int, model: str, score: ScoreConfig):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
         self.source = ModelDirectory(model)
         self.config = score
         self.schedule = FlowSchedule(score.shift)
         self._graph: _Graph | None = None
-
-    def _columns(self, samples: list[int], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """One batch for each column, which has one tensor a sample."""
-        count = len(samples)
-        return [
-            samples_in(tensors[first : first + count], self.engine.device)
-            for first in range(0, len(tensors), count)
-        ]
 
     def _answer(
         self,
@@ -60,7 +50,7 @@ class Scorer(Rank):
             raise RuntimeError(
                 "a score to be pulled back was asked for while the graph of the last one is alive."
             )
-        video, context = self._columns(samples, tensors)
+        video, context = self.columns(samples, tensors)
         noise, timestep = plan.draw(video, samples, self.config)
         video.requires_grad_(keep)
         with torch.set_grad_enabled(keep):
@@ -85,7 +75,7 @@ class Scorer(Rank):
                 f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
             )
         (gradient,) = torch.autograd.grad(
-            [graph.predictions[name] for name in names], graph.video, self._columns(samples, cotangents)
+            [graph.predictions[name] for name in names], graph.video, self.columns(samples, cotangents)
         )
         return {}, *samples_out(gradient)
 

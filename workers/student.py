@@ -1,5 +1,6 @@
 """The student: generates by self-rollout, keeps the graph, pulls a gradient back through it, and steps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,12 +8,13 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from model.forcing import ForcedPlan
 from model.kv_cache import BlockCache
 from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
 from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
 from model.transformer import WanTransformer
-from workers.actor import Stats, TrainedRank, samples_in, samples_out, verb
+from workers.actor import Stats, TrainedRank, samples_out, verb
 from workers.engine import EngineConfig, TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
 
@@ -58,23 +60,40 @@ class StudentWorker(TrainedRank):
         )
 
     @verb
-    def rollout(self, plan: RolloutPlan, samples: list[int], *contexts: Tensor) -> tuple[Any, ...]:
-        """Videos [F, C, H, W], one a sample, for prompt embeddings [text_len, text_dim].
+    def rollout(self, plan: RolloutPlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
+        """Videos [F, C, H, W], one a sample, for prompt embeddings [text_len, text_dim], which `tensors` are.
 
-        If the plan carries a gradient its graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
+        Where the plan has given frames, videos of the data to start with follow in `tensors`. If the plan carries a gradient its graph is
+        kept, to be consumed by `pullback`; RuntimeError if one is alive already.
         """
-        if plan.grad_frames and self._graph is not None:
+        return self._made(
+            plan.grad_frames > 0, lambda: self._generate(plan, samples, *self.columns(samples, tensors))
+        )
+
+    @verb
+    def predict(self, plan: ForcedPlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
+        """What `rollout` answers, predicted on noisy data instead: `tensors` are prompt embeddings, then videos of the data."""
+        context, data = self.columns(samples, tensors)
+        return self._made(
+            plan.gradient, lambda: plan.predict(self.engine.module, self.config, data, context, samples)
+        )
+
+    def _made(self, gradient: bool, make: Callable[[], Tensor]) -> tuple[Any, ...]:
+        if gradient and self._graph is not None:
             raise RuntimeError(
-                "a rollout with gradient was asked for while the graph of the last one is alive; pull it back first."
+                "a video with gradient was asked for while the graph of the last one is alive; pull it back first."
             )
-        video = self._generate(plan, samples, contexts)
-        if plan.grad_frames:
+        video = make()
+        if gradient:
             self._graph = _Graph(video, self.engine.version)
         return {}, *samples_out(video)
 
-    def _generate(self, plan: RolloutPlan, samples: list[int], contexts: tuple[Tensor, ...]) -> Tensor:
+    def _generate(
+        self, plan: RolloutPlan, samples: list[int], context: Tensor, data: Tensor | None = None
+    ) -> Tensor:
         sizes, shape = self.source.card.transformer, self.source.card.video
         device = self.engine.device
+        given = None if data is None else data[:, : plan.given_frames]
         rollout = Rollout(
             self.config,
             plan,
@@ -83,8 +102,25 @@ class StudentWorker(TrainedRank):
                 self.config.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim, device
             ),
             shape=(len(samples), shape.channels, shape.height, shape.width),
+            initial=given,
         )
-        return torch.cat(list(generate(self.engine.module, rollout, samples_in(contexts, device))), dim=1)
+        chunks = list(generate(self.engine.module, rollout, context))
+        return self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
+
+    def _last(self, video: Tensor) -> Tensor:
+        """The frames of a video that scorers look at: the last ones, if it is longer than they are trained for.
+
+        A latent video's first frame is special (a causal VAE makes it of one frame of pixels, and later ones of several), so the window's
+        is made anew: decoded with its past, and its last frame of pixels encoded as an image.
+        """
+        window = self.source.card.video.frames
+        if video.shape[1] <= window:
+            return video
+        codec = self.source.card.video.make_codec()
+        assert codec is not None, "the config asks for a codec where rollouts are longer than a video"
+        past, rest = video[:, : 1 - window], video[:, 1 - window :]
+        first = codec.encode(codec.decode(past.detach())[:, -1:])
+        return torch.cat([first, rest], dim=1)
 
     @verb
     def judge(self, samples: list[int], *predictions: Tensor) -> Stats | tuple[Any, ...]:
@@ -95,11 +131,8 @@ class StudentWorker(TrainedRank):
         """
         if self._graph is None:
             raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
-        count, reads, flows = len(samples), self.objective.reads, self.objective.flows
-        leaves: dict[Any, Tensor] = {
-            name: samples_in(predictions[i * count : (i + 1) * count], self.engine.device)
-            for i, name in enumerate(reads)
-        }
+        reads, flows = self.objective.reads, self.objective.flows
+        leaves: dict[Any, Tensor] = dict(zip(reads, self.columns(samples, predictions), strict=True))
         leaves["video"] = self._graph.video.detach()
         wanted = [leaves[name].requires_grad_() for name in ("video", *flows)]
         loss = self.objective(leaves)
@@ -126,9 +159,7 @@ class StudentWorker(TrainedRank):
             raise RuntimeError(
                 f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
             )
-        gradient = graph.gradient
-        for first in range(0, len(gradients), len(samples)):
-            gradient = gradient + samples_in(gradients[first : first + len(samples)], self.engine.device)
+        gradient = sum(self.columns(samples, gradients), start=graph.gradient)
         self.engine.backward((graph.video * gradient).sum())
         return {}
 

@@ -268,7 +268,7 @@ def test_plans_are_drawn_from_their_key_and_cover_every_exit() -> None:
     config = RolloutConfig()
 
     def draw(update: int, purpose: str = "student", seed: int = 3) -> RolloutPlan:
-        return RolloutPlan.draw(config, 21, seed=seed, update=update, purpose=purpose, gradient=True)
+        return RolloutPlan.draw(config, 21, seed=seed, update=update, purpose=purpose, grad_frames=21)
 
     plans = [draw(update) for update in range(40)]
     assert plans == [draw(update) for update in range(40)]

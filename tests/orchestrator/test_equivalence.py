@@ -123,7 +123,7 @@ def by_hand(config: RunConfig) -> Outcome:
             seed=config.seed,
             update=0,
             purpose=purpose,
-            gradient=purpose == "student",
+            grad_frames=config.video.frames if purpose == "student" else 0,
         )
         sizes, shape = config.student, config.video
         state = Rollout(
@@ -213,7 +213,7 @@ def by_hand(config: RunConfig) -> Outcome:
 def data_of(config: RunConfig, batch: int) -> tuple[Tensor, list[str]]:
     """Latents and prompts of a batch of the data."""
     assert config.data.real is not None
-    real, size = LatentDataset(config.data.real, config.video, embedded=False), config.distill.batch
+    real, size = LatentDataset(config.data.real, config.video, "prompt"), config.distill.batch
     latents, prompts = real.batch(batch * size, size, config.seed)
     return torch.stack(latents), prompts
 

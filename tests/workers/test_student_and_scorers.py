@@ -81,7 +81,12 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
 
     def rollout(*, gradient: bool) -> list[ray.ObjectRef]:
         plan = RolloutPlan.draw(
-            config.rollout, config.video.frames, seed=0, update=0, purpose="student", gradient=gradient
+            config.rollout,
+            config.video.frames,
+            seed=0,
+            update=0,
+            purpose="student",
+            grad_frames=config.video.frames if gradient else 0,
         )
         stats, videos = student.scatter("rollout", SAMPLES, prompts, head=(plan,))
         assert student.stats(stats)["seconds"] > 0

@@ -1,0 +1,185 @@
+"""ODE trajectories of a guided teacher, made by Ray Data and stored as Parquet: what initial students learn from.
+
+A bidirectional teacher's start from noise alone. A causal teacher's are made under teacher forcing: each chunk is integrated given the clean
+frames of a real video before it, all chunks at once, and the real video is stored beside its trajectory.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+
+from infra import storage
+from model.noise import SampleNoise
+from model.schedule import FlowSchedule
+from model.score import guide
+from orchestrator.config import RunConfig
+from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
+from workers.model_directory import ModelDirectory
+from workers.prompts import LatentDataset, Prompts
+
+ODE_BATCH = 32
+
+
+def ode_grid(config: RunConfig) -> list[float]:
+    """Unwarped timesteps of the ODE: evenly spaced, and every step of the student among them, then 0."""
+    even = torch.linspace(1000, 0, config.initialize.ode_steps + 1).tolist()
+    return sorted({*map(float, config.rollout.every_step), *(round(step, 6) for step in even)}, reverse=True)
+
+
+def guided_velocity(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    timestep: Tensor,
+    *,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance: float,
+    clean: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Guided velocity of noisy videos `x` [B, F, C, H, W] at timesteps [B] or [B, F]; both branches run as one batch."""
+    if clean is not None:
+        options["clean"] = torch.cat([clean, clean])
+    both = model(
+        torch.cat([x, x]),
+        torch.cat([timestep, timestep]),
+        torch.cat([cond, uncond.expand_as(cond)]),
+        **options,
+    ).float()
+    cond_velocity, uncond_velocity = both.chunk(2)
+    return guide(cond_velocity, uncond_velocity, guidance)
+
+
+@torch.no_grad()
+def integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, *, shift: float, grid: Sequence[float]
+) -> list[Tensor]:
+    """Euler's method along `velocity(x, timestep)` from noise `x` [B, F, C, H, W]; the video at each timestep of `grid`, which ends at 0."""
+    schedule = FlowSchedule(shift)
+    timesteps = schedule.few_steps(grid)
+    # The end of the path is clean, while the table's smallest sigma is not zero.
+    sigmas = [*schedule.sigma(torch.tensor(timesteps[:-1])).tolist(), 0.0]
+    path = [x]
+    for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
+        x = x + (following - sigma) * velocity(x, torch.full((len(x),), timestep, device=x.device))
+        path.append(x)
+    return path
+
+
+class OdeSampler:
+    """A Ray Data actor that turns sample indices into trajectories."""
+
+    def __init__(self, config: RunConfig, threads: int):
+        torch.set_num_threads(threads)
+        self.config = config
+        source = ModelDirectory(config.initialize.teacher)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = source.transformer(self.device)
+        self.prompts = Prompts(source, self.device)
+        self.causal = config.initialize.method == "causal_ode"
+        if self.causal:
+            assert config.data.real is not None, "the config asks for real videos"
+            self.data = LatentDataset(
+                config.data.real, config.video, self.prompts.column, skip_damaged=config.data.skip_damaged
+            )
+        else:
+            self.text = ParquetDataset(config.data.train, [self.prompts.column])
+        guide_role = config.distill.roles.teacher
+        self.uncond = self.prompts.negative(guide_role.negative_prompt, guide_role.negative_embedding)
+        self.grid = ode_grid(config)
+        self.kept = [self.grid.index(float(step)) for step in config.rollout.every_step]
+        self.kept.append(len(self.grid) - 1)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+        samples = [int(i) for i in batch["id"]]
+        seed, rollout, column = self.config.seed, self.config.rollout, self.prompts.column
+        options: dict[str, Any] = {}
+        data: list[Tensor] = []
+        if self.causal:
+            read = [self.data.batch(i, 1, seed) for i in samples]
+            data, prompts = [latents[0] for latents, _ in read], [values[0] for _, values in read]
+            options = {
+                "clean": torch.stack(data).to(self.device),
+                "chunk": rollout.chunk,
+                "window": rollout.context_window(),
+            }
+        else:
+            prompts = [self.text.batch(i, 1, seed)[0][column] for i in samples]
+        velocity = partial(
+            guided_velocity,
+            self.model,
+            cond=torch.stack(self.prompts.embed(prompts)).to(self.device),
+            uncond=self.uncond.to(self.device),
+            guidance=self.config.initialize.guidance,
+            **options,
+        )
+        noise = SampleNoise([(seed, "ode", i) for i in samples], self.device)
+        path = integrate(
+            velocity,
+            noise.draw((len(samples), *self.config.video.shape), 0, 0),
+            shift=rollout.shift,
+            grid=self.grid,
+        )
+        trajectories = torch.stack([path[i] for i in self.kept], dim=1).cpu()
+        rows = []
+        for i, (sample, prompt, trajectory) in enumerate(zip(samples, prompts, trajectories, strict=True)):
+            row = {"sample": sample, **encode_tensor("trajectory", trajectory)}
+            row |= {column: prompt} if column == "prompt" else encode_tensor(column, prompt)
+            rows.append(row | (encode_tensor("clean", data[i]) if self.causal else {}))
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def write_pairs(config: RunConfig) -> None:
+    """Write the trajectories, whole or not at all; those that are there already are kept if they were made with the same settings."""
+    settings, causal = config.initialize, config.initialize.method == "causal_ode"
+    made_with = {
+        "pairs": settings.pairs,
+        "grid": ode_grid(config),
+        "guidance": settings.guidance,
+        "shift": config.rollout.shift,
+        "seed": config.seed,
+        "steps": list(config.rollout.every_step),
+        "teacher": storage.read_metadata(settings.teacher) | {"path": settings.teacher},
+        **({"real": config.data.real} if causal else {}),
+    }
+    if storage.is_complete(settings.pairs_path):
+        if storage.read_metadata(settings.pairs_path) == made_with:
+            return
+        raise ValueError(
+            f"{settings.pairs_path} holds ODE pairs made with other settings; delete it or choose another initialize.pairs_path."
+        )
+    staging = storage.begin(settings.pairs_path)
+    prompts = (
+        tensor_fields("embedding") if config.text.encoder == "embedded" else [pa.field("prompt", pa.string())]
+    )
+    fields = [pa.field("sample", pa.int64()), *prompts, *tensor_fields("trajectory")]
+    schema = dataset_schema(
+        fields + (tensor_fields("clean") if causal else []), kind="ode_pairs", provenance=made_with
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Rows in order, so that the data set (and the order in which training reads it) is the same every time.
+    context.execution_options.preserve_order = True
+    role = settings.role
+    with storage.writing(staging) as directory:
+        (
+            ray.data.range(settings.pairs, override_num_blocks=max(1, settings.pairs // (4 * ODE_BATCH)))
+            .map_batches(
+                OdeSampler,
+                fn_constructor_args=(config, role.threads),
+                batch_size=ODE_BATCH,
+                num_cpus=role.cpus,
+                num_gpus=role.gpus,
+                compute=ray.data.ActorPoolStrategy(size=settings.samplers),
+            )
+            .write_parquet(str(directory), schema=schema)
+        )
+    storage.publish(staging, settings.pairs_path, made_with)
