@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "make a video from a prompt",
     "evaluate": "measure teacher, initial and distilled student",
     "run": "all stages that are not done yet, then evaluate",
+    "experiment": "train and measure every cell of an experiment, such as exposure-bias",
     "submit": "run a command as a Ray job on a cluster",
 }
 

@@ -33,7 +33,7 @@ from pipelines.console import Display, say
 from pipelines.digit_reader import DigitReader, load_or_train, read_videos
 from pipelines.generate import Generator
 from pipelines.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
-from pipelines.report import ROWS, Report, Row, write_report
+from pipelines.report import Report, Row, write_report
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
 
@@ -101,10 +101,40 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
     card = models["distilled"].card
     rollout = card.rollout
     assert rollout is not None, "a student's card says how it generates"
+    jobs = {name: job_of(config, model) for name, model in models.items()}
+    trained = card.video.frames
+    videos, rows = measure_models(config, models, jobs, chunk=rollout.chunk, trained=trained, resume=resume)
+    report = Report(
+        config=config,
+        models={
+            name: {"path": job.model, "manifest": job.manifest, "lineage": dict(models[name].card.lineage)}
+            for name, job in jobs.items()
+        },
+        rows=rows,
+        trained=trained,
+        chunk=rollout.chunk,
+        steps=len(rollout.steps),
+        samples=samples(videos),
+        sample_prompts=SHEET,
+        seconds=time.monotonic() - began,
+    )
+    write_report(report, tracker)
+    return report
+
+
+def measure_models(
+    config: RunConfig,
+    models: Mapping[str, ModelDirectory],
+    jobs: Mapping[str, Job],
+    *,
+    chunk: int,
+    trained: int,
+    resume: bool,
+) -> tuple[dict[str, Videos], dict[str, Row]]:
+    """Videos and measurements of each model and, under `real`, of real videos; `chunk` and `trained` are in frames."""
     real, reference = real_videos(config)
-    jobs = {name: _job(config, name, model) for name, model in models.items()}
-    roles = config.distill.roles
-    for role in (roles.teacher, roles.student):
+    for model in models.values():
+        role = config.distill.roles.teacher if model.card.kind == "teacher" else config.distill.roles.student
         bundle = {"CPU": config.evaluate.threads, "GPU": role.gpus}
         release(reserve([bundle], purpose="evaluation", timeout_s=config.placement.timeout_s))
 
@@ -113,33 +143,24 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
     features = _task(config, read).remote(reader, reference)
     videos = {"real": real, **make_videos(config, jobs, resume=resume)}
     say("evaluate: measuring")
-    settings = {"chunk": rollout.chunk, "trained": card.video.frames, "seed": config.seed}
+    settings = {"chunk": chunk, "trained": trained, "seed": config.seed}
+    names = ["real", *models]
     measuring = [
         _task(config, measure).remote(reader, videos[name], features, reference.numbers(), **settings)
-        for name in ROWS
+        for name in names
     ]
-    rows = dict(zip(ROWS, _get(measuring), strict=True))
+    return videos, dict(zip(names, _get(measuring), strict=True))
 
-    shown = [prompt for prompt in SHEET if all(prompt in made.prompts for made in videos.values())]
-    report = Report(
-        config=config,
-        models={
-            name: {"path": job.model, "manifest": job.manifest, "lineage": dict(models[name].card.lineage)}
-            for name, job in jobs.items()
-        },
-        rows=rows,
-        trained=card.video.frames,
-        chunk=rollout.chunk,
-        steps=len(rollout.steps),
-        samples={
-            name: made.pixels[[made.prompts.index(prompt) for prompt in shown]]
-            for name, made in videos.items()
-        },
-        sample_prompts=shown,
-        seconds=time.monotonic() - began,
-    )
-    write_report(report, tracker)
-    return report
+
+def samples(videos: Mapping[str, Videos]) -> dict[str, Tensor]:
+    """One video of each prompt on the contact sheet, uint8 `[P, F, 1, H, W]`; blank where a set of videos has none."""
+
+    def pick(made: Videos, prompt: str) -> Tensor:
+        if prompt in made.prompts:
+            return made.pixels[list(made.prompts).index(prompt)]
+        return torch.zeros_like(made.pixels[0])
+
+    return {name: torch.stack([pick(made, prompt) for prompt in SHEET]) for name, made in videos.items()}
 
 
 def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> dict[str, Videos]:
@@ -241,11 +262,12 @@ def real_videos(config: RunConfig) -> tuple[Videos, Videos]:
     return videos[:count], videos[count:]
 
 
-def _job(config: RunConfig, name: str, model: ModelDirectory) -> Job:
+def job_of(config: RunConfig, model: ModelDirectory) -> Job:
+    """The videos that evaluation asks of a model."""
     with storage.reading(model.path) as directory:
         manifest = json.loads((directory / storage.MANIFEST).read_text())["sha256"]
     settings, role = config.evaluate, config.distill.roles.teacher
-    if name != "teacher":
+    if model.card.kind == "student":
         return Job(model.path, manifest, config.seed, settings.videos, settings.frames, None)
     sampler = {
         "steps": settings.teacher_steps,

@@ -1,6 +1,7 @@
 """Pictures of an evaluation: curves by frame, and samples side by side."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +10,44 @@ from torch import Tensor
 
 from model.metrics import Estimate
 
-NAMES = {
-    "real": "real videos",
-    "teacher": "teacher",
-    "initial": "initial student",
-    "distilled": "distilled student",
-}
+
+@dataclass(frozen=True)
+class Look:
+    """How a row is drawn."""
+
+    label: str
+    color: str
+    style: str
+
+
 # Okabe and Ito's palette, which stays apart for colour-blind readers; line styles for those who print in grey.
-_LOOKS = {
-    "real": ("#6e6e6e", ":"),
-    "teacher": ("#0072B2", "--"),
-    "initial": ("#E69F00", "-."),
-    "distilled": ("#009E73", "-"),
+LOOKS = {
+    "real": Look("real videos", "#6e6e6e", ":"),
+    "teacher": Look("teacher", "#0072B2", "--"),
+    "initial": Look("initial student", "#E69F00", "-."),
+    "distilled": Look("distilled student", "#009E73", "-"),
 }
 
 
-def plot_curves(path: Path, curves: Mapping[str, Estimate], *, label: str, trained: int, share: bool) -> None:
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, Estimate],
+    *,
+    label: str,
+    trained: int,
+    share: bool,
+    looks: Mapping[str, Look] = LOOKS,
+) -> None:
     """One metric by frame with its intervals, a curve for each row; `share` is whether it lies between 0 and 1."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name, estimate in curves.items():
-        color, style = _LOOKS[name]
+        look = looks[name]
         frames = np.arange(len(estimate.value))
-        axes.fill_between(frames, estimate.low, estimate.high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(frames, estimate.value, style, color=color, linewidth=2, label=NAMES[name])
+        axes.fill_between(frames, estimate.low, estimate.high, color=look.color, alpha=0.18, linewidth=0)
+        axes.plot(frames, estimate.value, look.style, color=look.color, linewidth=2, label=look.label)
     axes.axvline(trained - 0.5, color="0.3", linewidth=1)
     axes.annotate(
         "trained length",
@@ -51,18 +64,26 @@ def plot_curves(path: Path, curves: Mapping[str, Estimate], *, label: str, train
     axes.set_ylabel(label)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(curves), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(curves), 5), frameon=False)
     figure.savefig(path)
 
 
 def plot_samples(
-    path: Path, samples: Mapping[str, Tensor], prompts: Sequence[str], *, trained: int, chunk: int
+    path: Path,
+    samples: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    *,
+    trained: int,
+    chunk: int,
+    looks: Mapping[str, Look] = LOOKS,
 ) -> None:
     """The P videos uint8 `[P, F, 1, H, W]` of each row frame by frame, prompt by prompt."""
     from matplotlib.figure import Figure
 
     frames = max(videos.shape[1] for videos in samples.values())
-    figure = Figure(figsize=(0.42 * frames + 2, 2.1 * len(prompts)), dpi=100, layout="constrained")
+    figure = Figure(
+        figsize=(0.42 * frames + 2, (0.4 + 0.43 * len(samples)) * len(prompts)), dpi=100, layout="constrained"
+    )
     for index, prompt in enumerate(prompts):
         axes = figure.add_subplot(len(prompts), 1, index + 1)
         strips = [_strip(videos[index], frames) for videos in samples.values()]
@@ -70,7 +91,7 @@ def plot_samples(
         axes.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.axvline(trained * height - 1, color="#D55E00", linewidth=2)
         axes.set_yticks(
-            [height * (row + 0.5) for row in range(len(strips))], [NAMES[name] for name in samples]
+            [height * (row + 0.5) for row in range(len(strips))], [looks[name].label for name in samples]
         )
         starts = range(0, frames, chunk)
         axes.set_xticks([height * (frame + 0.5) for frame in starts], [str(frame) for frame in starts])

@@ -20,7 +20,7 @@ from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
 from model.metrics import Estimate
 from orchestrator.config import RunConfig
-from pipelines.plots import NAMES, plot_curves, plot_samples
+from pipelines.plots import LOOKS, plot_curves, plot_samples
 
 FORMAT = 1
 METRICS = {
@@ -166,9 +166,9 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
     )
     # The tracker's address may hold a password, and is no part of what was measured.
     settings = report.config.portable()
-    _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    _write(output / "report.md", _markdown(report))
-    _write(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
+    write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_text(output / "report.md", _markdown(report))
+    write_text(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
     if tracker is None:
         return
     for name, row in report.rows.items():
@@ -237,14 +237,15 @@ def _relative(path: str, root: str) -> str:
     return path.removeprefix(root.rstrip("/") + "/")
 
 
-def _json(report: Report) -> dict[str, Any]:
-    def estimates(values: Mapping[str, Estimate]) -> dict[str, Any]:
-        parts = ("value", "low", "high")
-        return {
-            metric: {part: _finite(getattr(e, part).tolist()) for part in parts}
-            for metric, e in values.items()
-        }
+def estimates_json(values: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Value and interval of each metric, as JSON knows them."""
+    parts = ("value", "low", "high")
+    return {
+        metric: {part: _finite(getattr(e, part).tolist()) for part in parts} for metric, e in values.items()
+    }
 
+
+def _json(report: Report) -> dict[str, Any]:
     tables = ("by_frame", "by_chunk", *SPANS)
     return {
         "format": FORMAT,
@@ -260,11 +261,11 @@ def _json(report: Report) -> dict[str, Any]:
             for name, model in report.models.items()
         },
         "rows": {
-            name: {"frames": row.frames, **{table: estimates(getattr(row, table)) for table in tables}}
+            name: {"frames": row.frames, **{table: estimates_json(getattr(row, table)) for table in tables}}
             for name, row in report.rows.items()
         },
         "relative_to_teacher_inside": {
-            name: estimates(
+            name: estimates_json(
                 {metric: report.relative(name, metric) for metric in ("digit_accuracy", "diversity")}
             )
             for name in ("initial", "distilled")
@@ -290,7 +291,7 @@ def _markdown(report: Report) -> str:
 
     def metric_lines(span: str) -> Iterator[Sequence[str]]:
         for name, row in rows.items():
-            yield [NAMES[name], *(_show(getattr(row, span)[metric]) for metric in METRICS)]
+            yield [LOOKS[name].label, *(_show(getattr(row, span)[metric]) for metric in METRICS)]
 
     lines = [
         "# Evaluation on moving digits",
@@ -322,7 +323,7 @@ def _markdown(report: Report) -> str:
         "## Digit accuracy by frame",
         "",
         *table(
-            ["frames", *(NAMES[name] for name in rows)],
+            ["frames", *(LOOKS[name].label for name in rows)],
             ([label, *map(_show, estimates)] for label, estimates in _drift(report)),
         ),
         "![samples](contact_sheet.png)",
@@ -353,7 +354,8 @@ def _markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     aside.write_text(text)
     os.replace(aside, path)

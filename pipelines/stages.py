@@ -21,6 +21,8 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
         from pipelines.submit import main
 
         return main(arguments)
+    if command == "experiment":
+        return experiment(arguments)
     config, options = cli.parse(command, arguments)
     if command == "generate":
         from pipelines.generate import generate_video
@@ -81,7 +83,7 @@ def tracking(
     with Tracker.start(
         config.tracking,
         folder=Path(output),
-        run_name=f"{stage} {Path(output).name}",
+        run_name=f"{stage} {output.removeprefix(f'{config.root}/').removeprefix('outputs/')}",
         stage=stage,
         params=asdict(config),
         parents=parents,
@@ -163,6 +165,26 @@ STAGES: dict[str, Callable[[RunConfig, Cluster, bool], Any]] = {
     "distill": distill,
     "evaluate": evaluate,
 }
+
+
+def experiment(arguments: Sequence[str]) -> int:
+    """Every cell of an experiment that is not done yet, and its report."""
+    from pipelines import experiment as module
+
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(
+            "experiment needs a name first, for example `self-forcing experiment exposure-bias`."
+        )
+    chosen, overrides = module.open_experiment(arguments[0]), arguments[1:]
+    _, options = cli.parse("evaluate", overrides)
+    with connect(options.address) as cluster:
+
+        def made_by(stage: Callable[[RunConfig, Cluster, bool], Any]) -> Callable[[RunConfig], None]:
+            return lambda config: stage(config, cluster, True)
+
+        make = {name: made_by(stage) for name, stage in STAGES.items()}
+        module.run(chosen, overrides, make={"prepare": prepare, **make}, track=tracking)
+    return 0
 
 
 def run_all(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:

@@ -115,7 +115,7 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
     videos = rollout(gradient=True)
     refused(
         lambda: rollout(gradient=True),
-        "a rollout with gradient was asked for while the graph of the last one is alive; pull it back first.",
+        "a video with gradient was asked for while the graph of the last one is alive; pull it back first.",
     )
     refused(
         lambda: student.stats(student.broadcast("step")),

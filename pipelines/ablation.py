@@ -1,0 +1,199 @@
+"""What an experiment found, as a table, drift curves and a contact sheet.
+
+Numbers are means over seeds; what follows ± is the standard deviation between seeds, and bands in the pictures go from the lowest to the
+highest seed.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from infra import storage
+from model.metrics import Estimate
+from orchestrator.config import RunConfig
+from pipelines.evaluate import SHEET
+from pipelines.experiment import REFERENCES, Experiment
+from pipelines.plots import LOOKS, Look, plot_curves, plot_samples
+from pipelines.report import METRICS, PICTURES, write_text
+
+_PALETTE = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+_BEGIN, _END = "<!-- findings -->", "<!-- /findings -->"
+"""What stands between these in a report is a person's, and stays when the report is written anew."""
+
+
+class Found:
+    """The measurements that are there so far."""
+
+    def __init__(self, experiment: Experiment, config: RunConfig, cells: str):
+        self.experiment, self.config = experiment, config
+        self.curves: dict[str, dict[str, Tensor]] = {}
+        """By row and metric, `[seeds, F]`."""
+        self.seconds: dict[str, list[float]] = {}
+        self.samples: dict[str, Tensor] = {}
+        references = self._read(f"{cells}/references", REFERENCES)
+        for name in REFERENCES:
+            self._take(name, [references["rows"][name]])
+        self.total = sum(references["seconds"].values())
+        for cell in experiment.cells:
+            paths = [f"{cells}/{cell.name}-{seed}" for seed in experiment.seeds]
+            there = [self._read(path, [cell.name]) for path in paths if storage.is_complete(path)]
+            if there:
+                self._take(cell.name, [body["rows"][cell.name] for body in there])
+                self.seconds[cell.name] = [body["seconds"]["train"] for body in there]
+                self.total += sum(sum(body["seconds"].values()) for body in there)
+
+    def _read(self, path: str, names: Sequence[str]) -> dict[str, Any]:
+        with storage.reading(path) as directory:
+            for name, made in load_file(directory / "samples.safetensors").items():
+                self.samples.setdefault(name, made)
+            return json.loads((directory / "metrics.json").read_text())
+
+    def _take(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        def curve(values: Sequence[float | None]) -> list[float]:
+            return [math.nan if value is None else value for value in values]
+
+        self.curves[name] = {
+            metric: torch.tensor([curve(row[metric]["value"]) for row in rows]) for metric in METRICS
+        }
+
+    @property
+    def spans(self) -> dict[str, slice]:
+        trained = self.config.video.frames
+        third = trained - max(1, trained // 3)
+        return {
+            f"frames 0–{trained - 1}": slice(0, trained),
+            f"frames {third}–{trained - 1}": slice(third, trained),
+            f"frames {trained}–{self.config.evaluate.frames - 1}": slice(trained, None),
+        }
+
+    def over(self, name: str, metric: str, span: slice) -> Tensor:
+        """The mean over a span of frames, one a seed, `[seeds]`."""
+        part = self.curves[name][metric][:, span]
+        return part.nanmean(dim=1) if part.shape[1] else torch.full((len(part),), math.nan)
+
+
+def write_report(
+    experiment: Experiment, config: RunConfig, cells: str, overrides: Sequence[str]
+) -> list[Path]:
+    """Write `results`.md, its pictures and its numbers, and return their paths."""
+    found = Found(experiment, config, cells)
+    folder = Path(config.root) / experiment.results
+    looks = dict(LOOKS)
+    for index, cell in enumerate(experiment.cells):
+        looks[cell.name] = Look(
+            cell.title, _PALETTE[index % len(_PALETTE)], "-" if cell.stage == "distill" else "--"
+        )
+    for metric, picture in PICTURES.items():
+        curves = {
+            name: Estimate(each[metric].nanmean(0), each[metric].amin(0), each[metric].amax(0))
+            for name, each in found.curves.items()
+        }
+        plot_curves(
+            folder / picture,
+            curves,
+            label=METRICS[metric],
+            trained=config.video.frames,
+            share=metric in ("digit_accuracy", "motion_following"),
+            looks=looks,
+        )
+    plot_samples(
+        folder / "contact_sheet.png",
+        {name: found.samples[name] for name in found.curves},
+        SHEET,
+        trained=config.video.frames,
+        chunk=config.rollout.chunk,
+        looks=looks,
+    )
+    report = folder.with_suffix(".md")
+    write_text(report, _markdown(found, report, overrides, looks))
+    return [report, *(folder / picture for picture in (*PICTURES.values(), "contact_sheet.png"))]
+
+
+def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mapping[str, Look]) -> str:
+    experiment, config = found.experiment, found.config
+    count = sum(map(len, found.seconds.values()))
+    every = len(experiment.cells) * len(experiment.seeds)
+    folder = Path(experiment.results).name
+    command = shlex.join(["self-forcing", "experiment", experiment.name, *overrides])
+    accuracy = "digit_accuracy"
+    lines = [
+        f"# {experiment.title}",
+        "",
+        f"`{command}` ({count} of {every} cells, seeds {', '.join(map(str, experiment.seeds))}; {found.total / 60:.0f} minutes in all). "
+        f"{config.evaluate.videos} videos of each model, in chunks of {config.rollout.chunk} frames; the trained length is "
+        f"{config.video.frames} frames. Numbers are means over seeds ± their standard deviation.",
+        "",
+        _kept(report),
+        "",
+        f"![digit accuracy by frame]({folder}/{PICTURES[accuracy]})",
+        "",
+    ]
+    spans = found.spans
+    for metric, words in METRICS.items():
+        head = ["", *spans, *(["minutes of training"] if metric == accuracy else [])]
+        lines += [f"## {words.capitalize()}", "", *_row(head), *_row(["---"] * len(head))]
+        for name in found.curves:
+            values = [_show(found.over(name, metric, span)) for span in spans.values()]
+            if metric == accuracy:
+                minutes = torch.tensor(found.seconds.get(name, [math.nan])) / 60
+                values.append("–" if minutes.isnan().all() else f"{minutes.mean():.1f}")
+            lines += _row([looks[name].label, *values])
+        lines.append("")
+    lines += ["## Digit accuracy, differences seed by seed", ""]
+    pairs = [
+        (cell.name, other.name)
+        for cell in experiment.cells
+        for other in experiment.cells
+        if cell.group == "self_forcing" and other.group == "forced"
+    ]
+    later = list(spans)[1:]
+    lines += [*_row(["", *later]), *_row(["---"] * (1 + len(later)))]
+    for name, other in pairs:
+        if name in found.curves and other in found.curves:
+            differences = []
+            for span in later:
+                here, there = (found.over(each, accuracy, spans[span]) for each in (name, other))
+                both = min(len(here), len(there))
+                differences.append(_show(here[:both] - there[:both], sign="+"))
+            lines += _row([f"{looks[name].label} − {looks[other].label}", *differences])
+    lines += [
+        "",
+        *(
+            f"![{METRICS[metric]}]({folder}/{picture})\n"
+            for metric, picture in PICTURES.items()
+            if metric != accuracy
+        ),
+        f"![samples]({folder}/contact_sheet.png)",
+        "",
+        f"Bands go from the lowest to the highest seed. Every cell's numbers, versions and commit are in `{folder}/cells/`. "
+        "[The evaluation of one run](digits/report.md) says how each number is measured.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _kept(report: Path) -> str:
+    """The findings of a report that is there already, with their marks."""
+    text = report.read_text() if report.exists() else ""
+    if _BEGIN in text and _END in text:
+        return text[text.index(_BEGIN) : text.index(_END) + len(_END)]
+    return f"{_BEGIN}\n{_END}"
+
+
+def _row(cells: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+def _show(values: Tensor, sign: str = "") -> str:
+    """The mean over seeds ± the standard deviation between them, where there are several."""
+    if values.isnan().any():
+        return "–"
+    spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.3f}{spread}"

@@ -1,0 +1,215 @@
+"""`self-forcing experiment NAME`: many trainings that differ in little, measured alike, in one table.
+
+An experiment is a YAML file: a recipe, settings that all cells share, seeds, and cells with their own settings. Cell by cell a model is trained
+(on from where it was stopped) and measured; a cell's measurements are published whole, so what is there is not done again, and the report is
+written anew after each.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from safetensors.torch import save_file
+
+from infra import storage
+from infra.provenance import git_commit, versions
+from infra.tracking import Tracker
+from orchestrator.config import RunConfig
+from pipelines import cli
+from pipelines.console import say
+from pipelines.evaluate import job_of, measure_models, samples
+from pipelines.report import METRICS, Row, estimates_json
+from workers.model_directory import ModelDirectory
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+REFERENCES = ("real", "teacher", "initial")
+"""What is measured once, beside the cells."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train a model."""
+
+    name: str
+    title: str
+    stage: Literal["initialize", "distill"]
+    group: str
+    """What the table compares: cells of one group share a colour."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `experiments/NAME.yaml` says."""
+
+    name: str
+    title: str
+    recipe: str
+    results: str
+    """Directory, below `root`, of the measurements, the pictures and (with `.md`) the report."""
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+
+def open_experiment(name: str) -> Experiment:
+    """An experiment by path, or by the name of one that ships with the package; ValueError where it is none."""
+    path = Path(name) if Path(name).is_file() else EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("*.yaml")))
+        raise ValueError(f"there is no experiment {name!r}; name a YAML file or one of {names}.")
+    body = yaml.safe_load(path.read_text())
+    try:
+        cells = tuple(Cell(name, **cell) for name, cell in body.pop("cells").items())
+        return Experiment(
+            name=path.stem, cells=cells, seeds=tuple(body.pop("seeds")), settings=body.pop("settings"), **body
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not an experiment: {error}.") from None
+
+
+def options(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Nested settings as dotted options."""
+    leaves = set(cli.settings(RunConfig))
+    for name, value in settings.items():
+        dotted = prefix + name
+        if isinstance(value, Mapping) and dotted not in leaves:
+            yield from options(value, f"{dotted}.")
+        else:
+            yield f"--{dotted}={json.dumps(value) if not isinstance(value, str) else value}"
+
+
+def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: Sequence[str]) -> RunConfig:
+    """The resolved config of one cell, or of what all of them share; settings are checked as those of any command."""
+    place = f"outputs/{experiment.name}"
+    arguments = [experiment.recipe, *options(experiment.settings), f"--tracking.experiment={experiment.name}"]
+    arguments += [f"--initialize.output={place}/initial", f"--distill.student={place}/initial/model"]
+    if cell is not None:
+        where = f"{place}/{cell.name}/{seed}"
+        arguments += [*options(cell.settings), f"--{cell.stage}.output={where}", f"--evaluate.output={where}"]
+    else:
+        arguments.append(f"--evaluate.output={place}/references")
+    config, _ = cli.parse(cell.stage if cell else "evaluate", [*arguments, *overrides, f"--seed={seed}"])
+    return config.located()
+
+
+def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]) -> dict[str, Any]:
+    """What decides a cell's numbers: settings, wherever things lie, and the weights that it starts from."""
+    whole = config.portable()
+    stages = {"evaluate", stage}
+    kept = {name: whole[name] for name in ("seed", "video", "rollout", "score", *sorted(stages))}
+    paths = ("output", "teacher", "student", "critic", "pairs_path")
+    settings = {
+        name: {key: each for key, each in value.items() if key not in paths}
+        if isinstance(value, dict)
+        else value
+        for name, value in kept.items()
+    }
+    manifests = {name: manifest(model) for name, model in models.items()}
+    return json.loads(json.dumps({**settings, "models": manifests}))
+
+
+def manifest(model: ModelDirectory) -> str:
+    with storage.reading(model.path) as directory:
+        return json.loads((directory / storage.MANIFEST).read_text())["sha256"]
+
+
+def run(
+    experiment: Experiment,
+    overrides: Sequence[str],
+    *,
+    make: Mapping[str, Callable[[RunConfig], None]],
+    track: Callable[..., Any],
+) -> None:
+    """Every cell that is not there yet, seed by seed, so that what is there compares like with like.
+
+    `make` trains one stage (and `prepare` writes the data sets) where there is no model yet; `track` opens a tracker.
+    """
+    from pipelines.ablation import write_report
+
+    shared = config_of(experiment, None, experiment.seeds[0], overrides)
+    every = [(cell, seed) for seed in experiment.seeds for cell in experiment.cells]
+    configs = {(cell.name, seed): config_of(experiment, cell, seed, overrides) for cell, seed in every}
+    make["prepare"](shared)
+    if not storage.is_complete(shared.distill.student):
+        make["initialize"](shared)
+    start = {
+        "teacher": ModelDirectory(shared.distill.teacher),
+        "initial": ModelDirectory(shared.distill.student),
+    }
+    results = f"{shared.root}/{experiment.results}"
+    done = f"{results}/cells"
+    if not _is_done(f"{done}/references", shared, "evaluate", start):
+        _measure(f"{done}/references", shared, "evaluate", start, start, 0.0, track)
+    for number, (cell, seed) in enumerate(every, start=1):
+        config, path = configs[cell.name, seed], f"{done}/{cell.name}-{seed}"
+        if _is_done(path, config, cell.stage, start):
+            continue
+        say(f"experiment: cell {number} of {len(every)}, {cell.title}, seed {seed}")
+        began = time.monotonic()
+        output = getattr(config, cell.stage).output
+        if not storage.is_complete(f"{output}/model"):
+            make[cell.stage](config)
+        trained = {cell.name: ModelDirectory(f"{output}/model")}
+        _measure(path, config, cell.stage, start, trained, time.monotonic() - began, track)
+        write_report(experiment, shared, done, overrides)
+    with track(shared, "report", f"{shared.root}/outputs/{experiment.name}", {}) as tracker:
+        for file in write_report(experiment, shared, done, overrides):
+            tracker.artifact(file, "report")
+    say(f"experiment: the report is {results}.md")
+
+
+def _is_done(path: str, config: RunConfig, stage: str, start: Mapping[str, ModelDirectory]) -> bool:
+    if not storage.is_complete(path):
+        return False
+    storage.verify(path)
+    if storage.read_metadata(path) != identity(config, stage, start):
+        raise ValueError(
+            f"{path} was measured with other settings or other weights; delete it, or choose another root."
+        )
+    return True
+
+
+def _measure(
+    path: str,
+    config: RunConfig,
+    stage: str,
+    start: Mapping[str, ModelDirectory],
+    models: Mapping[str, ModelDirectory],
+    trained_s: float,
+    track: Callable[..., Any],
+) -> None:
+    """Measure models and publish what was found as `path`."""
+    began = time.monotonic()
+    jobs = {name: job_of(config, model) for name, model in models.items()}
+    lineage = {role: run for model in models.values() for role, run in model.card.lineage.items()}
+    with track(config, "evaluate", config.evaluate.output, lineage) as tracker:
+        videos, rows = measure_models(
+            config, models, jobs, chunk=config.rollout.chunk, trained=config.video.frames, resume=True
+        )
+        if stage != "evaluate":
+            # Real videos are the same for all cells; the references hold them.
+            del videos["real"], rows["real"]
+        for name, row in rows.items():
+            _track(tracker, name, row)
+        staging = storage.begin(path)
+        with storage.writing(staging) as directory:
+            found = {
+                "seconds": {"train": round(trained_s, 1), "evaluate": round(time.monotonic() - began, 1)},
+                "run_id": tracker.run_id,
+                "made_with": versions() | git_commit(),
+                "rows": {name: estimates_json(row.by_frame) for name, row in rows.items()},
+            }
+            (directory / "metrics.json").write_text(json.dumps(found, allow_nan=False))
+            save_file(samples(videos), directory / "samples.safetensors")
+        storage.publish(staging, path, identity(config, stage, start))
+
+
+def _track(tracker: Tracker, name: str, row: Row) -> None:
+    for frame in range(row.frames):
+        values = {f"{name}/{metric}": row.by_frame[metric].value[frame].item() for metric in METRICS}
+        tracker.metrics(frame, {key: value for key, value in values.items() if value == value})

@@ -1,0 +1,85 @@
+"""An experiment of tiny cells: measured once each, on from where it was stopped, with a report of all of them."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from infra import storage
+from pipelines import cli
+from tests.fixtures import TINY_RECIPE, furnished
+
+EXPERIMENT = """
+title: A small experiment
+recipe: {recipe}
+results: docs/small
+seeds: [0, 1]
+settings:
+  data: {{real: outputs/data/train}}
+  initialize: {{teacher: outputs/teacher/model}}
+  distill: {{sample_every: 0}}
+cells:
+  forced: {{title: Forced, stage: distill, group: forced, settings: {{distill: {{inputs: diffusion_forcing}}}}}}
+  rolled: {{title: Rolled, stage: distill, group: self_forcing, settings: {{distill: {{objective: {{weights: {{sid: 1}}}}}}}}}}
+  many: {{title: Many steps, stage: initialize, group: many_step, settings: {{initialize: {{method: teacher_forcing}}}}}}
+"""
+
+
+@pytest.mark.slow
+def test_cells_are_measured_once_and_reported(ray_cluster: object, tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    shutil.rmtree(config.data.train)  # `prepare` writes videos, which the cells need
+    spec = tmp_path / "small.yaml"
+    spec.write_text(EXPERIMENT.format(recipe=TINY_RECIPE))
+    command = ["experiment", str(spec), f"--root={tmp_path}"]
+    assert cli.main(command) == 0
+
+    cells = tmp_path / "docs" / "small" / "cells"
+    names = {f"{cell}-{seed}" for cell in ("forced", "rolled", "many") for seed in (0, 1)}
+    assert {path.name for path in cells.iterdir() if storage.is_complete(path)} == names | {"references"}
+    report = tmp_path / "docs" / "small.md"
+    text = report.read_text()
+    assert "(6 of 6 cells, seeds 0, 1;" in text and "| Rolled − Forced | " in text
+    assert len(re.findall(r"\| Many steps \|(?: \d\.\d{3} ± \d\.\d{3} \|){3} \d\.\d \|", text)) == 1
+    for picture in re.findall(r"\]\((small/.+?\.png)\)", text):
+        assert min(Image.open(tmp_path / "docs" / picture).size) > 300
+    assert str(tmp_path) not in re.sub(r"^`.+?`", "", text, flags=re.MULTILINE)
+
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name("small")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    stages = [run.data.tags["stage"] for run in runs]
+    # Four distillations, two many-step models and the initial student; each cell and the references are measured.
+    assert {stage: stages.count(stage) for stage in set(stages)} == {
+        "distill": 4, "initialize": 3, "evaluate": 7, "report": 1,
+    }  # fmt: skip
+
+    # A cell that is lost is made again, to the same numbers, and nothing else is; what a person wrote stays.
+    report.write_text(text.replace("<!-- findings -->\n", "<!-- findings -->\nIt works.\n"))
+    lost, kept = cells / "rolled-1", (cells / "many-0" / "metrics.json").stat().st_mtime_ns
+    rows = re.search(r'"rows": .*', (lost / "metrics.json").read_text())
+    assert rows is not None
+    shutil.rmtree(lost)
+    assert cli.main(command) == 0
+    assert rows[0] in (lost / "metrics.json").read_text()
+    assert (cells / "many-0" / "metrics.json").stat().st_mtime_ns == kept
+    assert "It works." in report.read_text()
+
+    # Other settings are not mixed with what is there.
+    assert cli.main([*command, "--distill.iterations=3"]) == 2
+
+
+def test_an_experiment_that_is_none_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["experiment", "exposure"]) == 2
+    assert (
+        "there is no experiment 'exposure'; name a YAML file or one of exposure-bias."
+        in capfd.readouterr().err
+    )
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("cells: {a: {titel: A}}")
+    assert cli.main(["experiment", str(wrong)]) == 2
+    assert "is not an experiment" in capfd.readouterr().err

@@ -1,0 +1,81 @@
+"""Every way to an initial student, at tiny size, by the command itself: all weights learn, and a stopped run ends with the same numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config import InitializeConfig
+from pipelines import cli
+from tests.fixtures import TINY_RECIPE, furnished, write_real
+from workers.model_directory import ModelDirectory
+
+CAUSAL = ("causal_ode", "causal_consistency")
+METHODS = ("ode", *CAUSAL, "teacher_forcing", "diffusion_forcing")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("initialize")
+    write_real(root / "real", furnished(root))
+    return root
+
+
+def arguments(root: Path, method: str, output: str, **more: object) -> list[str]:
+    # The causal teacher is any model that generates block by block, such as the tests' initial student.
+    teacher = "outputs/initial/model" if method in CAUSAL else "outputs/teacher/model"
+    settings: dict[str, object] = {
+        "root": root,
+        "data.real": "real",
+        "initialize.method": method,
+        "initialize.teacher": teacher,
+        "initialize.output": output,
+        "initialize.pairs_path": f"pairs-{method}",
+        "initialize.warmup": 0,
+        **more,
+    }
+    return ["initialize", str(TINY_RECIPE), *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def test_every_method_is_here() -> None:
+    assert set(METHODS) == set(InitializeConfig.__dataclass_fields__["method"].type.__args__)  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_weight_learns_and_a_stopped_run_resumes(ray_cluster: object, root: Path, method: str) -> None:
+    updates = {"initialize.updates": 3}
+    assert cli.main(arguments(root, method, f"{method}-whole", **updates)) == 0
+    whole = ModelDirectory(root / f"{method}-whole" / "model")
+    start = ModelDirectory(root / ("outputs/initial/model" if method in CAUSAL else "outputs/teacher/model"))
+    names = list(start.keys())
+    assert [name for name in names if torch.equal(start.get(name), whole.get(name))] == []
+
+    # What an interrupted run leaves: its checkpoints, and no model.
+    assert cli.main(arguments(root, method, f"{method}-stopped", **updates)) == 0
+    stopped = root / f"{method}-stopped"
+    for made in (stopped / "model", stopped / "checkpoints" / "0000002"):
+        made.rename(made.with_name(f"{made.name}-removed"))
+    assert cli.main([*arguments(root, method, f"{method}-stopped", **updates), "--resume"]) == 0
+    resumed = ModelDirectory(stopped / "model")
+    assert [name for name in names if not torch.equal(resumed.get(name), whole.get(name))] == []
+
+    card = resumed.card
+    assert card.kind == "student" and card.rollout is not None
+    many = method.endswith("forcing")
+    assert (card.rollout.sampler, card.guidance) == (("ode", 2.0) if many else ("consistency", 0.0))
+    assert len(card.rollout.steps) == (4 if many else 2)
+
+
+def test_the_teacher_must_fit_the_method(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bidirectional = {"initialize.teacher": "outputs/teacher/model"}
+    assert cli.main(arguments(root, "causal_ode", "x", **bidirectional)) == 2
+    assert "needs a causal model at initialize.teacher" in capfd.readouterr().err
+    assert cli.main(arguments(root, "ode", "x", **{"initialize.teacher": "outputs/initial/model"})) == 2
+    assert "needs a bidirectional teacher" in capfd.readouterr().err
+    assert (
+        cli.main([each for each in arguments(root, "teacher_forcing", "x") if "data.real" not in each]) == 2
+    )
+    assert (
+        "initialize.method teacher_forcing needs real videos: data.real must name" in capfd.readouterr().err
+    )
