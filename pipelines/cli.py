@@ -1,6 +1,6 @@
 """The command line: `self-forcing COMMAND [RECIPE] [--dotted.overrides …]`.
 
-A recipe is a YAML file, or the name of one that ships with the package; every setting of the run config can be overridden with a dotted option.
+A recipe is a YAML file, or the name of one that ships with the package, and may start from another one, its `base`; every setting of the run config can be overridden with a dotted option.
 A user's mistake is one sentence and exit code 2; a run that had to stop (a loss that is not finite, a lost actor) is one sentence and exit code 1.
 """
 
@@ -19,11 +19,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
+import yaml  # noqa: E402
 from jsonargparse import ArgumentError, ArgumentParser  # noqa: E402
 
 from orchestrator.config import RunConfig  # noqa: E402
 
 RECIPES = Path(__file__).parent / "recipes"
+EXPERIMENTS = Path(__file__).parent / "experiments"
 COMMANDS = {
     "prepare": "write the moving-digit data sets",
     "pretrain": "train the bidirectional teacher",
@@ -37,16 +39,27 @@ COMMANDS = {
 }
 
 
-def recipe_path(name: str) -> Path:
-    """A recipe file by path, or by the name of one that ships with the package."""
+def shipped(name: str, folder: Path = RECIPES) -> Path:
+    """A recipe or experiment by path, or by the name of one that ships with the package; ValueError where there is none."""
     path = Path(name)
-    shipped = RECIPES / f"{name}.yaml"
     if path.is_file():
         return path
-    if shipped.is_file():
-        return shipped
-    names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    raise ValueError(f"there is no recipe {name!r}; name a YAML file or one of {names}.")
+    if (folder / f"{name}.yaml").is_file():
+        return folder / f"{name}.yaml"
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise ValueError(f"there is no {folder.name[:-1]} {name!r}; name a YAML file or one of {names}.")
+
+
+def recipe_arguments(name: str, seen: tuple[Path, ...] = ()) -> list[str]:
+    """Options that read a recipe, after the one that it names as its `base`."""
+    path = shipped(name)
+    body = yaml.safe_load(path.read_text())
+    if not isinstance(body, dict) or "base" not in body:
+        return ["--config", str(path)]
+    if path in seen:
+        raise ValueError(f"the recipe {path} is its own base.")
+    base = recipe_arguments(body.pop("base"), (*seen, path))
+    return [*base, "--config", yaml.safe_dump(body)]
 
 
 def config_parser(command: str) -> ArgumentParser:
@@ -81,7 +94,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
     """The run config and the call's own options."""
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = ["--config", str(recipe_path(arguments[0]))]
+        arguments[:1] = recipe_arguments(arguments[0])
     parser = config_parser(command)
     try:
         options = parser.parse_args(arguments)

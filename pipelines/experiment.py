@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -25,7 +24,6 @@ from pipelines.evaluate import job_of, measure_models, samples
 from pipelines.report import METRICS, Row, estimates_json
 from workers.model_directory import ModelDirectory
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
 REFERENCES = ("real", "teacher", "initial")
 """What is measured once, beside the cells."""
 
@@ -58,10 +56,7 @@ class Experiment:
 
 def open_experiment(name: str) -> Experiment:
     """An experiment by path, or by the name of one that ships with the package; ValueError where it is none."""
-    path = Path(name) if Path(name).is_file() else EXPERIMENTS / f"{name}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("*.yaml")))
-        raise ValueError(f"there is no experiment {name!r}; name a YAML file or one of {names}.")
+    path = cli.shipped(name, cli.EXPERIMENTS)
     body = yaml.safe_load(path.read_text())
     try:
         cells = tuple(Cell(name, **cell) for name, cell in body.pop("cells").items())

@@ -26,7 +26,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.provenance import carried
 from orchestrator import cluster
-from pipelines.cli import COMMANDS, RECIPES, recipe_path
+from pipelines.cli import COMMANDS, EXPERIMENTS, RECIPES, shipped
 
 QUIET = (
     "ray.dashboard.modules.job.sdk",
@@ -60,8 +60,9 @@ def submit(
     if command not in jobs:
         raise ValueError(f"{command!r} is no command for a job; use one of {', '.join(jobs)}.")
     working_dir = (working_dir or Path.cwd()).resolve()
-    path = recipe_path(recipe).resolve()
-    if path != (RECIPES / f"{recipe}.yaml").resolve():
+    folder = EXPERIMENTS if command == "experiment" else RECIPES
+    path = shipped(recipe, folder).resolve()
+    if path != (folder / f"{recipe}.yaml").resolve():
         if not path.is_relative_to(working_dir):
             raise ValueError(
                 f"recipe {recipe} lies outside {working_dir}, which is all that a job gets: copy it there."

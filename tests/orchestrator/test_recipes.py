@@ -1,4 +1,4 @@
-"""Every recipe, at tiny size: two student updates change every weight that the objective reaches."""
+"""Every recipe, at tiny size: two student updates change every weight that the objective reaches, and resume to the same numbers."""
 
 from pathlib import Path
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator import checkpoint
 from orchestrator.config import RunConfig
+from orchestrator.coordinator import Coordinator
+from orchestrator.worker_group import WorkerGroup
 from pipelines.cli import RECIPES
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, weights_of
@@ -38,18 +41,42 @@ def unchanged(before: ModelDirectory, after: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_two_student_updates_change_every_weight(groups: Groups, tmp_path: Path, recipe: Path) -> None:
+def test_two_student_updates_change_every_weight_and_resume_to_the_same(
+    groups: Groups, tmp_path: Path, recipe: Path
+) -> None:
     config = at_tiny_size(recipe, tmp_path, 1 if recipe.stem == "quickstart" else 2)
     distill = config.distill
+    saved = distill.student_every - 1
+
+    def roles(coordinator: Coordinator) -> dict[str, WorkerGroup]:
+        return {"student": coordinator.student, "critic": coordinator.critic}
+
     coordinator = groups.coordinator(config)
     losses = []
-    for done, metrics in coordinator.run(0):  # noqa: B007 (used below)
+    for done, metrics in coordinator.run(0):
         losses += [metrics["student/loss"]] if "student/loss" in metrics else []
+        if done == saved:
+            checkpoint.save(str(tmp_path / "checkpoints"), done, roles(coordinator), {}, keep=1)
         if len(losses) == 2:
             break
     assert done == distill.student_every + 1
+    learned = {name: weights_of(group) for name, group in roles(coordinator).items()}
+    average = weights_of(coordinator.student, ema=True)
     student, critic = ModelDirectory(distill.student), ModelDirectory(distill.critic or distill.teacher)
     # Whole fp32 weights: a step of 2e-6 is lost in the bf16 copies that compute.
-    assert unchanged(student, weights_of(coordinator.student)) == []
-    assert unchanged(student, weights_of(coordinator.student, ema=True)) == []
-    assert unchanged(critic, weights_of(coordinator.critic)) == []
+    assert unchanged(student, learned["student"]) == []
+    assert unchanged(student, average) == []
+    assert unchanged(critic, learned["critic"]) == []
+
+    resumed = groups.coordinator(config)
+    checkpoint.load(str(tmp_path / "checkpoints" / f"{saved:07d}"), roles(resumed))
+    for done, metrics in resumed.run(saved):
+        losses += [metrics["student/loss"]] if "student/loss" in metrics else []
+        if done == distill.student_every + 1:
+            break
+    assert losses[2:] == losses[1:2]
+    for name, group in roles(resumed).items():
+        again = weights_of(group)
+        assert [each for each in again if not torch.equal(again[each], learned[name][each])] == [], name
+    again = weights_of(resumed.student, ema=True)
+    assert [each for each in again if not torch.equal(again[each], average[each])] == []
