@@ -85,6 +85,9 @@ def config_parser(command: str) -> ArgumentParser:
             "--frames", type=int | None, default=None, help="latent frames; the trained length by default"
         )
         call.add_argument(
+            "--image", type=str | None, default=None, help="file of the first frame, for image-to-video"
+        )
+        call.add_argument(
             "--output", type=str, default="outputs/sample.mp4", help="path ending in .mp4 or .gif"
         )
     return parser

@@ -30,10 +30,10 @@ class Generator:
         self.text = self.source.text_encoder(self.device)
         self.codec = self.card.video.make_codec()
 
-    def frames_of_chunks(self, frames: int) -> int:
-        """At least `frames` latent frames, in whole chunks of the student."""
+    def frames_of_chunks(self, frames: int, given: int = 0) -> int:
+        """At least `frames` latent frames, of which those that are not given come in whole chunks of the student."""
         chunk = self.card.rollout.chunk if self.card.rollout else 1
-        return -(-frames // chunk) * chunk
+        return given - (given - frames) // chunk * chunk
 
     @torch.no_grad()
     def student(
@@ -110,9 +110,14 @@ class Generator:
         return self.codec.decode(latents)
 
 
-def generate_video(*, model: str, prompt: str, frames: int | None, seed: int, output: str) -> Path:
-    """Write one video; ValueError for an empty prompt, another ending than .mp4 or .gif, or a model that cannot do it."""
-    from pipelines.media import check_suffix, write_video
+def generate_video(
+    *, model: str, prompt: str, frames: int | None, seed: int, output: str, image: str | None = None
+) -> Path:
+    """Write one video, `image` its first frame if there is one.
+
+    ValueError for an empty prompt, another ending than .mp4 or .gif, an image that cannot be read, or a model that cannot do it.
+    """
+    from pipelines.media import check_suffix, read_image, write_video
 
     path = check_suffix(output)
     if not prompt.strip():
@@ -121,6 +126,13 @@ def generate_video(*, model: str, prompt: str, frames: int | None, seed: int, ou
     wanted = generator.card.video.frames if frames is None else frames
     if wanted < 1:
         raise ValueError(f"--frames must be at least 1, not {wanted}.")
-    latents = generator.student([prompt], [(seed, "generate", 0)], generator.frames_of_chunks(wanted))
+    initial, given = None, 0
+    if image is not None:
+        shape = generator.decode(torch.zeros(1, 1, *generator.card.video.shape[1:])).shape[2:]
+        assert generator.codec is not None, "decoding has shown that there is one"
+        initial = generator.codec.encode(read_image(image, (shape[0], shape[1], shape[2]))[None, None])
+        given = initial.shape[1]
+    length = generator.frames_of_chunks(max(wanted, given + 1), given)
+    latents = generator.student([prompt], [(seed, "generate", 0)], length, initial)
     write_video(path, generator.decode(latents)[0, :wanted], generator.card.video.fps)
     return path

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".mp4", ".gif")
@@ -26,6 +27,18 @@ def enlarge(frames: np.ndarray, short_side: int = SHORT_SIDE) -> np.ndarray:
     """Whole-pixel enlargement of [T, height, width, 3] to at least `short_side`."""
     factor = -(-short_side // min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
+    """An image file as one frame [channels, height, width] of that shape in [−1, 1], scaled to fill it and cut at the longer side."""
+    channels, height, width = shape
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.fit(file.convert("L" if channels == 1 else "RGB"), (width, height))
+    except OSError as error:
+        raise ValueError(f"--image {path} cannot be read as an image: {error}.") from None
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(height, width, channels)
+    return rearrange(pixels / 127.5 - 1, "h w c -> c h w")
 
 
 def check_suffix(path: str | Path) -> Path:

@@ -37,6 +37,7 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
             frames=options.frames,
             seed=config.seed,
             output=options.output,
+            image=options.image,
         )
         say(f"wrote {path}")
         return 0

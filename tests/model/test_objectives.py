@@ -1,12 +1,15 @@
 """The objectives against their formulas, and against themselves split over ranks."""
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from model import objectives
 from model.discriminator import BranchConfig
 from model.objectives.dmd import dmd_loss
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
@@ -255,3 +258,20 @@ def test_both_branches_of_guidance_in_one_batch_are_what_they_are_apart() -> Non
     assert difference(guided(3.0), guide(apart[0], apart[1], 3.0)) < 1e-5
     assert torch.equal(guided(0.0), apart[0])
     assert calls == [6, 3]
+
+
+def test_the_documented_objective_works_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adding-an-objective.md").read_text()
+    monkeypatch.setattr(objectives, "LOSSES", dict(objectives.LOSSES))
+    scope = dict(vars(objectives))
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, scope)
+    config = objectives.ObjectiveConfig({"score_distance": 1.0, "dmd": 0.5})
+    assert config.reads == config.flows == ("real", "fake")
+    video, real, fake = (normal(*SHAPE, seed=seed).requires_grad_() for seed in range(3))
+    loss = config({"video": video, "real": real, "fake": fake})
+    gradient = torch.autograd.grad(loss, (video, real, fake))
+    assert difference(gradient[1], (real - fake) / video.numel()) < 1e-5
+    assert difference(gradient[2], (fake - real) / video.numel()) < 1e-5
+    alone = torch.autograd.grad(dmd_loss(video, real, fake), video)[0]
+    assert difference(gradient[0], 0.5 * alone) < 1e-5

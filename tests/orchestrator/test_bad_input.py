@@ -1,7 +1,9 @@
 """A user's mistake is one sentence and exit code 2; a loss that is not finite stops the run with code 1 and keeps what is whole."""
 
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from infra import storage
 from orchestrator import checkpoint
 from pipelines import cli
-from tests.fixtures import TINY_RECIPE, furnished, random_weights, write_model
+from tests.fixtures import TINY_RECIPE, furnished, random_weights, write_model, write_real
 
 Refused = Callable[..., str]
 
@@ -62,6 +64,24 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
             "distill.objective.weights={gan: 1}",
             r"distill.discriminator.taps must name blocks of the critic where",
         ),
+        (
+            "distill.inputs=teacher_forcing",
+            r"distill.inputs teacher_forcing needs real videos: data.real must name a data set of them.",
+        ),
+        (
+            "initialize.method=causal_consistency",
+            r"initialize.method causal_consistency needs real videos: data.real must name",
+        ),
+        (
+            "distill.rollout_frames=7",
+            r"distill.rollout_frames of 7 must be the 6 video.frames and any number of chunks of 2 more.",
+        ),
+        (
+            "distill={inputs: diffusion_forcing, rollout_frames: 8}",
+            r"distill.inputs diffusion_forcing needs real videos",
+        ),
+        ("distill.given_frames=6", r"rollout.chunk of 2 does not divide 0 frames"),
+        ("rollout.first_steps=[500, 1000]", r"rollout.first_steps [500.0, 1000.0] must fall strictly"),
         ("text.encoder=embedded", r"distill.roles.teacher.negative_embedding must name a file"),
     ],
 )
@@ -110,6 +130,47 @@ def test_generate_refuses_what_it_cannot_show(complaint: Refused, tmp_path: Path
     assert "--frames" in complaint("generate", model, prompt, "--frames=0")
     assert ".mp4" in complaint("generate", model, prompt, "--output=video.avi")
     assert "shorten it" in complaint("generate", model, f"--prompt={'a two ' * 9}")
+
+
+def test_real_videos_that_do_not_fit_are_named(
+    complaint: Refused, ray_cluster: object, tmp_path: Path
+) -> None:
+    config = furnished(tmp_path)
+    real, forced = tmp_path / "real", "--distill.inputs=teacher_forcing"
+    arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}", "--data.real=real", forced)
+    assert "real does not exist" in complaint(*arguments)
+    write_real(real, config)
+    other = replace(config, video=replace(config.video, frames=7))
+    write_real(tmp_path / "other", other)
+    shutil.copy(tmp_path / "other" / "00000.parquet", real / "00001.parquet")
+    says = complaint(*arguments)
+    assert (
+        says.startswith("data.real at")
+        and "[7, 1, 16, 16]" in says
+        and "`video` says latents of [6, 4, 8, 8]" in says
+    )
+    (real / "00001.parquet").write_bytes(b"not Parquet")
+    assert "real/00001.parquet is damaged or not a Parquet file" in complaint(*arguments)
+    short = ("--video.frames=8", "--distill.given_frames=0")
+    assert "is trained on 6 frames, too short for the 8 video.frames" in complaint(*arguments[:3], *short)
+
+
+@pytest.mark.slow
+def test_damaged_shards_are_left_out_where_the_recipe_says_so(
+    ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = furnished(tmp_path)
+    write_real(tmp_path / "real", config)
+    whole = (tmp_path / "real" / "00000.parquet").read_bytes()
+    (tmp_path / "real" / "00001.parquet").write_bytes(b"not Parquet")
+    # Damage inside a page, which only reading it shows.
+    (tmp_path / "real" / "00002.parquet").write_bytes(
+        bytes(byte ^ 1 if 200 < i < 240 else byte for i, byte in enumerate(whole))
+    )
+    arguments = ["distill", str(TINY_RECIPE), f"--root={tmp_path}", "--data.real=real"]
+    arguments += ["--distill.inputs=diffusion_forcing", "--distill.iterations=1", "--distill.sample_every=0"]
+    assert cli.main([*arguments, "--data.skip_damaged=true"]) == 0
+    assert "left out 2 damaged shards of data.real" in re.sub(r"\s+", " ", capfd.readouterr().out)
 
 
 @pytest.mark.slow

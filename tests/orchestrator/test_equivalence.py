@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from model.discriminator import ClassificationBranch, Discriminator
+from model.forcing import ForcedPlan
 from model.kv_cache import BlockCache
-from model.noise import SampleNoise
+from model.noise import SampleNoise, integer
 from model.objectives import ObjectiveConfig
 from model.objectives.flow_matching import flow_matching_loss
 from model.objectives.gan import DiscriminatorConfig, gradient_penalty, relativistic_discriminator_loss
 from model.rollout import Rollout, RolloutPlan, generate
 from model.schedule import FlowSchedule
 from model.score import ScorePlan, guided_x0, predict_x0
-from orchestrator.config import RunConfig
+from orchestrator.config import DataConfig, RunConfig
 from orchestrator.coordinator import Metrics
 from tests.fixtures import furnished, write_real
 from tests.orchestrator.groups import Groups, first_gradients_of, weights_of
@@ -116,14 +117,27 @@ def by_hand(config: RunConfig) -> Outcome:
     contexts = text.encode([row["prompt"] for row in rows])
     schedule, samples = FlowSchedule(config.score.shift), list(range(batch))
 
-    def rollout(purpose: str, context: Tensor) -> Tensor:
+    def made(purpose: str, index: int) -> tuple[Tensor, Tensor]:
+        """Videos of the student and their prompts."""
+        context = contexts[index * batch : (index + 1) * batch]
+        key, gradient, given = (config.seed, 0, purpose), purpose == "student", None
+        if distill.starts_from_data:
+            data, prompts = data_of(config, index)
+            context, given = text.encode(prompts), data[:, : distill.given_frames]
+        if distill.inputs != "rollout":
+            forced = ForcedPlan(distill.inputs, key, gradient)
+            return forced.predict(generator, config.rollout, data, context, samples), context
+        window, chunk = config.video.frames, config.rollout.chunk
+        longest = distill.rollout_frames or window
+        frames = window + chunk * integer((longest - window) // chunk + 1, *key, "frames")
         plan = RolloutPlan.draw(
             config.rollout,
-            config.video.frames,
+            frames,
             seed=config.seed,
             update=0,
             purpose=purpose,
-            grad_frames=config.video.frames if purpose == "student" else 0,
+            grad_frames=(window if frames == window else window - chunk) if gradient else 0,
+            given_frames=distill.given_frames,
         )
         sizes, shape = config.student, config.video
         state = Rollout(
@@ -134,14 +148,23 @@ def by_hand(config: RunConfig) -> Outcome:
                 config.rollout.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim
             ),
             shape=(batch, shape.channels, shape.height, shape.width),
+            initial=given if distill.given_frames else None,
         )
-        return torch.cat(list(generate(generator, state, context)), dim=1)
+        chunks = list(generate(generator, state, context))
+        video = torch.cat([given, *chunks] if given is not None else chunks, dim=1)
+        if frames > window:
+            # The embedded codec makes a latent frame of each frame of pixels, so making one anew cuts its pixels to their range.
+            codec = config.video.make_codec()
+            assert codec is not None
+            first = codec.encode(codec.decode(video[:, -window].detach()[:, None]))
+            video = torch.cat([first, video[:, 1 - window :]], dim=1)
+        return video, context
 
     def noised(video: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
         noise, timestep = ScorePlan((config.seed, 0, purpose)).draw(video, samples, config.score)
         return schedule.add_noise(video, noise, timestep), noise, timestep
 
-    video, context = rollout("student", contexts[:batch]), contexts[:batch]
+    video, context = made("student", 0)
     noisy, _, timestep = noised(video, "score")
     real = guided_x0(
         teacher,
@@ -177,21 +200,21 @@ def by_hand(config: RunConfig) -> Outcome:
     torch.nn.utils.clip_grad_norm_(generator.parameters(), engine.clip)
     optimizer.step()
 
-    video = rollout("critic", contexts[batch:])
+    video, context = made("critic", 1)
     noisy, noise, timestep = noised(video, "critic-score")
     losses = {"student/loss": student_loss.item()}
     total = torch.zeros(())
     if settings.taps:
         data, prompts = data_of(config, 1)
         noisy_data, prompt = schedule.add_noise(data, noise, timestep), text.encode(prompts)
-        velocity, logits = fake_model(noisy, timestep, contexts[batch:])
+        velocity, logits = fake_model(noisy, timestep, context)
         _, data_logits = fake_model(noisy_data, timestep, prompt)
         total = relativistic_discriminator_loss(logits, data_logits) * settings.weight
         losses["critic/discriminator"] = total.item()
         draws = SampleNoise([(config.seed, 0, "critic-score", sample) for sample in samples])
         for step, x_t, text_of, before in (
             (1, noisy_data, prompt, data_logits),
-            (2, noisy, contexts[batch:], logits),
+            (2, noisy, context, logits),
         ):
             sigma, weight = (
                 (settings.r1_sigma, settings.r1_weight)
@@ -203,7 +226,7 @@ def by_hand(config: RunConfig) -> Outcome:
             losses[f"critic/r{step}"] = penalty.item()
             total = total + penalty
     else:
-        velocity = fake_model(noisy, timestep, contexts[batch:])
+        velocity = fake_model(noisy, timestep, context)
     critic_loss = flow_matching_loss(velocity, noise, video)
     (total + critic_loss).backward()
     losses["critic/loss"] = critic_loss.item()
@@ -216,6 +239,14 @@ def data_of(config: RunConfig, batch: int) -> tuple[Tensor, list[str]]:
     real, size = LatentDataset(config.data.real, config.video, "prompt"), config.distill.batch
     latents, prompts = real.batch(batch * size, size, config.seed)
     return torch.stack(latents), prompts
+
+
+def with_real(config: RunConfig) -> DataConfig:
+    """The config's data sets, and one of real videos."""
+    real = f"{config.root}/real"
+    if not Path(real).exists():
+        write_real(Path(real), config)
+    return replace(config.data, real=real)
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
@@ -273,9 +304,7 @@ def test_gradients_that_flow_through_the_scores_are_those_of_one_graph(
     distill = replace(config.distill, iterations=1, objective=ObjectiveConfig({"sid": 1.0}))
     data = config.data
     if loss == "gan":
-        data = replace(data, real=f"{config.root}/real")
-        if not Path(str(data.real)).exists():
-            write_real(Path(str(data.real)), config)
+        data = with_real(config)
         distill = replace(
             distill,
             objective=ObjectiveConfig({"dmd": 1.0, "relativistic_gan": 0.5}),
@@ -290,6 +319,27 @@ def test_gradients_that_flow_through_the_scores_are_those_of_one_graph(
     values = {name: found.metrics[0][name] for name in reference.metrics[0]}
     # The penalties' finite differences amplify rounding.
     check(replace(found, metrics=[values]), reference, tolerance=1e-4 if loss == "gan" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"inputs": "teacher_forcing"},
+        {"inputs": "diffusion_forcing"},
+        {"rollout_frames": 24},
+        {"given_frames": 2},
+    ],
+    ids=lambda inputs: "-".join(map(str, *inputs.items())),
+)
+def test_whatever_the_student_starts_from_the_first_update_is_that_of_one_graph(
+    groups: Groups, config: RunConfig, inputs: dict
+) -> None:
+    distill = replace(config.distill, iterations=1, **inputs)
+    config = replace(config, data=with_real(config), distill=distill)
+    reference = by_hand(config)
+    found = run(groups, spread(config, ranks=2, stage=3, teacher=(2, 3)))
+    values = {name: found.metrics[0][name] for name in reference.metrics[0]}
+    check(replace(found, metrics=[values]), reference)
 
 
 def test_overlap_changes_no_bit(groups: Groups, config: RunConfig) -> None:

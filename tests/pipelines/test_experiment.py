@@ -22,9 +22,8 @@ settings:
   initialize: {{teacher: outputs/teacher/model}}
   distill: {{sample_every: 0}}
 cells:
-  forced: {{title: Forced, stage: distill, group: forced, settings: {{distill: {{inputs: diffusion_forcing}}}}}}
+  forced: {{title: Forced, stage: initialize, group: forced, settings: {{initialize: {{method: teacher_forcing}}}}}}
   rolled: {{title: Rolled, stage: distill, group: self_forcing, settings: {{distill: {{objective: {{weights: {{sid: 1}}}}}}}}}}
-  many: {{title: Many steps, stage: initialize, group: many_step, settings: {{initialize: {{method: teacher_forcing}}}}}}
 """
 
 
@@ -38,12 +37,12 @@ def test_cells_are_measured_once_and_reported(ray_cluster: object, tmp_path: Pat
     assert cli.main(command) == 0
 
     cells = tmp_path / "docs" / "small" / "cells"
-    names = {f"{cell}-{seed}" for cell in ("forced", "rolled", "many") for seed in (0, 1)}
+    names = {f"{cell}-{seed}" for cell in ("forced", "rolled") for seed in (0, 1)}
     assert {path.name for path in cells.iterdir() if storage.is_complete(path)} == names | {"references"}
     report = tmp_path / "docs" / "small.md"
     text = report.read_text()
-    assert "(6 of 6 cells, seeds 0, 1;" in text and "| Rolled − Forced | " in text
-    assert len(re.findall(r"\| Many steps \|(?: \d\.\d{3} ± \d\.\d{3} \|){3} \d\.\d \|", text)) == 1
+    assert "(4 of 4 cells, seeds 0, 1;" in text and "| Rolled − Forced | " in text
+    assert len(re.findall(r"\| Forced \|(?: \d\.\d{3} ± \d\.\d{3} \|){3} \d\.\d \|", text)) == 1
     for picture in re.findall(r"\]\((small/.+?\.png)\)", text):
         assert min(Image.open(tmp_path / "docs" / picture).size) > 300
     assert str(tmp_path) not in re.sub(r"^`.+?`", "", text, flags=re.MULTILINE)
@@ -53,20 +52,20 @@ def test_cells_are_measured_once_and_reported(ray_cluster: object, tmp_path: Pat
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     stages = [run.data.tags["stage"] for run in runs]
-    # Four distillations, two many-step models and the initial student; each cell and the references are measured.
+    # Two distillations, two forced models and the initial student; each cell and the references are measured.
     assert {stage: stages.count(stage) for stage in set(stages)} == {
-        "distill": 4, "initialize": 3, "evaluate": 7, "report": 1,
+        "distill": 2, "initialize": 3, "evaluate": 5, "report": 1,
     }  # fmt: skip
 
     # A cell that is lost is made again, to the same numbers, and nothing else is; what a person wrote stays.
     report.write_text(text.replace("<!-- findings -->\n", "<!-- findings -->\nIt works.\n"))
-    lost, kept = cells / "rolled-1", (cells / "many-0" / "metrics.json").stat().st_mtime_ns
+    lost, kept = cells / "rolled-1", (cells / "forced-0" / "metrics.json").stat().st_mtime_ns
     rows = re.search(r'"rows": .*', (lost / "metrics.json").read_text())
     assert rows is not None
     shutil.rmtree(lost)
     assert cli.main(command) == 0
     assert rows[0] in (lost / "metrics.json").read_text()
-    assert (cells / "many-0" / "metrics.json").stat().st_mtime_ns == kept
+    assert (cells / "forced-0" / "metrics.json").stat().st_mtime_ns == kept
     assert "It works." in report.read_text()
 
     # Other settings are not mixed with what is there.
