@@ -84,15 +84,14 @@ class LatentDataset:
         self._codec = video.make_codec()
         self._video = "latent" if self._codec is None else "video"
         self._data = ParquetDataset(path, [prompts, self._video], skip_damaged=skip_damaged)
-        shapes = self._data.shapes(self._video)
-        if self._codec is not None and len(shapes) == 1:
-            shapes = {tuple(self._latents([self._data.row(0)])[0].shape)}
-        odd = sorted(shapes - {video.shape})
-        if odd:
-            raise ValueError(
-                f"data.real at {path} holds {'latents' if self._codec is None else 'videos'} of {list(odd[0])}, "
-                f"and `video` says latents of {list(video.shape)}."
+        for shape in sorted(self._data.shapes(self._video)):
+            found = (
+                shape if self._codec is None else tuple(self._codec.encode(torch.zeros(1, *shape)).shape[1:])
             )
+            if found != video.shape:
+                raise ValueError(
+                    f"data.real at {path} holds latents of {list(found)}, and `video` says {list(video.shape)}."
+                )
 
     @property
     def skipped(self) -> int:
