@@ -10,6 +10,7 @@ from orchestrator import checkpoint
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.worker_group import WorkerGroup
+from pipelines import cli
 from pipelines.cli import RECIPES
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, weights_of
@@ -31,6 +32,8 @@ TINY = [
 def at_tiny_size(recipe: Path, root: Path, ranks: int) -> RunConfig:
     """A recipe of more ranks than one gets two of each role."""
     overrides = [f"--distill.roles.{role}.ranks={ranks}" for role in ("student", "teacher", "critic")]
+    taps = cli.parse("distill", [str(recipe)])[0].distill.discriminator.taps
+    overrides += ["--distill.discriminator.taps=[0,1]"] if taps else []
     return furnished(root, recipe, [*TINY, *overrides])
 
 
