@@ -12,20 +12,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from model.forcing import ForcedPlan
-from model.noise import integer
 from model.objectives import Prediction
-from model.rollout import RolloutPlan
 from model.score import ScorePlan
 from orchestrator.config import RunConfig
+from orchestrator.update_plan import Purpose, UpdatePlan
 from orchestrator.worker_group import WorkerGroup
 
-Purpose = Literal["student", "critic"]
 Metrics = dict[str, float]
 Answers = tuple[str, WorkerGroup, list[ObjectRef]]
 """A verb, who was asked, and the references to what its ranks measured."""
@@ -43,7 +40,7 @@ class Rollouts:
 
 @dataclass
 class Coordinator:
-    """The update plan of one run."""
+    """The actors of one run, and what is asked of them."""
 
     config: RunConfig
     student: WorkerGroup
@@ -53,6 +50,10 @@ class Coordinator:
     uncond: ObjectRef
     ahead: dict[tuple[int, Purpose, int], Rollouts] = field(default_factory=dict)
 
+    @property
+    def plan(self) -> UpdatePlan:
+        return UpdatePlan(self.config)
+
     def run(self, start: int) -> Iterator[tuple[int, Metrics]]:
         """Iterations from `start` on, yielding how many are done and what was measured.
 
@@ -61,15 +62,15 @@ class Coordinator:
         for iteration in range(start, self.config.distill.iterations):
             began = time.perf_counter()
             timer = Timer()
-            if self.updates_student(iteration):
+            if self.plan.updates_student(iteration):
                 self.update_student(iteration, timer)
             self.update_critic(iteration, timer)
             yield iteration + 1, timer.metrics(time.perf_counter() - began)
 
     def update_student(self, iteration: int, timer: "Timer") -> None:
-        plan = ScorePlan((self.config.seed, iteration, "score"))
+        plan = self.plan.score(iteration, "score")
         objective = self.config.distill.objective
-        for part in range(self.config.distill.roles.student.engine.accumulation):
+        for part in range(self.plan.parts):
             made = self.rollout(iteration, "student", part)
             predictions, scored = self.score(made, plan, iteration, part)
             judged, *cotangents = self.student.scatter(
@@ -115,8 +116,8 @@ class Coordinator:
         keep = any(name in objective.flows for name in names)
         predictions |= zip(names, ask(self.critic, inputs, plan, keep=keep, results=len(names)), strict=True)
         if "data_logits" in objective.reads:
-            data = self.data(self.position(iteration, "student", part), len(made.samples))
-            apart = ScorePlan((self.config.seed, iteration, "score-data"))
+            data = self.data(self.plan.position(iteration, "student", part), len(made.samples))
+            apart = self.plan.score(iteration, "score-data")
             _, predictions["data_logits"] = ask(
                 self.critic, (made.samples, *data), apart, keep=False, results=2
             )
@@ -142,14 +143,14 @@ class Coordinator:
         return gradients, answers
 
     def update_critic(self, iteration: int, timer: "Timer") -> None:
-        plan = ScorePlan((self.config.seed, iteration, "critic-score"))
+        plan = self.plan.score(iteration, "critic-score")
         made, columns = [], []
-        for part in range(self.config.distill.roles.student.engine.accumulation):
+        for part in range(self.plan.parts):
             rollouts = self.rollout(iteration, "critic", part)
             made.append(rollouts)
             data: Any = ()
             if self.config.distill.discriminator.taps:
-                data = self.data(self.position(iteration, "critic", part), len(rollouts.samples))
+                data = self.data(self.plan.position(iteration, "critic", part), len(rollouts.samples))
             columns.append((rollouts.samples, rollouts.videos, rollouts.contexts, *data))
         samples, *tensors = (
             [each for column in parts for each in column] for parts in zip(*columns, strict=True)
@@ -172,42 +173,19 @@ class Coordinator:
     def look_ahead(self, iteration: int) -> None:
         """Request the first rollout of a coming iteration; its weights are those of now."""
         if iteration < self.config.distill.iterations:
-            purpose: Purpose = "student" if self.updates_student(iteration) else "critic"
+            purpose: Purpose = "student" if self.plan.updates_student(iteration) else "critic"
             self.ahead[iteration, purpose, 0] = self.rollout(iteration, purpose, 0)
 
     def rollout(self, iteration: int, purpose: Purpose, part: int) -> Rollouts:
         """The videos of one micro-batch, unless they were requested already."""
         if (iteration, purpose, part) in self.ahead:
             return self.ahead.pop((iteration, purpose, part))
-        distill = self.config.distill
-        size = distill.batch // distill.roles.student.engine.accumulation
+        size = self.plan.size
         samples = list(range(part * size, (part + 1) * size))
-        contexts, *data = self.inputs(self.position(iteration, purpose, part), size)
-        verb, plan = self.plan(iteration, purpose)
+        contexts, *data = self.inputs(self.plan.position(iteration, purpose, part), size)
+        verb, plan = self.plan.videos(iteration, purpose)
         stats, videos = self.student.scatter(verb, samples, contexts, *data, head=(plan,))
         return Rollouts(samples, contexts, videos, stats)
-
-    def plan(self, iteration: int, purpose: Purpose) -> tuple[str, RolloutPlan | ForcedPlan]:
-        """How the student makes its videos: the verb, and all that is random about it."""
-        config, distill = self.config, self.config.distill
-        key, gradient = (config.seed, iteration, purpose), purpose == "student"
-        if distill.inputs != "rollout":
-            return "predict", ForcedPlan(distill.inputs, key, gradient)
-        video, chunk = config.video.frames, config.rollout.chunk
-        spare = ((distill.rollout_frames or video) - video) // chunk
-        frames = video + chunk * integer(spare + 1, *key, "frames")
-        # The first chunk of a later window has a first frame that is made anew, so it carries no gradient.
-        carried = video if frames == video else video - chunk
-        return "rollout", RolloutPlan.draw(
-            config.rollout,
-            frames,
-            seed=config.seed,
-            update=iteration,
-            purpose=purpose,
-            grad_frames=carried if gradient else 0,
-            cache_gradient=distill.cache_gradient,
-            given_frames=distill.given_frames,
-        )
 
     def inputs(self, position: int, size: int) -> list[list[ObjectRef]]:
         """Prompt embeddings of a batch, and videos of the data where the student starts from those."""
@@ -226,25 +204,11 @@ class Coordinator:
         references: Any = self.prompts.batch.options(num_returns=size).remote(position, size)
         return [references] if size == 1 else list(references)
 
-    def updates_student(self, iteration: int) -> bool:
-        return iteration % self.config.distill.student_every == 0
-
-    def batch_index(self, iteration: int, purpose: Purpose) -> int:
-        """Which batch of prompts a rollout uses: every rollout takes the next one, so a resumed run needs no saved position."""
-        before = iteration + math.ceil(iteration / self.config.distill.student_every)
-        return before + (1 if purpose == "critic" and self.updates_student(iteration) else 0)
-
-    def position(self, iteration: int, purpose: Purpose, part: int) -> int:
-        """Where a micro-batch starts in the seeded order of the data."""
-        distill = self.config.distill
-        size = distill.batch // distill.roles.student.engine.accumulation
-        return self.batch_index(iteration, purpose) * distill.batch + part * size
-
     def finite(self, role: Purpose, iteration: int, stats: Metrics) -> Metrics:
         for name, value in stats.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{role} {name} is {value} in iteration {iteration} (prompt batch {self.batch_index(iteration, role)}); "
+                    f"{role} {name} is {value} in iteration {iteration} (prompt batch {self.plan.batch_index(iteration, role)}); "
                     "the newest whole checkpoint is kept: lower the learning rate and --resume."
                 )
         return stats

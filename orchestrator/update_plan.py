@@ -1,0 +1,71 @@
+"""What happens in which iteration, as a pure function of the config: which updates, on which part of the data, and every random choice.
+
+Nothing here is drawn by a rank or saved in a checkpoint, so ranks agree and a resumed run goes on as if it had not stopped.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from model.forcing import ForcedPlan
+from model.noise import integer
+from model.rollout import RolloutPlan
+from model.score import ScorePlan
+from orchestrator.config import RunConfig
+
+Purpose = Literal["student", "critic"]
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """The schedule of one run."""
+
+    config: RunConfig
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches in which the student makes a batch."""
+        return self.config.distill.roles.student.engine.accumulation
+
+    @property
+    def size(self) -> int:
+        """Samples of one of them, over all ranks."""
+        return self.config.distill.batch // self.parts
+
+    def updates_student(self, iteration: int) -> bool:
+        return iteration % self.config.distill.student_every == 0
+
+    def batch_index(self, iteration: int, purpose: Purpose) -> int:
+        """Which batch of the data a rollout uses: every rollout takes the next one, so a resumed run needs no saved position."""
+        before = iteration + math.ceil(iteration / self.config.distill.student_every)
+        return before + (1 if purpose == "critic" and self.updates_student(iteration) else 0)
+
+    def position(self, iteration: int, purpose: Purpose, part: int) -> int:
+        """Where a micro-batch starts in the seeded order of the data."""
+        return self.batch_index(iteration, purpose) * self.config.distill.batch + part * self.size
+
+    def score(self, iteration: int, purpose: str) -> ScorePlan:
+        """How noisy videos are when they are scored, or when the critic learns from them."""
+        return ScorePlan((self.config.seed, iteration, purpose))
+
+    def videos(self, iteration: int, purpose: Purpose) -> tuple[str, RolloutPlan | ForcedPlan]:
+        """How the student makes its videos: the verb, and all that is random about it."""
+        config, distill = self.config, self.config.distill
+        key, gradient = (config.seed, iteration, purpose), purpose == "student"
+        if distill.inputs != "rollout":
+            return "predict", ForcedPlan(distill.inputs, key, gradient)
+        video, chunk = config.video.frames, config.rollout.chunk
+        spare = ((distill.rollout_frames or video) - video) // chunk
+        frames = video + chunk * integer(spare + 1, *key, "frames")
+        # The first chunk of a later window has a first frame that is made anew, so it carries no gradient.
+        carried = video if frames == video else video - chunk
+        return "rollout", RolloutPlan.draw(
+            config.rollout,
+            frames,
+            seed=config.seed,
+            update=iteration,
+            purpose=purpose,
+            grad_frames=carried if gradient else 0,
+            cache_gradient=distill.cache_gradient,
+            given_frames=distill.given_frames,
+        )
