@@ -70,6 +70,14 @@ class Cache(Protocol):
         """Append the keys and values of a finished chunk, one pair a layer."""
         ...
 
+    def rewind(self) -> None:
+        """Forget everything; what is committed next is frame 0."""
+        ...
+
+    def skip_to(self, frame: int) -> None:
+        """What is committed next is `frame`, whatever came before."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -152,6 +160,14 @@ class BlockCache:
         self.seen += frames
         self._forget()
 
+    def rewind(self) -> None:
+        self._blocks, self.seen = [], 0
+
+    def skip_to(self, frame: int) -> None:
+        if frame > self.seen:
+            self._blocks.append(_Block(frame - self.seen, ()))
+            self.seen = frame
+
     def _forget(self) -> None:
         """Free blocks that no later chunk can see: all but the sink and the newest `window` frames."""
         if self.window.frames is None:
@@ -173,14 +189,16 @@ class _SlotHistory:
         phase: Tensor,
         key_phase: Tensor | None,
         mask: Tensor | None,
+        rows: slice | Tensor,
     ):
-        """`length` is how many tokens the longest row holds."""
+        """`length` is how many tokens the longest of `rows` holds."""
         self.phase = phase
         self.mask = mask
         self.absolute = key_phase is None
         self._slots = slots
         self._length = length
         self._key_phase = key_phase
+        self._rows = rows
         self._rotated: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> KeyValue | None:
@@ -190,7 +208,7 @@ class _SlotHistory:
             )
         if self._length == 0:
             return None
-        key, value = self._slots[index][:, :, : self._length]
+        key, value = self._slots[index][:, self._rows, : self._length]
         if self._key_phase is not None:
             if index not in self._rotated:
                 self._rotated[index] = rope.rotate(key, self._key_phase)
@@ -233,17 +251,43 @@ class SlotCache:
         self.seen = [0] * rows
 
     def history(self, chunk: int) -> _SlotHistory:
+        return self.join(range(len(self.held)), chunk)
+
+    def join(self, rows: Sequence[int], chunk: int) -> _SlotHistory:
+        """The context of the next `chunk` frames of some rows, which may be of different ages, in that order."""
         device = self.slots[0].device
-        length = max(self.held)
+        held = [self.held[row] for row in rows]
+        length = max(held)
         relative = self.window.positions == "relative"
-        starts = self.held if relative else self.seen
+        starts = held if relative else [self.seen[row] for row in rows]
         phase = self._phase([range(start, start + chunk) for start in starts], device)
         key_phase = self._phase([range(length)], device) if relative else None
         mask: Tensor | None = None
-        if min(self.held) < length:
-            held = torch.tensor(self.held, device=device) * self.tokens
-            mask = (torch.arange(length * self.tokens, device=device) < held[:, None])[:, None, None]
-        return _SlotHistory(self.slots, length * self.tokens, phase=phase, key_phase=key_phase, mask=mask)
+        if min(held) < length:
+            tokens = torch.tensor(held, device=device) * self.tokens
+            mask = (torch.arange(length * self.tokens, device=device) < tokens[:, None])[:, None, None]
+        together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        # Neighbouring rows are read where they lie; others are gathered.
+        chosen = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows, device=device)
+        return _SlotHistory(
+            self.slots, length * self.tokens, phase=phase, key_phase=key_phase, mask=mask, rows=chosen
+        )
+
+    def row(self, index: int) -> "SlotRow":
+        """One row as a cache of its own."""
+        return SlotRow(self, index)
+
+    def park(self, row: int) -> "Parked":
+        """A copy in host memory of what a row holds."""
+        tokens = self.held[row] * self.tokens
+        layers = [slots[:, row, :tokens].cpu().clone() for slots in self.slots]
+        return Parked(layers, self.held[row], self.seen[row])
+
+    def unpark(self, row: int, parked: "Parked") -> None:
+        """Let a row hold what was parked."""
+        for slots, held in zip(self.slots, parked.layers, strict=True):
+            slots[:, row, : held.shape[1]] = held.to(slots.device)
+        self.held[row], self.seen[row] = parked.held, parked.seen
 
     def _phase(self, frames: list[range], device: torch.device) -> Tensor:
         shared = all(row == frames[0] for row in frames)
@@ -253,9 +297,16 @@ class SlotCache:
         if any(tensor.requires_grad for pair in live for tensor in pair):
             raise RuntimeError("slots refuse keys and values that carry a gradient; use BlockCache.")
         for row in range(len(self.held)):
-            self._append(row, live, frames)
+            self.append(row, [(key[row], value[row]) for key, value in live], frames)
 
-    def _append(self, row: int, live: Sequence[KeyValue], frames: int) -> None:
+    def rewind(self) -> None:
+        self.held, self.seen = [0] * len(self.held), [0] * len(self.seen)
+
+    def skip_to(self, frame: int) -> None:
+        self.seen = [max(seen, frame) for seen in self.seen]
+
+    def append(self, row: int, live: Sequence[KeyValue], frames: int) -> None:
+        """Commit a finished chunk of one row; its keys and values are [L, heads, head_dim]."""
         held, sink, token = self.held[row], self.window.sink, self.tokens
         total = held + frames
         if total > self.capacity and self.window.frames is None:
@@ -265,10 +316,40 @@ class SlotCache:
         latest = self.capacity - sink
         for slots, pair in zip(self.slots, live, strict=True):
             for side, tensor in zip(slots, pair, strict=True):
-                joined = torch.cat([side[row, : held * token], tensor[row]])
+                joined = torch.cat([side[row, : held * token], tensor])
                 if total > self.capacity:
                     # The sink stays in front, in order, so that attention sums as it does over blocks.
                     joined = torch.cat([joined[: sink * token], joined[(total - latest) * token :]])
                 side[row, : len(joined)] = joined
         self.held[row] = min(total, self.capacity)
         self.seen[row] += frames
+
+
+@dataclass(frozen=True)
+class Parked:
+    """What one row of a `SlotCache` held."""
+
+    layers: list[Tensor]
+    """Keys and values of each layer, [2, L, heads, head_dim]."""
+    held: int
+    seen: int
+
+
+@dataclass(frozen=True)
+class SlotRow:
+    """One row of a `SlotCache`, as a `Cache` of one sample."""
+
+    cache: SlotCache
+    index: int
+
+    def history(self, chunk: int) -> _SlotHistory:
+        return self.cache.join([self.index], chunk)
+
+    def commit(self, live: Sequence[KeyValue], frames: int) -> None:
+        self.cache.append(self.index, [(key[0], value[0]) for key, value in live], frames)
+
+    def rewind(self) -> None:
+        self.cache.held[self.index] = self.cache.seen[self.index] = 0
+
+    def skip_to(self, frame: int) -> None:
+        self.cache.seen[self.index] = max(self.cache.seen[self.index], frame)

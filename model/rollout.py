@@ -196,12 +196,38 @@ class Rollout:
         self.start = 0
         self.exit_step = plan.exit_step
         self.exit_live: list[KeyValue] | None = None
+        self.past: list[tuple[int, Tensor]] = []
+        self.replayed: int | None = None
         if initial is None:
             self._begin_chunk()
         else:
             self._begin_commit(initial, cache.history(initial.shape[1]))
 
-    # Either denoising at `steps[self.step]`, or committing a finished chunk (`self.step` is None).
+    # Either denoising at `steps[self.step]`, or committing a finished chunk (`self.step` is None), perhaps one of the past again
+    # (`self.replayed` is its place there).
+
+    @property
+    def between_chunks(self) -> bool:
+        """Whether the next call is a chunk's first."""
+        return self.step == 0
+
+    def reencode(self) -> None:
+        """Between two chunks: write the cache anew from the frames that it holds, for a prompt that has changed."""
+        if not self.between_chunks:
+            raise RuntimeError("the cache can be written anew between two chunks only.")
+        self.cache.rewind()
+        self._replay(0)
+
+    def _replay(self, place: int) -> None:
+        if place == len(self.past):
+            self.replayed = None
+            # The same noise as before, for it has the chunk's name; but another history.
+            self._begin_chunk()
+            return
+        first, frames = self.past[place]
+        self.replayed = place
+        self.cache.skip_to(first)
+        self._begin_commit(frames, self.cache.history(frames.shape[1]))
 
     def _begin_chunk(self) -> None:
         batch, *frame = self.shape
@@ -223,7 +249,7 @@ class Rollout:
 
     def next_call(self) -> NetworkCall | None:
         """What the network computes next; None once the video is whole (its last chunk needs no commit)."""
-        end = self.start + (self.x.shape[1] if self.step is None else 0)
+        end = self.start + (self.x.shape[1] if self.step is None and self.replayed is None else 0)
         if end >= self.plan.frames:
             return None
         timestep = 0.0 if self.step is None else self.timesteps[self.step]
@@ -270,9 +296,30 @@ class Rollout:
             self.exit_live = None
         frames = self.x.shape[1]
         self.cache.commit(live, frames)
+        if self.replayed is not None:
+            self._replay(self.replayed + 1)
+            return
+        self._remember(self.x)
         self.start += frames
         if self.start < self.plan.frames:
             self._begin_chunk()
+
+    def _remember(self, context: Tensor) -> None:
+        """Keep the committed frames that the cache may still show to a later chunk: few numbers beside their keys and values."""
+        self.past.append((self.start, context))
+        end = self.start + context.shape[1]
+        sink, latest = self.config.context_window().kept(end, self.config.chunk)
+        if sink + latest == end:
+            return
+        self.past = [
+            (low, frames[:, low - first : high - first])
+            for first, frames in self.past
+            for low, high in (
+                (first, min(sink, first + frames.shape[1])),
+                (max(first, end - latest), first + frames.shape[1]),
+            )
+            if low < high
+        ]
 
 
 def generate(

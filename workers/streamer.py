@@ -1,0 +1,205 @@
+"""Many viewers' streams on one model: each has its own rollout, and every tick runs all of them in one batched forward.
+
+Timesteps are per frame already, so streams need not be at the same denoising step: a new viewer joins at the next tick, not at the next chunk.
+Memory is a fixed number of slots, allocated once. A newcomer is refused where none is free; nobody is dropped or started again for another.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from model.kv_cache import Parked, SlotCache
+from model.noise import SampleNoise
+from model.rollout import NetworkCall, Rollout, RolloutPlan
+from workers.model_directory import ModelDirectory
+
+ENDLESS = 2**40
+"""Chunks of a stream that has no end: at sixteen frames a second, thousands of years."""
+
+
+class NoSlot(RuntimeError):
+    """Every slot is taken; there is room when a stream ends."""
+
+
+@dataclass
+class Stream:
+    """One viewer's stream. `Streamer` alone changes it."""
+
+    number: int
+    row: int | None
+    """Its slot; none while it is parked."""
+    rollout: Rollout
+    context: Tensor
+    """Prompt embedding, [1, text_len, text_dim]."""
+    next_context: tuple[Tensor, bool] | None = None
+    """The prompt from the next chunk on, and whether the past is encoded anew under it."""
+    chunks: int = 0
+    """Chunks that are finished."""
+    new_prompt: bool = False
+    """Whether the chunk that is being made is the first under a new prompt."""
+    parked: Parked | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a tick brought one stream: a chunk, or why it cannot go on."""
+
+    stream: Stream
+    chunk: Tensor | None = None
+    """Latents [f, C, H, W]."""
+    new_prompt: bool = False
+    """Whether this is the first chunk under a new prompt."""
+    last: bool = False
+    """Whether the stream ends with it."""
+    error: str | None = None
+
+
+@dataclass
+class Streamer:
+    """One student and its streams."""
+
+    model: str
+    slots: int
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+
+    def __post_init__(self) -> None:
+        source = ModelDirectory(self.model)
+        if source.card.rollout is None or source.card.guidance:
+            raise ValueError(f"the model at {self.model} is no few-step student; streaming needs one.")
+        self.card, self.config = source.card, source.card.rollout
+        if self.config.window is None:
+            raise ValueError(
+                f"the student at {self.model} has no rollout.window, and its cache would grow for ever; streaming needs one."
+            )
+        sizes, video = source.card.transformer, source.card.video
+        self.network = source.transformer(self.device)
+        self.text = source.text_encoder(self.device)
+        self.cache = SlotCache(
+            self.config.context_window(),
+            sizes.grid(video.height, video.width),
+            layers=sizes.num_layers,
+            heads=sizes.num_heads,
+            head_dim=sizes.head_dim,
+            rows=self.slots,
+            chunk=self.config.chunk,
+            device=self.device,
+        )
+        self.free = list(range(self.slots))
+        self.streams: dict[int, Stream] = {}
+        self._numbers = count()
+
+    def open(self, prompt: str, seed: int, frames: int | None = None) -> Stream:
+        """A stream of `frames` latent frames, in whole chunks, or without end; NoSlot where every slot is taken."""
+        if not self.free:
+            raise NoSlot(f"all {self.slots} slots are taken.")
+        context = self.text.encode([prompt])
+        row, chunk = self.free.pop(0), self.config.chunk
+        self.cache.row(row).rewind()
+        video = self.card.video
+        rollout = Rollout(
+            self.config,
+            RolloutPlan.full(self.config, chunk * (ENDLESS if frames is None else -(-frames // chunk))),
+            noise=SampleNoise([(seed, "generate", 0)], self.device),
+            cache=self.cache.row(row),
+            shape=(1, video.channels, video.height, video.width),
+        )
+        stream = Stream(next(self._numbers), row, rollout, context)
+        self.streams[stream.number] = stream
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Free a stream's slot at once; closing it twice does nothing."""
+        if self.streams.pop(stream.number, None) is not None and stream.row is not None:
+            self.free.append(stream.row)
+            self.free.sort()
+
+    def change_prompt(self, stream: Stream, prompt: str, *, reencode: bool = True) -> None:
+        """Another prompt from the next chunk on, with the past encoded anew under it unless told not to."""
+        stream.next_context = (self.text.encode([prompt]), reencode)
+
+    def park(self, stream: Stream) -> None:
+        """Move a stream's cache to host memory and free its slot, until `unpark`."""
+        if stream.row is not None:
+            stream.parked = self.cache.park(stream.row)
+            self.free.append(stream.row)
+            self.free.sort()
+            stream.row = None
+
+    def unpark(self, stream: Stream) -> None:
+        """Go on with a parked stream; NoSlot where every slot is taken."""
+        if stream.parked is None:
+            return
+        if not self.free:
+            raise NoSlot(f"all {self.slots} slots are taken.")
+        stream.row = self.free.pop(0)
+        self.cache.unpark(stream.row, stream.parked)
+        stream.rollout.cache = self.cache.row(stream.row)
+        stream.parked = None
+
+    @torch.inference_mode()
+    def tick(self, *, paused: Collection[int] = ()) -> list[Event]:
+        """One forward of every stream that is neither parked nor `paused` (numbers), and what came of it.
+
+        It is computed for all before anything changes: a row that is not finite ends its own stream and touches no other.
+        """
+        running = [
+            stream
+            for stream in sorted(self.streams.values(), key=lambda stream: stream.row or 0)
+            if stream.row is not None and stream.number not in paused
+        ]
+        calls: dict[int, list[tuple[Stream, NetworkCall]]] = defaultdict(list)
+        for stream in running:
+            self._apply_prompt(stream)
+            call = stream.rollout.next_call()
+            assert call is not None, "a stream is closed with its last chunk"
+            # All are of one chunk, but for a past that is written anew, whose oldest piece may be shorter.
+            calls[call.x.shape[1]].append((stream, call))
+        return [event for together in calls.values() for event in self._forward(together)]
+
+    def _apply_prompt(self, stream: Stream) -> None:
+        if stream.next_context is None or not stream.rollout.between_chunks:
+            return
+        stream.context, reencode = stream.next_context
+        stream.next_context, stream.new_prompt = None, True
+        if reencode and stream.rollout.past:
+            stream.rollout.reencode()
+
+    def _forward(self, together: list[tuple[Stream, NetworkCall]]) -> list[Event]:
+        """One batched forward of calls of equal length."""
+        streams, calls = [stream for stream, _ in together], [call for _, call in together]
+        x = torch.cat([call.x for call in calls])
+        rows = [stream.row for stream in streams if stream.row is not None]
+        velocity, live = self.network(
+            x,
+            torch.cat([call.timestep for call in calls]),
+            torch.cat([stream.context for stream in streams]),
+            history=self.cache.join(rows, x.shape[1]),
+            return_live=True,
+        )
+        finite = velocity.flatten(1).isfinite().all(1).tolist()
+        events: list[Event] = []
+        for index, (stream, call) in enumerate(together):
+            if not finite[index]:
+                self.close(stream)
+                events.append(Event(stream, error="the model's answer is not finite"))
+                continue
+            part = slice(index, index + 1)
+            kept = [(key[part], value[part]) for key, value in live] if call.keeps_live else None
+            chunk = stream.rollout.advance(velocity[part], kept)
+            if chunk is not None:
+                events.append(self._deliver(stream, chunk[0]))
+        return events
+
+    def _deliver(self, stream: Stream, chunk: Tensor) -> Event:
+        stream.chunks += 1
+        applied, stream.new_prompt = stream.new_prompt, False
+        last = stream.rollout.next_call() is None
+        if last:
+            self.close(stream)
+        return Event(stream, chunk=chunk, new_prompt=applied, last=last)
