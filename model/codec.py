@@ -5,8 +5,12 @@ Frames are [B, T, channels, height, width] in [−1, 1]; latents are [B, F, C, H
 
 from typing import Protocol
 
+import numpy as np
 from einops import rearrange
 from torch import Tensor
+
+SHORT_SIDE = 256
+"""Smallest height of frames that a person looks at; smaller ones are enlarged by whole pixels."""
 
 
 class Codec(Protocol):
@@ -39,3 +43,16 @@ class SpaceToDepth:
     def decode(self, latents: Tensor) -> Tensor:
         frames = rearrange(latents, "b t (c p q) h w -> b t c (h p) (w q)", p=self.factor, q=self.factor)
         return (frames * self.std + self.mean).clamp(-1, 1)
+
+
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """Frames [T, channels, height, width] in [−1, 1], 1 or 3 channels → uint8 [T, height, width, 3]."""
+    pixels = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    pixels = rearrange(pixels, "t c h w -> t h w c")
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def enlarge(frames: np.ndarray, short_side: int = SHORT_SIDE) -> np.ndarray:
+    """Whole-pixel enlargement of [T, height, width, 3] to at least `short_side`."""
+    factor = -(-short_side // min(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": "measure teacher, initial and distilled student",
     "run": "all stages that are not done yet, then evaluate",
     "experiment": "train and measure every cell of an experiment, such as exposure-bias",
+    "serve": "stream a student to many viewers at once",
     "submit": "run a command as a Ray job on a cluster",
 }
 

@@ -11,22 +11,9 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from model.codec import enlarge, to_uint8
+
 SUFFIXES = (".mp4", ".gif")
-SHORT_SIDE = 256
-"""Smallest height of a written video; smaller frames are enlarged by whole pixels, so that a person can see them."""
-
-
-def to_uint8(frames: Tensor) -> np.ndarray:
-    """Frames [T, channels, height, width] in [−1, 1], 1 or 3 channels → uint8 [T, height, width, 3]."""
-    pixels = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    pixels = rearrange(pixels, "t c h w -> t h w c")
-    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
-
-
-def enlarge(frames: np.ndarray, short_side: int = SHORT_SIDE) -> np.ndarray:
-    """Whole-pixel enlargement of [T, height, width, 3] to at least `short_side`."""
-    factor = -(-short_side // min(frames.shape[1:3]))
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:

@@ -21,6 +21,10 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
         from pipelines.submit import main
 
         return main(arguments)
+    if command == "serve":
+        from pipelines.serve import main as serve
+
+        return serve(arguments)
     if command == "experiment":
         return experiment(arguments)
     config, options = cli.parse(command, arguments)

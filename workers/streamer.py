@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.kv_cache import Parked, SlotCache
 from model.noise import SampleNoise
-from model.rollout import NetworkCall, Rollout, RolloutPlan
+from model.rollout import NetworkCall, Rollout, RolloutConfig, RolloutPlan
 from workers.model_directory import ModelDirectory
 
 ENDLESS = 2**40
@@ -58,6 +58,19 @@ class Event:
     error: str | None = None
 
 
+def check(model: str) -> tuple[ModelDirectory, RolloutConfig]:
+    """The student at `model` and how it generates; ValueError where it cannot stream."""
+    source = ModelDirectory(model)
+    rollout = source.card.rollout
+    if rollout is None or source.card.guidance:
+        raise ValueError(f"the model at {model} is no few-step student; streaming needs one.")
+    if rollout.window is None:
+        raise ValueError(
+            f"the student at {model} has no rollout.window, and its cache would grow for ever; streaming needs one."
+        )
+    return source, rollout
+
+
 @dataclass
 class Streamer:
     """One student and its streams."""
@@ -69,14 +82,8 @@ class Streamer:
     )
 
     def __post_init__(self) -> None:
-        source = ModelDirectory(self.model)
-        if source.card.rollout is None or source.card.guidance:
-            raise ValueError(f"the model at {self.model} is no few-step student; streaming needs one.")
-        self.card, self.config = source.card, source.card.rollout
-        if self.config.window is None:
-            raise ValueError(
-                f"the student at {self.model} has no rollout.window, and its cache would grow for ever; streaming needs one."
-            )
+        source, self.config = check(self.model)
+        self.card = source.card
         sizes, video = source.card.transformer, source.card.video
         self.network = source.transformer(self.device)
         self.text = source.text_encoder(self.device)
