@@ -95,17 +95,31 @@ class Viewers:
             self.viewers[viewer.stream.number] = viewer
             return viewer
 
-        return await self._do(opened)
+        done = self._post(opened)
+        try:
+            return await asyncio.wrap_future(done)
+        except asyncio.CancelledError:
+            # The viewer left while the stream was being opened.
+            done.add_done_callback(self._close_unseen)
+            raise
 
-    async def close(self, viewer: Viewer) -> None:
+    def _close_unseen(self, done: "Future[Viewer]") -> None:
+        if not done.cancelled() and done.exception() is None:
+            self.close(done.result())
+
+    def close(self, viewer: Viewer) -> None:
+        """End a viewer's stream; also from a task that is being cancelled, so there is nothing to wait for."""
+
         def closed() -> None:
             self.streamer.close(viewer.stream)
             self.viewers.pop(viewer.stream.number, None)
 
-        await self._do(closed)
+        self._post(closed)
 
     async def change_prompt(self, viewer: Viewer, prompt: str, *, reencode: bool = True) -> None:
-        await self._do(lambda: self.streamer.change_prompt(viewer.stream, prompt, reencode=reencode))
+        await asyncio.wrap_future(
+            self._post(lambda: self.streamer.change_prompt(viewer.stream, prompt, reencode=reencode))
+        )
 
     def stop(self) -> None:
         """End every stream and both threads."""
@@ -115,15 +129,16 @@ class Viewers:
         self._thread.join()
         self._decoder.shutdown()
 
-    async def _do(self, command: Callable[[], T]) -> T:
-        """Run on the ticking thread between two ticks."""
+    def _post(self, command: Callable[[], T]) -> "Future[T]":
+        """Have a command run on the ticking thread between two ticks."""
         done: Future[T] = Future()
         with self._wake:
             if self._stopped:
-                raise RuntimeError("this server is shutting down.")
+                done.set_exception(StreamEnded("this server is shutting down."))
+                return done
             self._commands.append((command, done))
             self._wake.notify()
-        return await asyncio.wrap_future(done)
+        return done
 
     def _notify(self) -> None:
         with self._wake:
@@ -145,7 +160,8 @@ class Viewers:
         finally:
             end = StreamEnded("this server stopped." if self.failure is None else "the model failed.")
             for _, done in self._commands:
-                done.set_exception(end)
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(end)
             for viewer in self.viewers.values():
                 viewer.put(end)
 
@@ -159,6 +175,8 @@ class Viewers:
                     return False
                 commands, self._commands = self._commands, []
             for command, done in commands:
+                if not done.set_running_or_notify_cancel():
+                    continue
                 try:
                     done.set_result(command())
                 except Exception as error:
