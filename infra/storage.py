@@ -150,6 +150,15 @@ def read_metadata(path: Location) -> dict[str, Any]:
     return _read_manifest(_local(path))["metadata"]
 
 
+def digests(path: Location) -> dict[str, str]:
+    """SHA-256 of every file of a complete directory, as it was published, by name.
+
+    Raises:
+        StorageError: as `read_metadata`.
+    """
+    return {name: file["sha256"] for name, file in _read_manifest(_local(path))["files"].items()}
+
+
 def newest_complete(parent: Location) -> str | None:
     """The complete child of `parent` that was published last, or `None` (also where `parent` does not exist)."""
     children = _complete_children(_local(parent))

@@ -92,25 +92,26 @@ def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: S
     return config.located()
 
 
+PLACES = ("output", "teacher", "student", "critic", "pairs_path")
+MANNERS = ("checkpoint_every", "keep", "sample_every", "overlap", "samplers")
+"""Settings that say where things lie, and how a stage goes about its work: no number depends on them."""
+
+
 def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]) -> dict[str, Any]:
-    """What decides a cell's numbers: settings, wherever things lie, and the weights that it starts from."""
+    """What decides a cell's numbers: settings, and the weights that it starts from."""
     whole = config.portable()
-    stages = {"evaluate", stage}
-    kept = {name: whole[name] for name in ("seed", "video", "rollout", "score", *sorted(stages))}
-    paths = ("output", "teacher", "student", "critic", "pairs_path")
+    kept = {name: whole[name] for name in ("seed", "video", "rollout", "score", *sorted({"evaluate", stage}))}
     settings = {
-        name: {key: each for key, each in value.items() if key not in paths}
+        name: {key: each for key, each in value.items() if key not in PLACES + MANNERS}
         if isinstance(value, dict)
         else value
         for name, value in kept.items()
     }
-    manifests = {name: manifest(model) for name, model in models.items()}
-    return json.loads(json.dumps({**settings, "models": manifests}))
-
-
-def manifest(model: ModelDirectory) -> str:
-    with storage.reading(model.path) as directory:
-        return json.loads((directory / storage.MANIFEST).read_text())["sha256"]
+    weights = {
+        role: {name: digest for name, digest in storage.digests(model.path).items() if name != "model.json"}
+        for role, model in models.items()
+    }
+    return json.loads(json.dumps({**settings, "weights": weights}))
 
 
 def run(
