@@ -23,7 +23,8 @@ from pipelines.experiment import REFERENCES, Experiment
 from pipelines.plots import LOOKS, Look, plot_curves, plot_samples
 from pipelines.report import METRICS, PICTURES, write_text
 
-_PALETTE = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+_PALETTE = ("#D55E00", "#CC79A7", "#009E73", "#000000", "#56B4E9")
+"""What is left of the palette beside the references."""
 _BEGIN, _END = "<!-- findings -->", "<!-- /findings -->"
 """What stands between these in a report is a person's, and stays when the report is written anew."""
 
@@ -35,6 +36,7 @@ class Found:
         self.experiment, self.config = experiment, config
         self.curves: dict[str, dict[str, Tensor]] = {}
         """By row and metric, `[seeds, F]`."""
+        self.seeds: dict[str, list[int]] = {}
         self.seconds: dict[str, list[float]] = {}
         self.samples: dict[str, Tensor] = {}
         references = self._read(f"{cells}/references", REFERENCES)
@@ -42,12 +44,17 @@ class Found:
             self._take(name, [references["rows"][name]])
         self.total = sum(references["seconds"].values())
         for cell in experiment.cells:
-            paths = [f"{cells}/{cell.name}-{seed}" for seed in experiment.seeds]
-            there = [self._read(path, [cell.name]) for path in paths if storage.is_complete(path)]
+            paths = {seed: f"{cells}/{cell.name}-{seed}" for seed in experiment.seeds}
+            there = {
+                seed: self._read(path, [cell.name])
+                for seed, path in paths.items()
+                if storage.is_complete(path)
+            }
             if there:
-                self._take(cell.name, [body["rows"][cell.name] for body in there])
-                self.seconds[cell.name] = [body["seconds"]["train"] for body in there]
-                self.total += sum(sum(body["seconds"].values()) for body in there)
+                self._take(cell.name, [body["rows"][cell.name] for body in there.values()])
+                self.seeds[cell.name] = list(there)
+                self.seconds[cell.name] = [body["seconds"]["train"] for body in there.values()]
+                self.total += sum(sum(body["seconds"].values()) for body in there.values())
 
     def _read(self, path: str, names: Sequence[str]) -> dict[str, Any]:
         with storage.reading(path) as directory:
@@ -72,6 +79,15 @@ class Found:
             f"frames {third}–{trained - 1}": slice(third, trained),
             f"frames {trained}–{self.config.evaluate.frames - 1}": slice(trained, None),
         }
+
+    def difference(self, name: str, other: str, metric: str, span: slice) -> Tensor:
+        """Of two rows' means over a span, seed by seed, where both are there."""
+        both = [seed for seed in self.seeds[name] if seed in self.seeds[other]]
+        here, there = (
+            self.over(each, metric, span)[[self.seeds[each].index(seed) for seed in both]]
+            for each in (name, other)
+        )
+        return here - there
 
     def over(self, name: str, metric: str, span: slice) -> Tensor:
         """The mean over a span of frames, one a seed, `[seeds]`."""
@@ -157,11 +173,9 @@ def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mappi
     lines += [*_row(["", *later]), *_row(["---"] * (1 + len(later)))]
     for name, other in pairs:
         if name in found.curves and other in found.curves:
-            differences = []
-            for span in later:
-                here, there = (found.over(each, accuracy, spans[span]) for each in (name, other))
-                both = min(len(here), len(there))
-                differences.append(_show(here[:both] - there[:both], sign="+"))
+            differences = [
+                _show(found.difference(name, other, accuracy, spans[span]), sign="+") for span in later
+            ]
             lines += _row([f"{looks[name].label} − {looks[other].label}", *differences])
     lines += [
         "",
@@ -193,7 +207,7 @@ def _row(cells: Sequence[str]) -> list[str]:
 
 def _show(values: Tensor, sign: str = "") -> str:
     """The mean over seeds ± the standard deviation between them, where there are several."""
-    if values.isnan().any():
+    if not len(values) or values.isnan().any():
         return "–"
     spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
     return f"{values.mean():{sign}.3f}{spread}"

@@ -41,7 +41,8 @@ def plot_curves(
     """One metric by frame with its intervals, a curve for each row; `share` is whether it lies between 0 and 1."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+    rows = -(-len(curves) // 4)
+    figure = Figure(figsize=(8, 4 + 0.2 * rows), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name, estimate in curves.items():
         look = looks[name]
@@ -64,7 +65,7 @@ def plot_curves(
     axes.set_ylabel(label)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(curves), 5), frameon=False)
+    figure.legend(loc="outside lower center", ncols=4 if rows == 1 else 3, frameon=False)
     figure.savefig(path)
 
 
