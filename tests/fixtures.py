@@ -110,7 +110,8 @@ def furnished(root: Path, recipe: str | Path = TINY_RECIPE, overrides: Sequence[
         rollout = config.rollout if path == config.distill.student else None
         write_model(root / path, size, seed=seed, rollout=rollout, video=config.video, text=text)
     embedded = (sizes.text_len, sizes.text_dim) if text.encoder == "embedded" else None
-    write_prompts(root / config.data.train, embedded)
+    if config.data.train != config.data.real:
+        write_prompts(root / config.data.train, embedded)
     if config.data.real is not None:
         write_real(root / config.data.real, config)
     negative = config.distill.roles.teacher.negative_embedding
