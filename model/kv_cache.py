@@ -146,13 +146,13 @@ class BlockCache:
         for block in self._blocks:
             for low, high in ranges:
                 first, last = max(low, start), min(high, start + block.frames)
-                if first < last:
+                if first < last and block.layers:  # what was skipped holds nothing to see
                     spans.append((block, first - start, last - start))
             start += block.frames
         tokens = self.grid[0] * self.grid[1]
         if self.window.positions == "absolute":
             return _BlockHistory(spans, tokens, phase=self._phase(self.seen, chunk), key_phase=None)
-        held = sink + latest
+        held = sum(last - first for _, first, last in spans)
         return _BlockHistory(spans, tokens, phase=self._phase(held, chunk), key_phase=self._phase(0, held))
 
     def commit(self, live: Sequence[KeyValue], frames: int) -> None:

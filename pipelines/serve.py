@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from ray import serve
 
 from orchestrator.cluster import connect
-from orchestrator.serving.app import ServeConfig, build
+from orchestrator.serving.app import HOST, ServeConfig, build
 from pipelines.console import say
 from workers.streamer import check
 
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str]) -> int:
     config = replace(config, model=str(Path(config.model).absolute()))
     check(config.model)
     with connect(options.address):
-        serve.start(http_options={"host": config.host, "port": config.port})
+        serve.start(http_options={"host": HOST, "port": config.port})
         try:
             serve.run(build(asdict(config)), name="self-forcing")
             say(
-                f"serve: {config.model} at http://{config.host}:{config.port}/ with {config.slots} slots; stop with Ctrl-C"
+                f"serve: {config.model} at http://{HOST}:{config.port}/ with {config.slots} slots; stop with Ctrl-C"
             )
             threading.Event().wait()
         finally:

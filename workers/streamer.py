@@ -122,9 +122,13 @@ class Streamer:
 
     def close(self, stream: Stream) -> None:
         """Free a stream's slot at once; closing it twice does nothing."""
-        if self.streams.pop(stream.number, None) is not None and stream.row is not None:
-            self.free.append(stream.row)
-            self.free.sort()
+        if self.streams.pop(stream.number, None) is not None:
+            self._release(stream)
+
+    def _release(self, stream: Stream) -> None:
+        if stream.row is not None:
+            self.free = sorted([*self.free, stream.row])
+            stream.row = None
 
     def change_prompt(self, stream: Stream, prompt: str, *, reencode: bool = True) -> None:
         """Another prompt from the next chunk on, with the past encoded anew under it unless told not to."""
@@ -134,9 +138,7 @@ class Streamer:
         """Move a stream's cache to host memory and free its slot, until `unpark`."""
         if stream.row is not None:
             stream.parked = self.cache.park(stream.row)
-            self.free.append(stream.row)
-            self.free.sort()
-            stream.row = None
+            self._release(stream)
 
     def unpark(self, stream: Stream) -> None:
         """Go on with a parked stream; NoSlot where every slot is taken."""

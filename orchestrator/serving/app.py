@@ -1,6 +1,6 @@
 """The Ray Serve application: streams over HTTP and WebSocket, and the page to watch them on.
 
-`GET /v1/streams` is a motion JPEG that any `<img>`, OpenCV and curl can read; `WS /v1/realtime/video` is a `Session`, whose prompt can change
+`GET /v1/streams` is a motion JPEG that FFmpeg and curl read; `WS /v1/realtime/video` is a `Session`, whose prompt can change
 while it plays.
 """
 
@@ -23,6 +23,7 @@ from orchestrator.serving.viewers import StreamEnded, Viewer, Viewers
 from workers.streamer import NoSlot, Streamer
 
 PAGE = Path(__file__).parents[2] / "infra" / "web" / "index.html"
+HOST = "127.0.0.1"
 BOUNDARY = "frame"
 
 
@@ -32,10 +33,8 @@ class ServeConfig:
 
     model: str = "outputs/distilled/model"
     """Model directory of a student with a rolling window."""
-    host: str = "127.0.0.1"
-    """Address to listen on; anything but loopback is refused until requests are authenticated."""
     port: int = 8000
-    """Port to listen on."""
+    """Port to listen on, on loopback: requests are not authenticated."""
     slots: int = 8
     """Streams that run at once on a replica; the next viewer is told to come again."""
     cpus: float = 1.0
@@ -46,10 +45,6 @@ class ServeConfig:
     """Seconds that running streams may go on when a replica is asked to stop."""
 
     def __post_init__(self) -> None:
-        if self.host not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError(
-                f"host is {self.host}; only loopback can be served, for requests are not authenticated yet: put a proxy that does in front."
-            )
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; it must be at least 1.")
 
@@ -128,7 +123,7 @@ class StreamServer:
         viewer = await self._open(prompt, seed, frames)
 
         async def parts() -> AsyncIterator[bytes]:
-            # No closing boundary at the end: FFmpeg, and with it OpenCV, takes one for a damaged frame.
+            # No closing boundary at the end: FFmpeg takes one for a damaged frame.
             try:
                 async for frame in self._paced(viewer):
                     yield b"--%s\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (
@@ -168,7 +163,7 @@ class StreamServer:
 
 
 def build(settings: dict[str, Any]) -> serve.Application:
-    """The application, for `serve.run` and `serve deploy`, from the settings of a `ServeConfig`."""
+    """The application, for `serve.run`, from the settings of a `ServeConfig`."""
     config = ServeConfig(**settings)
     return StreamServer.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},

@@ -46,6 +46,8 @@ class Session:
                         await self._start(message)
                         sending = asyncio.create_task(self._send())
                     elif message["type"] == "session.stop":
+                        if sending is not None:
+                            sending.cancel()
                         break
                     else:
                         await self._answer(message)
@@ -84,7 +86,7 @@ class Session:
             raise Refused("frames must be an integer from 1, or none for a stream without end.")
         try:
             self.viewer = await self.viewers.open(str(prompt), seed, frames)
-        except (NoSlot, ValueError) as error:
+        except (NoSlot, StreamEnded, ValueError) as error:
             raise Refused(str(error)) from None
         await self._say("video.start", fps=self.fps, format="jpeg")
 

@@ -42,10 +42,10 @@ class Chunk:
 class Viewer:
     """One viewer's side of a stream."""
 
-    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop, read: Callable[[], None]):
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop, read: "Callable[[Viewer], None]"):
         self.stream = stream
         self.waiting = 0
-        """Chunks made and not read yet; the ticking thread counts up, the reader down."""
+        """Chunks made and not read yet; `Viewers` counts, under its lock."""
         self._loop = loop
         self._read = read
         self._outbox: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
@@ -60,8 +60,7 @@ class Viewer:
             if isinstance(item, Exception):
                 raise item
             yield item
-            self.waiting -= 1
-            self._read()
+            self._read(self)
 
 
 class Viewers:
@@ -91,7 +90,7 @@ class Viewers:
         loop = asyncio.get_running_loop()
 
         def opened() -> Viewer:
-            viewer = Viewer(self.streamer.open(prompt, seed, frames), loop, self._notify)
+            viewer = Viewer(self.streamer.open(prompt, seed, frames), loop, self._read)
             self.viewers[viewer.stream.number] = viewer
             return viewer
 
@@ -140,8 +139,10 @@ class Viewers:
             self._wake.notify()
         return done
 
-    def _notify(self) -> None:
+    def _read(self, viewer: Viewer) -> None:
+        """A viewer has read a chunk, so its stream may have to go on."""
         with self._wake:
+            viewer.waiting -= 1
             self._wake.notify()
 
     def _paused(self) -> set[int]:
@@ -187,7 +188,8 @@ class Viewers:
     def _deliver(self, event: Event) -> None:
         viewer = self.viewers[event.stream.number]
         if event.chunk is not None:
-            viewer.waiting += 1
+            with self._wake:
+                viewer.waiting += 1
             self._decoder.submit(self._decode, self.codec, viewer, event, event.stream.chunks - 1)
         if event.error is not None:
             viewer.put(StreamEnded(f"the stream ended: {event.error}."))

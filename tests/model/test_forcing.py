@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from model.forcing import ForcedPlan, per_chunk
+from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
 from model.objectives.consistency import consistency_step, consistency_target
 from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
 from model.schedule import FlowSchedule
 from model.score import guide
 from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
-from tests.model.test_rollout import block_cache, keys, run
+from tests.model.test_rollout import block_cache, keys, run, slot_cache
 
 FRAMES = 6
 CONFIGS = RolloutConfig(steps=(1000, 500), chunk=2, window=4, positions="relative")
@@ -148,3 +149,30 @@ def test_a_consistency_step_follows_the_teacher_and_ends_clean() -> None:
     target = consistency_target(guess, followed, following)
     assert not target.requires_grad and target[:, :4].abs().max() == 0
     assert torch.equal(target[:, 4:], followed[:, 4:])
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIGS, replace(CONFIGS, window=5, sink=1), replace(CONFIGS, positions="absolute")]
+)
+@torch.no_grad()
+def test_writing_the_cache_anew_means_the_same_in_both_backings(config: RolloutConfig) -> None:
+    def run_with(cache: BlockCache | SlotCache, *, again: bool) -> Tensor:
+        model, context = tiny_model(), prompt(2)
+        rollout = Rollout(
+            config, RolloutPlan.full(config, 10), noise=keys(2), cache=cache, shape=(2, *DATA[2:])
+        )
+        chunks = []
+        while (call := rollout.next_call()) is not None:
+            if again and rollout.between_chunks and len(chunks) == 4:
+                again, context = False, prompt(2, seed=9)
+                rollout.reencode()
+                call = rollout.next_call()
+                assert call is not None
+            velocity, live = model(call.x, call.timestep, context, history=call.history, return_live=True)
+            chunk = rollout.advance(velocity, live if call.keeps_live else None)
+            chunks += [] if chunk is None else [chunk]
+        return torch.cat(chunks, dim=1)
+
+    plain, blocks = run_with(block_cache(config), again=False), run_with(block_cache(config), again=True)
+    assert torch.equal(plain[:, :8], blocks[:, :8]) and difference(blocks[:, 8:], plain[:, 8:]) > 1e-3
+    assert difference(run_with(slot_cache(config), again=True), blocks) < 1e-5
