@@ -250,6 +250,10 @@ class SlotCache:
         self.held = [0] * rows
         self.seen = [0] * rows
 
+    @property
+    def nbytes(self) -> int:
+        return sum(slots.nbytes for slots in self.slots)
+
     def history(self, chunk: int) -> _SlotHistory:
         return self.join(range(len(self.held)), chunk)
 
