@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 import yaml  # noqa: E402
 from jsonargparse import ArgumentError, ArgumentParser  # noqa: E402
 
+from infra.tracking import TrackingConfig  # noqa: E402
 from orchestrator.config import RunConfig  # noqa: E402
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,6 +37,8 @@ COMMANDS = {
     "run": "all stages that are not done yet, then evaluate",
     "experiment": "train and measure every cell of an experiment, such as exposure-bias",
     "serve": "stream a student to many viewers at once",
+    "register": "copy a student into MLflow's model registry, as the next version of a name",
+    "promote": "move an alias to a version that is no worse than the one it names, or roll back",
     "submit": "run a command as a Ray job on a cluster",
 }
 
@@ -92,6 +95,29 @@ def config_parser(command: str) -> ArgumentParser:
             "--output", type=str, default="outputs/sample.mp4", help="path ending in .mp4 or .gif"
         )
     return parser
+
+
+def registry_parser(command: str) -> ArgumentParser:
+    """A parser of where the model registry is, for commands that need no recipe."""
+    parser = ArgumentParser(
+        prog=f"self-forcing {command}", description=COMMANDS[command].capitalize() + ".", exit_on_error=False
+    )
+    parser.add_argument(
+        "--root", type=str, default=".", help="directory whose outputs/mlflow.db is the registry"
+    )
+    parser.add_class_arguments(TrackingConfig, "tracking", skip={"system_metrics_every_s"})
+    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    return parser
+
+
+def parse_registry(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[TrackingConfig, Any]:
+    """Where the registry is, as for any other command, and the call's own options."""
+    try:
+        options = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise ValueError(f"{' '.join(str(error).split()).rstrip('.')}.") from None
+    tracking = TrackingConfig(**vars(options.tracking))
+    return RunConfig(root=options.root, tracking=tracking).located().tracking, options
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
