@@ -44,9 +44,12 @@ def api(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        reporting = asyncio.create_task(service.report())
+        tasks = [asyncio.create_task(service.report())]
+        if service.config.registered:
+            tasks.append(asyncio.create_task(service.models.follow()))
         yield
-        reporting.cancel()
+        for task in tasks:
+            task.cancel()
 
     app = FastAPI(
         title="self-forcing", summary="Real-time autoregressive video, streamed.", lifespan=lifespan

@@ -101,7 +101,7 @@ def routes(service: Service) -> APIRouter:
             served, viewer = await service.open(
                 prompt, seed, frames, lambda _: jpegs, first_frame=first_frame
             )
-            opening.callback(served.viewers.close, viewer)
+            opening.callback(viewer.close)
             open_stream = opening.pop_all()
 
         async def parts() -> AsyncIterator[bytes]:
