@@ -12,6 +12,7 @@ from orchestrator.cluster import connect
 from orchestrator.serving.access import check_exposure
 from orchestrator.serving.app import application
 from orchestrator.serving.config import ServeConfig
+from orchestrator.serving.models import locate
 from pipelines.console import say
 from workers.streamer import check
 
@@ -41,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     if (options.certificate is None) != (options.key is None):
         raise ValueError("certificate and key belong together; give both or neither.")
     check_exposure(config.access, options.host)
-    if not config.model.startswith("models:/"):
+    if not config.registered:
         config = replace(config, model=str(Path(config.model).absolute()))
-        check(config.model)
+    check(str(locate(config)[1]))
     scheme = "http" if options.certificate is None else "https"
     with connect(options.address):
         serve.start(

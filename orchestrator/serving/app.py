@@ -35,6 +35,10 @@ class StreamServer:
         """Healthy means that a chunk can be made."""
         self.service.models.check()
 
+    async def census(self) -> dict[str, int]:
+        """What viewers hold, for whoever asks by a deployment handle; all but the slots is none when nobody is there."""
+        return self.service.census()
+
     def __del__(self) -> None:
         self.service.models.stop()
 
@@ -44,9 +48,12 @@ def api(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        reporting = asyncio.create_task(service.report())
+        tasks = [asyncio.create_task(service.report())]
+        if service.config.registered:
+            tasks.append(asyncio.create_task(service.models.follow()))
         yield
-        reporting.cancel()
+        for task in tasks:
+            task.cancel()
 
     app = FastAPI(
         title="self-forcing", summary="Real-time autoregressive video, streamed.", lifespan=lifespan

@@ -86,8 +86,13 @@ class ServeConfig:
             )
 
     @property
+    def registered(self) -> bool:
+        """Whether the model comes from the registry."""
+        return self.model.startswith("models:/")
+
+    @property
     def name(self) -> str:
         """The model's name in requests: that of the registry, or self-forcing."""
-        if not self.model.startswith("models:/"):
+        if not self.registered:
             return "self-forcing"
         return self.model.removeprefix("models:/").split("@")[0].split("/")[0]

@@ -135,17 +135,17 @@ class Session:
         self._set_timer(most_s)
         if self._resuming is not None:
             self._resuming.cancel()
-        if self.viewer is not None and self.served is not None:
+        if self.viewer is not None:
             with suppress(StreamEnded):
-                await self.served.viewers.pause(self.viewer)
+                await self.viewer.pause()
 
     def _flow(self) -> None:
         self._set_timer(None)
         if self._pace is not None:
             self._pace.restart()
-        if self.viewer is not None and self.served is not None:
+        if self.viewer is not None:
             # There may be a queue, and the viewer may have more to say meanwhile.
-            self._resuming = asyncio.ensure_future(self.served.viewers.resume(self.viewer, self._told()))
+            self._resuming = asyncio.ensure_future(self.viewer.resume(self._told()))
         self._flowing.set()
 
     def _set_timer(self, seconds: float | None) -> None:
@@ -188,9 +188,9 @@ class Session:
                 first_frame=self.start.first_frame,
                 told=self._told(),
             )
-            self._open.callback(self.served.viewers.close, self.viewer)
+            self._open.callback(self.viewer.close)
             if not self._flowing.is_set():
-                await self.served.viewers.pause(self.viewer)
+                await self.viewer.pause()
             await self._say_start()
             chunks = self.viewer.chunks()
             while True:
@@ -264,12 +264,10 @@ class Session:
     async def _interact(self, message: Interact) -> None:
         interaction = message.interaction
         event = interaction.event_id or uuid4().hex
-        if self.viewer is None or self.served is None:
+        if self.viewer is None:
             raise Refused("the stream has no slot yet; send the prompt when video.start has come.")
         try:
-            await self.served.viewers.change_prompt(
-                self.viewer, interaction.event.prompt, reencode=interaction.reencode
-            )
+            await self.viewer.change_prompt(interaction.event.prompt, reencode=interaction.reencode)
         except (ValueError, StreamEnded) as error:
             await self.say(Rejected(request_id=self.request_id, event_id=event, message=str(error)))
             return

@@ -54,6 +54,7 @@ def routes(service: Service) -> APIRouter:
             "fps": service.models.active.fps,
             "model": service.config.name,
             "version": service.models.active.version,
+            "retiring": [served.version for served in service.models.retiring],
         }
 
     @router.get("/metrics", summary="For Prometheus", response_class=Response)
@@ -101,7 +102,7 @@ def routes(service: Service) -> APIRouter:
             served, viewer = await service.open(
                 prompt, seed, frames, lambda _: jpegs, first_frame=first_frame
             )
-            opening.callback(served.viewers.close, viewer)
+            opening.callback(viewer.close)
             open_stream = opening.pop_all()
 
         async def parts() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Viewers of one model: a thread that ticks, a thread that decodes, a queue for slots, and a bounded outbox for each viewer.
+"""Viewers of one model: a thread that ticks, another that decodes, a queue for slots, and a bounded outbox for each viewer.
 
 A viewer who reads slowly pauses only its own stream. Whatever changes streams happens on the ticking thread, between two ticks.
 """
@@ -8,9 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,6 @@ BUFFERED = 2
 STUCK_S = 120.0
 """Seconds after which a tick that has not come back counts as a failure."""
 
-T = TypeVar("T")
 Encode = Callable[[np.ndarray, bool], Any]
 """Frames uint8 [f, height, width, 3] of one chunk, and whether it is the last → what the viewer is sent."""
 
@@ -49,29 +50,35 @@ class Chunk:
 class Viewer:
     """One viewer's side of a stream."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        encode: Encode,
-        first_frame: int,
-        read: "Callable[[Viewer], None]",
-    ):
+    def __init__(self, home: "Viewers", encode: Encode, first_frame: int):
         self.stream: Stream
         """Set by `Viewers`, once there is a slot."""
+        self.home = home
+        """Whose ticking thread this stream belongs to; changed by that thread alone."""
         self.encode = encode
         self.first_frame = first_frame
         """Frames before this one are made and not shown."""
-        self.waiting = 0
-        """Chunks made and not read yet; `Viewers` counts, under its lock."""
         self.paused = False
-        """Whether the viewer asked for a pause; the ticking thread's."""
-        self._loop = loop
-        self._read = read
+        """Whether the viewer asked for a pause; the ticking thread's, as is the next."""
+        self.gone = False
+        self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+        self._lock = threading.Lock()
+        self._unread = 0
 
     def put(self, item: Chunk | Exception | None) -> None:
         """From any thread: a chunk, why there will be none, or the end."""
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
+
+    def count(self, chunks: int) -> None:
+        """From any thread: chunks made, or read if negative."""
+        with self._lock:
+            self._unread += chunks
+
+    @property
+    def halted(self) -> bool:
+        """Whether no chunk is to be made now: the viewer paused, or has enough to read."""
+        return self.paused or self._unread >= BUFFERED
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Chunks until the stream ends; StreamEnded where it cannot go on."""
@@ -79,7 +86,50 @@ class Viewer:
             if isinstance(item, Exception):
                 raise item
             yield item
-            self._read(self)
+            self.count(-1)
+            self.home.wake()
+
+    def close(self) -> None:
+        """End the stream; also from a task that is being cancelled, so there is nothing to wait for."""
+        self._ask(lambda home: home.closed(self))
+
+    async def change_prompt(self, prompt: str, *, reencode: bool = True) -> None:
+        """As `Streamer.change_prompt`."""
+        await asyncio.wrap_future(
+            self._ask(lambda home: home.streamer.change_prompt(self.stream, prompt, reencode=reencode))
+        )
+
+    async def pause(self) -> None:
+        """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host memory."""
+
+        def paused(_: "Viewers") -> None:
+            self.paused = True
+
+        await asyncio.wrap_future(self._ask(paused))
+
+    async def resume(self, told: Callable[[int], None]) -> None:
+        """Go on; first in the queue where the slot was given up. `told`: as in `Viewers.open`."""
+        done: Future[None] = Future()
+        asked = self._ask(lambda home: home.resumed(self, done, told))
+        asked.add_done_callback(lambda _: _fail(done, asked.exception()))
+        await asyncio.wrap_future(done)
+
+    def _ask(self, command: "Callable[[Viewers], None]", done: Future | None = None) -> Future:
+        """Have a command run on the ticking thread of wherever the stream is by then."""
+        home, answer = self.home, done or Future()
+
+        def run() -> None:
+            if self.home is not home:
+                self._ask(command, answer)
+                return
+            try:
+                command(home)
+                answer.set_result(None)
+            except Exception as error:
+                _fail(answer, error)
+
+        home.post(run, answer)
+        return answer
 
 
 @dataclass
@@ -99,8 +149,10 @@ class Viewers:
     """All viewers of one `Streamer`."""
 
     streamer: Streamer
-    queue: int = 0
+    queue: int
     """How many may wait for a slot."""
+    decoder: Executor
+    """Of one thread, so that a stream's chunks stay in order, also where it moves to another model."""
     viewers: dict[int, Viewer] = field(default_factory=dict)
     failure: BaseException | None = None
     """What ended the ticking thread, if anything did."""
@@ -116,9 +168,8 @@ class Viewers:
         self._queue: deque[Waiter] = deque()
         self._wake = threading.Condition()
         self._stopped = False
+        self._successor: Viewers | None = None
         self._ticking_since: float | None = None
-        # One thread, so that a stream's chunks stay in order.
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="tick", daemon=True)
         self._thread.start()
 
@@ -152,7 +203,7 @@ class Viewers:
 
         With `told`, it waits in the queue where no slot is free, and is told its place. NoSlot where it would not or cannot wait.
         """
-        viewer = Viewer(asyncio.get_running_loop(), encode, first_frame, self._read)
+        viewer = Viewer(self, encode, first_frame)
 
         def opened() -> Viewer:
             viewer.stream = self.streamer.open(prompt, seed, frames)
@@ -160,90 +211,84 @@ class Viewers:
             return viewer
 
         done: Future[Viewer] = Future()
-        self._post(lambda: self._enter(Waiter(opened, done, told or _nothing), waits=told is not None), done)
+        self.post(lambda: self._enter(Waiter(opened, done, told or _nothing), waits=told is not None), done)
         try:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
             # The viewer left while the stream was being opened.
-            done.add_done_callback(self._close_unseen)
+            done.add_done_callback(_close_unseen)
             raise
 
-    def _close_unseen(self, done: "Future[Viewer]") -> None:
-        if not done.cancelled() and done.exception() is None:
-            self.close(done.result())
+    def move_to(self, successor: "Viewers") -> None:
+        """Have every stream go on there, from its next chunk on."""
 
-    def close(self, viewer: Viewer) -> None:
-        """End a viewer's stream; also from a task that is being cancelled, so there is nothing to wait for."""
+        def moving() -> None:
+            self._successor = successor
 
-        def closed() -> None:
-            self.streamer.close(viewer.stream)
-            self.viewers.pop(viewer.stream.number, None)
-
-        self._post(closed)
-
-    async def change_prompt(self, viewer: Viewer, prompt: str, *, reencode: bool = True) -> None:
-        """As `Streamer.change_prompt`."""
-        await asyncio.wrap_future(
-            self._post(lambda: self.streamer.change_prompt(viewer.stream, prompt, reencode=reencode))
-        )
-
-    async def pause(self, viewer: Viewer) -> None:
-        """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host memory."""
-
-        def paused() -> None:
-            viewer.paused = True
-
-        await asyncio.wrap_future(self._post(paused))
-
-    async def resume(self, viewer: Viewer, told: Callable[[int], None] | None = None) -> None:
-        """Go on; first in the queue where the slot was given up."""
-
-        def resumed() -> None:
-            if viewer.paused and viewer.stream.parked is not None:
-                self._enter(Waiter(unparked, done, told or _nothing), waits=True, first=True)
-            else:
-                viewer.paused = False
-                done.set_result(None)
-
-        def unparked() -> None:
-            if viewer.stream.number in self.viewers:
-                self.streamer.unpark(viewer.stream)
-                viewer.paused = False
-
-        done: Future[None] = Future()
-        self._post(resumed, done)
-        await asyncio.wrap_future(done)
+        self.post(moving)
 
     def stop(self) -> None:
-        """End every stream and both threads."""
+        """End every stream and the thread."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
         self._thread.join()
-        self._decoder.shutdown()
 
-    def _post(self, command: Callable[[], Any], fails: Future | None = None) -> "Future[Any]":
-        """Have a command run on the ticking thread between two ticks. `fails` fails with it."""
-        done: Future[Any] = Future()
+    def wake(self) -> None:
+        """Something changed that may let a stream go on."""
         with self._wake:
-            if self._stopped:
-                for each in (done, fails):
-                    if each is not None:
-                        each.set_exception(StreamEnded("this server is shutting down."))
-                return done
-            self._commands.append((command, done))
             self._wake.notify()
-        if fails is not None:
-            done.add_done_callback(lambda _: _fail(fails, done.exception()))
-        return done
 
-    def _read(self, viewer: Viewer) -> None:
-        """A viewer has read a chunk, so its stream may have to go on."""
+    def post(self, command: Callable[[], Any], answer: Future | None = None) -> None:
+        """Have a command run on the ticking thread between two ticks; `answer` fails where it fails or cannot run."""
+        answer = answer or Future()
         with self._wake:
-            viewer.waiting -= 1
-            self._wake.notify()
+            if not self._stopped:
+                self._commands.append((command, answer))
+                self._wake.notify()
+                return
+        _fail(answer, StreamEnded("this server is shutting down."))
 
     # From here on, the ticking thread.
+
+    def closed(self, viewer: Viewer) -> None:
+        viewer.gone = True
+        self.streamer.close(viewer.stream)
+        self.viewers.pop(viewer.stream.number, None)
+
+    def resumed(self, viewer: Viewer, done: Future, told: Callable[[int], None]) -> None:
+        """`done` when the stream goes on, which may take a slot."""
+
+        def unparked() -> None:
+            if not viewer.gone:
+                self.streamer.unpark(viewer.stream)
+                viewer.paused = False
+
+        if viewer.stream.parked is not None:
+            self._enter(Waiter(unparked, done, told), waits=True, first=True)
+        else:
+            viewer.paused = False
+            done.set_result(None)
+
+    def _hand_over(self) -> None:
+        """Give streams that are between two chunks to the successor; one that is parked goes when it is back."""
+        successor = self._successor
+        if successor is None:
+            return
+        for number, viewer in list(self.viewers.items()):
+            if viewer.stream.row is not None and viewer.stream.rollout.between_chunks:
+                self.streamer.close(viewer.stream)
+                del self.viewers[number]
+                viewer.home = successor
+                successor.post(partial(successor._receive, viewer))
+
+    def _receive(self, viewer: Viewer) -> None:
+        def adopted() -> None:
+            if not viewer.gone:
+                self.streamer.adopt(viewer.stream)
+                self.viewers[viewer.stream.number] = viewer
+
+        self._enter(Waiter(adopted, Future(), _nothing), waits=True, first=True)
 
     def _enter(self, waiter: Waiter, *, waits: bool, first: bool = False) -> None:
         """Take a slot now, or wait for one; NoSlot where there is neither a slot nor a place in the queue."""
@@ -285,9 +330,7 @@ class Viewers:
 
     def _halted(self) -> set[int]:
         """Streams that make no chunk now: paused by their viewers, or ahead of them."""
-        return {
-            number for number, viewer in self.viewers.items() if viewer.paused or viewer.waiting >= BUFFERED
-        }
+        return {number for number, viewer in self.viewers.items() if viewer.halted}
 
     def _run(self) -> None:
         try:
@@ -303,8 +346,11 @@ class Viewers:
             raise
         finally:
             end = StreamEnded("this server stopped." if self.failure is None else "the model failed.")
-            for done in [*(done for _, done in self._commands), *(waiter.done for waiter in self._queue)]:
-                _fail(done, end)
+            for answer in [
+                *(answer for _, answer in self._commands),
+                *(waiter.done for waiter in self._queue),
+            ]:
+                _fail(answer, end)
             for viewer in self.viewers.values():
                 viewer.put(end)
 
@@ -317,13 +363,12 @@ class Viewers:
                 if self._stopped:
                     return False
                 commands, self._commands = self._commands, []
-            for command, done in commands:
-                if not done.set_running_or_notify_cancel():
-                    continue
+            for command, answer in commands:
                 try:
-                    done.set_result(command())
+                    command()
                 except Exception as error:
-                    done.set_exception(error)
+                    _fail(answer, error)
+            self._hand_over()
             self._admit()
             if len(self._halted()) < len(self.viewers):
                 return True
@@ -334,9 +379,8 @@ class Viewers:
             first = (event.stream.chunks - 1) * len(event.chunk)
             hidden = min(len(event.chunk), max(0, viewer.first_frame - first))
             if hidden < len(event.chunk):
-                with self._wake:
-                    viewer.waiting += 1
-                self._decoder.submit(self._decode, viewer, event, event.stream.chunks - 1, hidden)
+                viewer.count(1)
+                self.decoder.submit(self._decode, viewer, event, event.stream.chunks - 1, hidden)
             elif event.last:
                 viewer.put(None)
         if event.error is not None:
@@ -362,7 +406,13 @@ def _nothing(_: int) -> None:
     """Whoever does not wait has no place."""
 
 
-def _fail(done: Future, error: BaseException | None) -> None:
-    """Have `done` fail, unless it is done or was cancelled."""
-    if error is not None and not done.done() and done.set_running_or_notify_cancel():
-        done.set_exception(error)
+def _fail(answer: Future, error: BaseException | None) -> None:
+    """Have `answer` fail, unless it is there already or nobody waits for it."""
+    if error is not None and not answer.done():
+        with suppress(InvalidStateError):
+            answer.set_exception(error)
+
+
+def _close_unseen(done: "Future[Viewer]") -> None:
+    if not done.cancelled() and done.exception() is None:
+        done.result().close()
