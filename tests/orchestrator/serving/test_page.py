@@ -287,7 +287,7 @@ def test_a_session_that_the_server_lost_starts_again_from_its_seed(page: Page) -
 def test_a_token_leads_to_a_stream(browser: Chrome, deploy: Callable, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text(TOKEN)
     with deploy("tokens", replace(CONFIG, access=AccessConfig(tokens=str(tmp_path / "tokens")))) as url:
-        browser.get(f"{url}/")
+        browser.get(url)
         page = Page(browser, tmp_path)
         dialog, field = (browser.find_element(By.ID, name) for name in ("access", "token"))
         (viewer,) = page.viewers
