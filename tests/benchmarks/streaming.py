@@ -124,10 +124,16 @@ def measure(name: str, model: str, settings: Settings, scratch: Path) -> Measure
             path, card.transformer, seed=1, rollout=replace(streamer.config, window=window), video=card.video
         )
         recomputing.append(engine.recomputing(Streamer(str(path), 1), chunks=settings.repeats))
+    cache = streamer.cache
+    # Keys that are turned when they are committed lie beside those that are not.
+    held = {
+        memory.untyped_storage().data_ptr(): memory
+        for memory in (cache.slots, cache.keys, streamer.prompts.slots)
+    }
     return Measured(
         name,
         sum(weight.numel() for weight in streamer.network.parameters()),
-        sum(slots[:, 0].nbytes for slots in streamer.cache.slots),
+        sum(memory.untyped_storage().nbytes() for memory in held.values()) // streamer.slots,
         latency,
         batching,
         capacity,
