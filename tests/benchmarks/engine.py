@@ -83,6 +83,7 @@ class Endless:
 @dataclass(frozen=True)
 class Recomputing:
     window: int
+    viewers: int
     cached: Spread
     recomputed: Spread
 
@@ -109,6 +110,15 @@ def make_chunk(streamer: Streamer, stream: Stream) -> float:
     began = time.perf_counter()
     while not streamer.tick(paused=others):
         pass
+    return time.perf_counter() - began
+
+
+def make_chunks(streamer: Streamer) -> float:
+    """Seconds for one chunk of everybody in one batch."""
+    began = time.perf_counter()
+    made = 0
+    while made < len(streamer.streams):
+        made += len(streamer.tick())
     return time.perf_counter() - began
 
 
@@ -143,15 +153,11 @@ def batching(streamer: Streamer, viewers: int, *, repeats: int) -> Batching:
     for repeat in range(repeats):
         # Whoever comes first has the warmer cache, so they take turns at that too.
         for way in sorted(seconds, reverse=repeat % 2 == 1):
-            began = time.perf_counter()
-            if way == "batch":
-                made = 0
-                while made < viewers:
-                    made += len(streamer.tick())
-            else:
-                for stream in streams:
-                    make_chunk(streamer, stream)
-            seconds[way].append(time.perf_counter() - began)
+            seconds[way].append(
+                make_chunks(streamer)
+                if way == "batch"
+                else sum(make_chunk(streamer, stream) for stream in streams)
+            )
     finish(streamer)
     frames = viewers * streamer.config.chunk
     batch, interleaved = (frames / float(np.median(seconds[way])) for way in ("batch", "interleaved"))
@@ -263,38 +269,38 @@ def endless(streamer: Streamer, *, frames: int, chunks: int) -> Endless:
     return Endless(old.rollout.start // chunk * chunk, Spread.of(early), Spread.of(late), grown)
 
 
-def recomputing(streamer: Streamer, *, chunks: int) -> Recomputing:
-    """A chunk with the cache, then a chunk for which every step runs the whole window again, and so on."""
-    (stream,) = start(streamer, 1)
-    window = streamer.config.window
-    assert window is not None, "a model that streams has a window"
-    past = torch.cat([frames for _, frames in stream.rollout.past], dim=1)
-    assert past.shape[1] == window - streamer.config.chunk, "the window is full"
-    schedule = FlowSchedule(streamer.config.shift)
-    timesteps = schedule.few_steps(streamer.config.steps)
+def recomputing(streamer: Streamer, viewers: int, *, chunks: int) -> Recomputing:
+    """A chunk of everybody with the cache, then one for which every step runs the whole window again, and so on."""
+    streams = start(streamer, viewers)
+    config = streamer.config
+    schedule = FlowSchedule(config.shift)
+    timesteps = schedule.few_steps(config.steps)
     sigmas = schedule.sigma(torch.tensor(timesteps)).tolist()
+    past = torch.cat([torch.cat([frames for _, frames in stream.rollout.past], 1) for stream in streams])
+    context = torch.cat([stream.context for stream in streams])
+    assert config.window == past.shape[1] + config.chunk, "the windows are full"
     cached, recomputed = [], []
     for _ in range(chunks):
-        cached.append(make_chunk(streamer, stream))
+        cached.append(make_chunks(streamer))
         began = time.perf_counter()
-        _recompute(streamer, stream, past, timesteps, sigmas)
+        _recompute(streamer, past, context, timesteps, sigmas)
         recomputed.append(time.perf_counter() - began)
     finish(streamer)
-    return Recomputing(window, Spread.of(cached), Spread.of(recomputed))
+    return Recomputing(config.window, viewers, Spread.of(cached), Spread.of(recomputed))
 
 
 @torch.inference_mode()
 def _recompute(
-    streamer: Streamer, stream: Stream, past: Tensor, timesteps: Sequence[float], sigmas: Sequence[float]
+    streamer: Streamer, past: Tensor, context: Tensor, timesteps: Sequence[float], sigmas: Sequence[float]
 ) -> Tensor:
-    """A chunk without a cache: every step runs the clean frames of the window and the noisy chunk through the network."""
+    """Chunks without a cache: every step runs the clean frames of the window and the noisy chunk through the network."""
     x = torch.randn_like(past[:, :1].expand(-1, streamer.config.chunk, -1, -1, -1))
     seen = past.shape[1]
     for step, timestep in enumerate(timesteps):
         both = torch.cat([past, x], 1)
         at = torch.zeros(both.shape[:2], device=x.device)
         at[:, seen:] = timestep
-        x = clean(x, streamer.network(both, at, stream.context)[:, seen:], sigmas[step])
+        x = clean(x, streamer.network(both, at, context)[:, seen:], sigmas[step])
         if step + 1 < len(timesteps):
             x = interpolate(x, torch.randn_like(x), sigmas[step + 1])
     return x

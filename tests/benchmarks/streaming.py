@@ -30,6 +30,8 @@ from tests.fixtures import write_model
 from workers.streamer import Streamer
 
 PUBLISHED_WINDOW = 21
+COMPARED = 8
+"""Viewers for whom a batch is compared with what it replaces."""
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"
 
 
@@ -123,7 +125,9 @@ def measure(name: str, model: str, settings: Settings, scratch: Path) -> Measure
         write_model(
             path, card.transformer, seed=1, rollout=replace(streamer.config, window=window), video=card.video
         )
-        recomputing.append(engine.recomputing(Streamer(str(path), 1), chunks=settings.repeats))
+        again = Streamer(str(path), COMPARED)
+        for viewers in (1, COMPARED):
+            recomputing.append(engine.recomputing(again, viewers, chunks=settings.repeats))
     cache = streamer.cache
     # Keys that are turned when they are committed lie beside those that are not.
     held = {
@@ -144,10 +148,13 @@ def measure(name: str, model: str, settings: Settings, scratch: Path) -> Measure
 
 def goals(measured: Measured) -> Iterator[Goal]:
     for each in measured.batching:
-        if each.viewers == 8:
+        if each.viewers == COMPARED:
             ratio = each.batch / each.interleaved
             yield Goal(
-                "frames a second of 8 viewers, one batch over interleaved", ratio, "at least 2", ratio >= 2
+                f"frames a second of {COMPARED} viewers, one batch over interleaved",
+                ratio,
+                "at least 2",
+                ratio >= 2,
             )
     first = max(each.first.p95 for each in measured.latency)
     yield Goal("seconds to the first frame, the slowest p95 above", first, "under 1", first < 1)
@@ -160,7 +167,10 @@ def goals(measured: Measured) -> Iterator[Goal]:
     for again in measured.recomputing:
         ratio = again.recomputed.median / again.cached.median
         yield Goal(
-            f"rolling cache over recomputing a window of {again.window}", ratio, "at least 3.5", ratio >= 3.5
+            f"rolling cache over recomputing a window of {again.window}, viewers: {again.viewers}",
+            ratio,
+            "at least 3.5",
+            ratio >= 3.5,
         )
 
 
@@ -219,10 +229,11 @@ def tables(measured: Measured) -> Iterator[tuple[str, Sequence[str], list[Sequen
     )
     yield (
         "Rolling cache against recomputing the window",
-        ("window, frames", "cached chunk, ms", "recomputed, ms", "cache gains"),
+        ("window, frames", "viewers", "cached chunk, ms", "recomputed, ms", "cache gains"),
         [
             (
                 f"{one.window}",
+                f"{one.viewers}",
                 f"{1000 * one.cached.median:.1f}",
                 f"{1000 * one.recomputed.median:.1f}",
                 f"{one.recomputed.median / one.cached.median:.2f}×",
