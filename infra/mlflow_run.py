@@ -1,7 +1,7 @@
 """One run on the MLflow side: found or created, and given the records of a spool.
 
-The only training-side module that imports mlflow, and not before it is used: that takes a second. Every call here may
-fail for want of a server, and every one may be repeated: repetitions change nothing.
+With `infra/registry.py` the only module that imports mlflow, and not before it is used: that takes a second. Every call
+here may fail for want of a server, and every one may be repeated: repetitions change nothing.
 """
 
 import importlib
@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -68,6 +69,8 @@ class MlflowRun:
         """
         from mlflow.tracking import MlflowClient
 
+        if database := sqlite_file(uri):
+            database.parent.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(uri)
         run = _find_run(client, run_id)
         created = run is None

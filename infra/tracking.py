@@ -125,7 +125,7 @@ class Tracker:
             ValueError: the tracking URI is of no known kind, or `resume_run_id` cannot be an id.
         """
         redactor = Redactor()
-        uri = _checked_uri(config.uri, redactor)
+        uri = checked_uri(config.uri, redactor)
         load_mlflow()  # here, so that the thread does not race with the caller's imports
         spool = _open_spool(folder / "tracking", resume_run_id)
         clean = redactor.tree(params)
@@ -135,7 +135,7 @@ class Tracker:
             "kind": "open",
             "time": _now_ms(),
             "name": redactor.text(run_name),
-            "params": _flatten(clean),
+            "params": flatten(clean),
             "parents": dict(parents or {}),
             "tags": {**redactor.tree(tags or {}), "stage": stage, **versions(), **git_commit()},
         }
@@ -280,7 +280,7 @@ class Tracker:
         self._system_step += 1
 
     def _note_failure(self, error: Exception) -> None:
-        self._failure = self._one_line(_root_cause(error))
+        self._failure = self._one_line(root_cause(error))
         if not self._warned and self._deadline is None:  # `finish` has its own sentence
             self._warned = True
             _log.warning(
@@ -353,29 +353,26 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """`{"a": {"b": [1, 2]}}` as `{"a.b": "[1, 2]"}`."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat
 
 
-def _checked_uri(uri: str | None, redactor: Redactor) -> str:
-    """The URI, an sqlite file's made absolute and its directory created."""
+def checked_uri(uri: str | None, redactor: Redactor) -> str:
+    """The tracking URI, an sqlite file's made absolute; ValueError where it is of no known kind."""
     if uri is None or not re.match(r"sqlite:///[^:?]|(https?|postgresql|mysql|mssql)(\+\w+)?://", uri or ""):
         raise ValueError(
             f"tracking.uri is {redactor.text(str(uri))!r}, which is no tracking URI; "
             "use sqlite:///path/to/mlflow.db or http://host:port."
         )
     database = sqlite_file(uri)
-    if database is None:
-        return uri
-    database.parent.mkdir(parents=True, exist_ok=True)
-    return sqlite_uri(database)
+    return sqlite_uri(database) if database else uri
 
 
 def _open_spool(root: Path, resume_run_id: str | None) -> Spool:
@@ -387,7 +384,7 @@ def _open_spool(root: Path, resume_run_id: str | None) -> Spool:
     return Spool(folder) if folder else Spool(root / resume_run_id, run_id=resume_run_id)
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What a person can act on: MLflow wraps a refused connection four times."""
     while cause := error.__cause__ or error.__context__:
         error = cause

@@ -256,6 +256,10 @@ class SlotCache:
         self.held = [0] * rows
         self.seen = [0] * rows
 
+    @property
+    def nbytes(self) -> int:
+        return sum(slots.nbytes for slots in self.slots)
+
     def history(self, chunk: int) -> _SlotHistory:
         rows = range(len(self.held))
         return self.join(rows, [self._phase(row, chunk) for row in rows])

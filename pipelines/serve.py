@@ -2,14 +2,17 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 from ray import serve
 
 from orchestrator.cluster import connect
-from orchestrator.serving.app import HOST, ServeConfig, build
+from orchestrator.serving.access import check_exposure
+from orchestrator.serving.app import application
+from orchestrator.serving.config import ServeConfig
+from orchestrator.serving.models import locate
 from pipelines.console import say
 from workers.streamer import check
 
@@ -21,6 +24,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_class_arguments(ServeConfig, None)
     parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; others than this machine's need tokens"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--certificate", type=str | None, default=None, help="PEM file, for HTTPS")
+    parser.add_argument("--key", type=str | None, default=None, help="PEM file of the certificate's key")
+    parser.add_argument(
         "--address", type=str | None, default=None, help="Ray cluster; this machine by default"
     )
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
@@ -28,15 +37,28 @@ def main(arguments: Sequence[str]) -> int:
         options = parser.parse_args(list(arguments))
     except ArgumentError as error:
         raise ValueError(str(error)) from None
-    config = ServeConfig(**{name: options[name] for name in ServeConfig.__dataclass_fields__})
-    config = replace(config, model=str(Path(config.model).absolute()))
-    check(config.model)
+    settings = parser.instantiate_classes(options)
+    config = ServeConfig(**{each.name: settings[each.name] for each in fields(ServeConfig)})
+    if (options.certificate is None) != (options.key is None):
+        raise ValueError("certificate and key belong together; give both or neither.")
+    check_exposure(config.access, options.host)
+    if not config.registered:
+        config = replace(config, model=str(Path(config.model).absolute()))
+    check(str(locate(config)[1]))
+    scheme = "http" if options.certificate is None else "https"
     with connect(options.address):
-        serve.start(http_options={"host": HOST, "port": config.port})
+        serve.start(
+            http_options={
+                "host": options.host,
+                "port": options.port,
+                "ssl_certfile": options.certificate,
+                "ssl_keyfile": options.key,
+            }
+        )
         try:
-            serve.run(build(asdict(config)), name="self-forcing")
+            serve.run(application(config), name="self-forcing")
             say(
-                f"serve: {config.model} at http://{HOST}:{config.port}/ with {config.slots} slots; stop with Ctrl-C"
+                f"serve: {config.model} at {scheme}://{options.host}:{options.port}/ with {config.slots} slots a replica; stop with Ctrl-C"
             )
             threading.Event().wait()
         finally:

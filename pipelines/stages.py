@@ -25,6 +25,14 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
         from pipelines.serve import main as serve
 
         return serve(arguments)
+    if command == "register":
+        from pipelines.register import main as register
+
+        return register(arguments)
+    if command == "promote":
+        from pipelines.promote import main as promote
+
+        return promote(arguments)
     if command == "experiment":
         return experiment(arguments)
     config, options = cli.parse(command, arguments)

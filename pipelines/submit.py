@@ -34,6 +34,8 @@ QUIET = (
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
 )
+NO_JOBS = ("generate", "serve", "register", "promote", "submit")
+"""Commands that take no recipe."""
 BAD_INPUT = 2
 DETACHED = 130
 STOPPED = 143
@@ -56,7 +58,7 @@ def submit(
     `recipe` is a file below `working_dir` (default: here), or the name of one that ships with the package. See
     `run_job`. Raises `ValueError`, before anything is sent, for a command or a recipe that there is not.
     """
-    jobs = [name for name in COMMANDS if name not in ("generate", "serve", "submit")]
+    jobs = [name for name in COMMANDS if name not in NO_JOBS]
     if command not in jobs:
         raise ValueError(f"{command!r} is no command for a job; use one of {', '.join(jobs)}.")
     working_dir = (working_dir or Path.cwd()).resolve()

@@ -33,10 +33,11 @@ class Stream:
     row: int | None
     """Its slot; none while it is parked."""
     rollout: Rollout
+    prompt: str
     context: Tensor
     """Prompt embedding, [1, text_len, text_dim]."""
-    next_context: tuple[Tensor, bool] | None = None
-    """The prompt from the next chunk on, and whether the past is encoded anew under it."""
+    next_prompt: tuple[str, Tensor, bool] | None = None
+    """The prompt from the next chunk on, its embedding, and whether the past is encoded anew under it."""
     chunks: int = 0
     """Chunks that are finished."""
     new_prompt: bool = False
@@ -126,7 +127,7 @@ class Streamer:
             cache=self.cache.row(row),
             shape=(1, video.channels, video.height, video.width),
         )
-        stream = Stream(next(self._numbers), row, rollout, context)
+        stream = Stream(next(self._numbers), row, rollout, prompt, context)
         self.streams[stream.number] = stream
         return stream
 
@@ -142,7 +143,7 @@ class Streamer:
 
     def change_prompt(self, stream: Stream, prompt: str, *, reencode: bool = True) -> None:
         """Another prompt from the next chunk on, with the past encoded anew under it unless told not to."""
-        stream.next_context = (self.text.encode([prompt]), reencode)
+        stream.next_prompt = (prompt, self.text.encode([prompt]), reencode)
 
     def park(self, stream: Stream) -> None:
         """Move a stream's cache to host memory and free its slot, until `unpark`."""
@@ -160,6 +161,26 @@ class Streamer:
         self.cache.unpark(stream.row, stream.parked)
         stream.rollout.cache = self.cache.row(stream.row)
         stream.parked = None
+
+    def follows(self, other: "Streamer") -> bool:
+        """Whether streams of `other` can go on here: they are of one shape, and generated in one way."""
+        return (self.config, self.card.video) == (other.config, other.card.video)
+
+    def adopt(self, stream: Stream) -> None:
+        """Go on, between two chunks, with a stream that another streamer has closed; what it has shown is encoded anew.
+
+        NoSlot where every slot is taken.
+        """
+        if not self.free:
+            raise NoSlot(f"all {self.slots} slots are taken.")
+        stream.row, stream.number = self.free.pop(0), next(self._numbers)
+        stream.context = self.text.encode([stream.prompt])
+        if stream.next_prompt is not None:
+            prompt, _, reencode = stream.next_prompt
+            self.change_prompt(stream, prompt, reencode=reencode)
+        stream.rollout.cache = self.cache.row(stream.row)
+        stream.rollout.reencode()
+        self.streams[stream.number] = stream
 
     @torch.inference_mode()
     def tick(self, *, paused: Collection[int] = ()) -> list[Event]:
@@ -182,10 +203,10 @@ class Streamer:
         return [event for together in calls.values() for event in self._forward(together)]
 
     def _apply_prompt(self, stream: Stream) -> None:
-        if stream.next_context is None or not stream.rollout.between_chunks:
+        if stream.next_prompt is None or not stream.rollout.between_chunks:
             return
-        stream.context, reencode = stream.next_context
-        stream.next_context, stream.new_prompt = None, True
+        stream.prompt, stream.context, reencode = stream.next_prompt
+        stream.next_prompt, stream.new_prompt = None, True
         if reencode and stream.rollout.past:
             stream.rollout.reencode()
 

@@ -1,21 +1,45 @@
-"""One WebSocket viewer, in the messages of vLLM-Omni's streaming video: JSON for control, and each chunk as its metadata followed by one binary
-message, here JPEG frames one after the other.
-"""
+"""One viewer's session over WebSocket. It outlives a broken connection for a while, and can be paused."""
 
 import asyncio
-import json
-import time
-from contextlib import suppress
-from typing import Any
+import secrets
+from collections import deque
+from contextlib import ExitStack, suppress
+from typing import Any, assert_never
+from uuid import uuid4
 
-from fastapi import WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic import ValidationError
 
-from orchestrator.serving.viewers import Chunk, StreamEnded, Viewer, Viewers
-from workers.streamer import NoSlot
+from orchestrator.serving.encoders import Fragments, jpegs
+from orchestrator.serving.messages import (
+    MESSAGE,
+    MESSAGE_BYTES,
+    Answer,
+    Applied,
+    ChunkMetadata,
+    Control,
+    Done,
+    Failure,
+    Interact,
+    Message,
+    Pong,
+    Queue,
+    Queued,
+    Reconnect,
+    Rejected,
+    Start,
+    StreamConfig,
+    VideoStart,
+)
+from orchestrator.serving.metrics import Pace
+from orchestrator.serving.models import Served
+from orchestrator.serving.problems import Problem
+from orchestrator.serving.service import Service
+from orchestrator.serving.viewers import Chunk, Encode, StreamEnded, Viewer
 
-LONGEST_PROMPT = 1000
-MESSAGE_BYTES = 16 << 10
-"""Largest control message."""
+HISTORY = 16
+"""Chunks that are kept after they were sent, for a viewer who reconnects."""
+POLICY_VIOLATION = 1008
 
 
 class Refused(Exception):
@@ -23,130 +47,313 @@ class Refused(Exception):
 
 
 class Session:
-    """One WebSocket viewer."""
+    """One viewer's."""
 
-    def __init__(self, viewers: Viewers, fps: int, socket: WebSocket):
-        self.viewers = viewers
-        self.fps = fps
-        self.socket = socket
+    def __init__(self, service: Service, who: str, start: Start):
+        """Problem where this viewer has too many streams already or asks for what is not served here."""
+        service.check_model(start.model)
+        self.service, self.who, self.start = service, who, start
+        self.request_id = f"video_stream-{secrets.token_urlsafe(16)}"
+        self.socket: WebSocket | None = None
+        self.served: Served | None = None
         self.viewer: Viewer | None = None
-        self.pending: list[str] = []
-        """Event ids of prompts that were queued and are not applied yet."""
-        self.paused = asyncio.Event()
-        self.paused.set()  # set is running
+        self._sent: deque[tuple[ChunkMetadata, bytes, Chunk]] = deque(maxlen=HISTORY)
+        self._next = 0
+        """Number of the next chunk to send."""
+        self._made = 0
+        self._events: list[str] = []
+        """Prompts that were queued and are not applied yet."""
+        self._paused = False
+        self._flowing = asyncio.Event()
+        """Set while chunks may be sent."""
+        self._speaking = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._resuming: asyncio.Future | None = None
+        self._pace: Pace | None = None
+        self._open = ExitStack()
+        self._open.enter_context(service.access.stream(who))
+        self._open.callback(service.sessions.pop, self.request_id, None)
+        service.sessions[self.request_id] = self
+        self._playing = asyncio.create_task(self._play())
 
-    async def run(self) -> None:
-        """Until the viewer leaves or stops: messages in, chunks out."""
-        sending: asyncio.Task | None = None
-        try:
-            while True:
-                try:
-                    message = self._parse(await self.socket.receive())
-                    if message["type"] == "session.start":
-                        await self._start(message)
-                        sending = asyncio.create_task(self._send())
-                    elif message["type"] == "session.stop":
-                        if sending is not None:
-                            sending.cancel()
-                        break
-                    else:
-                        await self._answer(message)
-                except Refused as refusal:
-                    await self._say("error", message=str(refusal))
-            await self._say("session.done", reason="stopped")
-        finally:
-            if sending is not None:
-                sending.cancel()
-            if self.viewer is not None:
-                self.viewers.close(self.viewer)
+    # What the connection does.
 
-    @staticmethod
-    def _parse(received: Any) -> dict[str, Any]:
-        if received["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(received.get("code", 1000))
-        text = received.get("text")
-        if text is None or len(text) > MESSAGE_BYTES:
-            raise Refused(f"a message must be JSON text of at most {MESSAGE_BYTES} bytes.")
-        try:
-            message = json.loads(text)
-        except (ValueError, RecursionError):
-            raise Refused("a message must be JSON.") from None
-        if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-            raise Refused("a message must be an object with a type.")
-        return message
-
-    async def _start(self, message: dict[str, Any]) -> None:
-        if self.viewer is not None:
-            raise Refused("the session has started already.")
-        prompt, seed, frames = message.get("prompt"), message.get("seed", 0), message.get("frames")
-        self._check_prompt(prompt)
-        if type(seed) is not int or not 0 <= seed < 2**31:
-            raise Refused("seed must be an integer from 0 to 2147483647.")
-        if frames is not None and (type(frames) is not int or not 1 <= frames <= 10**9):
-            raise Refused("frames must be an integer from 1, or none for a stream without end.")
-        try:
-            self.viewer = await self.viewers.open(str(prompt), seed, frames)
-        except (NoSlot, StreamEnded, ValueError) as error:
-            raise Refused(str(error)) from None
-        await self._say("video.start", fps=self.fps, format="jpeg")
-
-    @staticmethod
-    def _check_prompt(prompt: Any) -> None:
-        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > LONGEST_PROMPT:
-            raise Refused(f"prompt must be text of 1 to {LONGEST_PROMPT} characters.")
-
-    async def _answer(self, message: dict[str, Any]) -> None:
-        kind = message["type"]
-        if kind == "session.ping":
-            await self._say("session.pong")
-        elif self.viewer is None:
-            raise Refused("the session has not started: send session.start with a prompt first.")
-        elif kind == "session.interaction":
-            await self._interact(self.viewer, message)
-        elif kind in ("session.pause", "session.resume"):
-            (self.paused.clear if kind == "session.pause" else self.paused.set)()
+    async def attach(self, socket: WebSocket, next_chunk: int | None = None) -> None:
+        """Speak to this socket from now on, beginning with chunk `next_chunk`; Refused where that is gone."""
+        if next_chunk is not None:
+            kept = self._made - len(self._sent)
+            if not kept <= next_chunk <= self._made:
+                raise Refused(f"next_chunk must be from {kept} to {self._made}; earlier chunks are gone.")
+            self._next = next_chunk
+        self.socket = socket
+        if next_chunk is not None and self.served is not None:
+            await self._say_start()
+        if self._paused:
+            await self._hold(self.service.config.pause_s)
         else:
-            raise Refused(f"there is no message {kind!r}.")
+            self._flow()
 
-    async def _interact(self, viewer: Viewer, message: dict[str, Any]) -> None:
-        event = str(message.get("event_id", ""))
+    async def detach(self) -> None:
+        """The connection broke: hold the stream until the viewer is back, or for `reconnect_s`."""
+        self.socket = None
+        if not self._playing.done():
+            await self._hold(self.service.config.reconnect_s)
+
+    async def answer(self, message: Interact | Control) -> None:
+        """Do as the viewer says; Refused where that cannot be."""
+        if isinstance(message, Interact):
+            await self._interact(message)
+        elif message.type == "session.pause":
+            self._paused = True
+            await self._hold(self.service.config.pause_s)
+        elif message.type == "session.resume":
+            self._paused = False
+            self._flow()
+
+    def end(self) -> None:
+        """Stop, and free what this session holds."""
+        self._playing.cancel()
+        self._set_timer(None)
+        self._open.close()
+
+    @property
+    def over(self) -> bool:
+        return self._playing.done()
+
+    async def say(self, answer: Answer) -> None:
+        """A message, if there is anyone to hear it."""
+        async with self._speaking:
+            await _send(self.socket, answer)
+
+    async def done(self, *, stopped: bool) -> None:
+        await self.say(Done(request_id=self.request_id, chunks=self._next, stopped=stopped))
+
+    # Holding the stream, and letting it flow.
+
+    async def _hold(self, most_s: float) -> None:
+        self._flowing.clear()
+        self._set_timer(most_s)
+        if self._resuming is not None:
+            self._resuming.cancel()
+        if self.viewer is not None:
+            with suppress(StreamEnded):
+                await self.viewer.pause()
+
+    def _flow(self) -> None:
+        self._set_timer(None)
+        if self._pace is not None:
+            self._pace.restart()
+        if self.viewer is not None:
+            # There may be a queue, and the viewer may have more to say meanwhile.
+            self._resuming = asyncio.ensure_future(self.viewer.resume(self._told()))
+        self._flowing.set()
+
+    def _set_timer(self, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._expiring = asyncio.create_task(self._end_aloud("the session was held for too long."))
+
+    async def _end_aloud(self, message: str) -> None:
+        await self.say(Failure(code="expired", message=message, request_id=self.request_id))
+        self.end()
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        if self.socket is not None:
+            with suppress(RuntimeError, WebSocketDisconnect):
+                await self.socket.close()
+
+    def _told(self) -> Any:
+        loop = asyncio.get_running_loop()
+        return lambda place: asyncio.run_coroutine_threadsafe(
+            self.say(Queue(request_id=self.request_id, place=place)), loop
+        )
+
+    # What is sent.
+
+    async def _play(self) -> None:
+        """Wait for a slot, and send what is made in it."""
         try:
-            self._check_prompt(message.get("prompt"))
-            await self.viewers.change_prompt(
-                viewer, message["prompt"], reencode=message.get("reencode", True) is not False
+            self._pace = Pace(self.service.metrics, self.service.models.active.fps)
+            self.served, self.viewer = await self.service.open(
+                self.start.prompt,
+                self.start.seed,
+                self.start.num_frames,
+                self._encode,
+                first_frame=self.start.first_frame,
+                told=self._told(),
             )
-        except (Refused, ValueError) as error:
-            await self._say("session.interaction.rejected", event_id=event, message=str(error))
-            return
-        self.pending.append(event)
-        await self._say("session.interaction.queued", event_id=event)
+            self._open.callback(self.viewer.close)
+            if not self._flowing.is_set():
+                await self.viewer.pause()
+            await self._say_start()
+            chunks = self.viewer.chunks()
+            while True:
+                await self._flowing.wait()
+                if self._next == self._made:
+                    try:
+                        self._keep(await anext(chunks))
+                    except StopAsyncIteration:
+                        break
+                    continue
+                await self._send_next()
+            await self.done(stopped=False)
+        except Problem as problem:
+            await self.say(problem.failure(self.request_id))
+        except StreamEnded as error:
+            await self.say(Failure(code="stream_ended", message=str(error), request_id=self.request_id))
+        self._set_timer(None)
+        self._open.close()
+        await self._hang_up()
 
-    async def _send(self) -> None:
-        """Chunks when they are due."""
-        assert self.viewer is not None, "sending begins with the session"
-        due = time.monotonic()
-        # Whoever leaves in the middle of a message is noticed by the one who reads.
-        with suppress(WebSocketDisconnect):
-            try:
-                async for chunk in self.viewer.chunks():
-                    await self.paused.wait()
-                    await asyncio.sleep(max(0.0, due - time.monotonic()))
-                    length = len(chunk.frames) / self.fps
-                    due = max(due, time.monotonic() - length) + length
-                    await self._send_chunk(chunk)
-                await self._say("session.done", reason="finished")
-            except StreamEnded as error:
-                await self._say("error", message=str(error))
-            await self.socket.close()
+    def _encode(self, served: Served) -> Encode:
+        if self.start.format == "jpeg":
+            return jpegs
+        return Fragments(served.fps, served.mark)
 
-    async def _send_chunk(self, chunk: Chunk) -> None:
+    async def _say_start(self) -> None:
+        assert self.served is not None, "a stream starts when it has a slot"
+        config = StreamConfig(
+            model=self.service.config.name,
+            version=self.served.version,
+            fps=self.served.fps,
+            seed=self.start.seed,
+            num_frames=self.start.num_frames,
+            first_frame=self.start.first_frame,
+        )
+        await self.say(VideoStart(request_id=self.request_id, format=self.start.format, config=config))
+
+    def _keep(self, chunk: Chunk) -> None:
+        parts = chunk.data if isinstance(chunk.data, list) else [chunk.data]
+        body = b"".join(parts)
+        started = self._events if chunk.new_prompt else []
         if chunk.new_prompt:
-            for event in self.pending:
-                await self._say("session.interaction.applied", event_id=event, chunk_index=chunk.index)
-            self.pending.clear()
-        sizes = [len(frame) for frame in chunk.frames]
-        await self._say("video.chunk_metadata", chunk_index=chunk.index, frame_bytes=sizes)
-        await self.socket.send_bytes(b"".join(chunk.frames))
+            self._events = []
+        about = ChunkMetadata(
+            request_id=self.request_id,
+            transport_chunk_index=self._made,
+            generation_chunk_index=chunk.index,
+            num_frames=chunk.frames,
+            byte_length=len(body),
+            frame_bytes=[len(part) for part in parts] if self.start.format == "jpeg" else None,
+            started_event_ids=started,
+        )
+        self._sent.append((about, body, chunk))
+        self._made += 1
 
-    async def _say(self, kind: str, **values: Any) -> None:
-        await self.socket.send_text(json.dumps({"type": kind, **values}))
+    async def _send_next(self) -> None:
+        about, body, chunk = self._sent[self._next - self._made]
+        assert self._pace is not None, "it is set before there are chunks"
+        await asyncio.sleep(self._pace.wait_s(chunk.frames, chunk.ready))
+        if not self._flowing.is_set():
+            return
+        for event in about.started_event_ids:
+            await self.say(Applied(request_id=self.request_id, event_id=event, chunk_index=chunk.index))
+        async with self._speaking:
+            await _send(self.socket, about)
+            if self.socket is not None:
+                with suppress(RuntimeError, WebSocketDisconnect):
+                    await self.socket.send_bytes(body)
+        self._next += 1
+
+    async def _interact(self, message: Interact) -> None:
+        interaction = message.interaction
+        event = interaction.event_id or uuid4().hex
+        if self.viewer is None:
+            raise Refused("the stream has no slot yet; send the prompt when video.start has come.")
+        try:
+            await self.viewer.change_prompt(interaction.event.prompt, reencode=interaction.reencode)
+        except (ValueError, StreamEnded) as error:
+            await self.say(Rejected(request_id=self.request_id, event_id=event, message=str(error)))
+            return
+        self._events.append(event)
+        await self.say(Queued(request_id=self.request_id, event_id=event))
+
+
+async def _send(socket: WebSocket | None, answer: Answer) -> None:
+    # Whoever leaves in the middle of a message is noticed by the one who reads.
+    if socket is not None:
+        with suppress(RuntimeError, WebSocketDisconnect):
+            await socket.send_text(answer.model_dump_json(exclude_none=True))
+
+
+def _parse(received: Any) -> Message:
+    if received["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(received.get("code", 1000))
+    text = received.get("text")
+    if text is None or len(text) > MESSAGE_BYTES:
+        raise Refused(f"a message must be JSON text of at most {MESSAGE_BYTES} bytes.")
+    try:
+        return MESSAGE.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"][1:]) or "message"
+        raise Refused(f"{place}: {first['msg']}.") from None
+
+
+async def _converse(service: Service, who: str, socket: WebSocket) -> None:
+    session: Session | None = None
+    try:
+        while True:
+            try:
+                message = _parse(await socket.receive())
+                match message:
+                    case Start():
+                        if session is not None:
+                            raise Refused("the session has started already.")
+                        session = Session(service, who, message)
+                        await session.attach(socket)
+                    case Reconnect():
+                        found = service.sessions.get(message.request_id)
+                        if session is not None or found is None or found.who != who:
+                            raise Refused("there is no such session here to go on with; start one.")
+                        await found.attach(socket, message.next_chunk)
+                        session = found
+                    case Control(type="session.ping"):
+                        await _send(socket, Pong())
+                    case Control(type="session.stop"):
+                        if session is not None:
+                            await session.done(stopped=True)
+                            session.end()
+                        await socket.close()
+                        return
+                    case Interact() | Control():
+                        if session is None:
+                            raise Refused(
+                                "the session has not started: send session.start with a prompt first."
+                            )
+                        await session.answer(message)
+                    case _:
+                        assert_never(message)
+            except Refused as refusal:
+                await _send(socket, Failure(code="invalid_message", message=str(refusal)))
+            except Problem as problem:
+                await _send(socket, problem.failure())
+    finally:
+        if session is not None and session.socket is socket and not session.over:
+            await session.detach()
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.websocket("/v1/realtime/video")
+    async def realtime(socket: WebSocket) -> None:
+        try:
+            who = await service.access.admit(socket)
+        except Problem as problem:
+            # Refused after it is accepted: a browser is told no reason for a handshake that fails.
+            await socket.accept()
+            await _send(socket, problem.failure())
+            await socket.close(POLICY_VIOLATION)
+            return
+        await socket.accept()
+        with suppress(WebSocketDisconnect):
+            await _converse(service, who, socket)
+
+    return router

@@ -1,14 +1,10 @@
 """The record of a run arrives whole, exactly once and without secrets, and its absence costs the run nothing."""
 
 import logging
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +13,9 @@ import yaml
 
 from infra.spool import Spool
 from infra.tracking import Tracker, TrackingConfig, sqlite_uri
+from tests.mlflow_server import Server, free_port, wait_for
 
 STEPS = list(range(400))
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 40) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.05)
-    return result
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-class Server:
-    """A real MLflow server that can be killed and started again with the same address and data."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
-
-    def launch(self) -> None:
-        self.folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {
-            **os.environ,
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
-            )
-
-    def wait(self) -> None:
-        wait_for(
-            self._healthy, f"the server; its log:\n{(self.folder / 'server.log').read_text()[-2000:]}", 90
-        )
-
-    def kill(self) -> None:
-        if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def _healthy(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
-        except OSError:
-            return False
-
-    def client(self) -> Any:
-        from mlflow.tracking import MlflowClient
-
-        return MlflowClient(self.uri)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.launch()
-    server.wait()
-    yield server
-    server.kill()
 
 
 def start(uri: str, folder: Path, **overrides: Any) -> Tracker:
@@ -100,14 +29,14 @@ def steps_and_values(client: Any, run_id: str, name: str) -> list[tuple[int, flo
 
 
 @pytest.mark.slow
-def test_everything_arrives_and_runs_are_linked(server: Server, tmp_path: Path) -> None:
-    teacher = start(server.uri, tmp_path / "teacher", stage="pretrain")
+def test_everything_arrives_and_runs_are_linked(mlflow_server: Server, tmp_path: Path) -> None:
+    teacher = start(mlflow_server.uri, tmp_path / "teacher", stage="pretrain")
     assert teacher.finish() is None
     sample = tmp_path / "sample.gif"
     sample.write_bytes(b"GIF89a")
     params = {"student": {"lr": 1e-4, "zero": {"stage": 2}}, "steps": [1000, 750], "name": None}
     with start(
-        server.uri,
+        mlflow_server.uri,
         tmp_path / "student",
         params=params,
         parents={"teacher": teacher.run_id, "initial_student": "ab" * 16},
@@ -117,15 +46,15 @@ def test_everything_arrives_and_runs_are_linked(server: Server, tmp_path: Path) 
         student.metrics(1, {"student/loss": 0.5, "critic/loss": float("nan")})
         student.metrics(2, {"student/loss": 0.25, "critic/loss": float("inf")})
         student.artifact(sample, "samples/1")
-        wait_for(lambda: student.url() != server.uri, "the run's page")
-        client = server.client()
+        wait_for(lambda: student.url() != mlflow_server.uri, "the run's page")
+        client = mlflow_server.client()
         wait_for(
             lambda: "system/cpu_utilization_percentage" in client.get_run(student.run_id).data.metrics,
             "system metrics",
         )
     run = client.get_run(student.run_id)
     assert student.how_to_open() == (
-        f"Open {server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        f"Open {mlflow_server.uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     )
     assert (run.info.run_name, run.info.status) == ("student", "FINISHED")
     assert run.data.params == {
@@ -150,15 +79,17 @@ def test_everything_arrives_and_runs_are_linked(server: Server, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_killed_server_neither_stops_nor_slows_and_catches_up_once(server: Server, tmp_path: Path) -> None:
-    tracker = start(server.uri, tmp_path / "run")
+def test_killed_server_neither_stops_nor_slows_and_catches_up_once(
+    mlflow_server: Server, tmp_path: Path
+) -> None:
+    tracker = start(mlflow_server.uri, tmp_path / "run")
     for step in STEPS[:100]:
         tracker.metrics(step, {"loss": step / 2})
-    client = server.client()
-    wait_for(lambda: tracker.url() != server.uri, "the run")
+    client = mlflow_server.client()
+    wait_for(lambda: tracker.url() != mlflow_server.uri, "the run")
     wait_for(lambda: len(steps_and_values(client, tracker.run_id, "loss")) == 100, "the first points")
 
-    server.kill()
+    mlflow_server.kill()
     image = tmp_path / "sheet.png"
     image.write_bytes(b"PNG")
     calls = []
@@ -169,10 +100,10 @@ def test_killed_server_neither_stops_nor_slows_and_catches_up_once(server: Serve
     tracker.artifact(image)
     assert sorted(calls)[100] < 1e-4 and sum(calls) < 0.5
     wait_for(lambda: tracker._failure, "the tracker to notice")  # and go on
-    server.launch()
+    mlflow_server.launch()
     for step in STEPS[300:]:
         tracker.metrics(step, {"loss": step / 2})
-    server.wait()
+    mlflow_server.wait()
     assert tracker.finish() is None
     assert steps_and_values(client, tracker.run_id, "loss") == [(step, step / 2) for step in STEPS]
     assert {entry.path for entry in client.list_artifacts(tracker.run_id)} == {"config.yaml", "sheet.png"}
@@ -180,7 +111,7 @@ def test_killed_server_neither_stops_nor_slows_and_catches_up_once(server: Serve
     # Killed before it noted what had arrived: the whole record is sent again, and nothing is there twice.
     spool = Spool(tmp_path / "run" / "tracking" / tracker._spool.folder.name)
     spool.arrived(0, tracker.run_id)
-    assert start(server.uri, tmp_path / "run", resume_run_id=tracker.run_id).finish() is None
+    assert start(mlflow_server.uri, tmp_path / "run", resume_run_id=tracker.run_id).finish() is None
     assert steps_and_values(client, tracker.run_id, "loss") == [(step, step / 2) for step in STEPS]
 
 
@@ -200,10 +131,10 @@ time.sleep(600)
 
 @pytest.mark.slow
 def test_run_that_was_never_recorded_and_killed_catches_up_when_resumed(
-    server: Server, tmp_path: Path
+    mlflow_server: Server, tmp_path: Path
 ) -> None:
-    server.kill()
-    command = [sys.executable, "-c", CRASHING_RUN, server.uri, str(tmp_path)]
+    mlflow_server.kill()
+    command = [sys.executable, "-c", CRASHING_RUN, mlflow_server.uri, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         run_id = process.stdout.readline().strip()
@@ -214,21 +145,21 @@ def test_run_that_was_never_recorded_and_killed_catches_up_when_resumed(
         process.wait()
     with open(spool, "a") as file:
         file.write('{"kind": "metr')  # the kill came in the middle of a line
-    server.launch()
-    server.wait()
-    tracker = start(server.uri, tmp_path, params={"lr": 1, "updates": 400}, resume_run_id=run_id)
+    mlflow_server.launch()
+    mlflow_server.wait()
+    tracker = start(mlflow_server.uri, tmp_path, params={"lr": 1, "updates": 400}, resume_run_id=run_id)
     for step in STEPS[200:]:  # from the checkpoint at 200: 200 to 249 are repeated, with the same numbers
         tracker.metrics(step, {"loss": step / 2})
     assert tracker.finish("FAILED") is None
     assert tracker.run_id != run_id
-    client = server.client()
+    client = mlflow_server.client()
     assert steps_and_values(client, tracker.run_id, "loss") == [(step, step / 2) for step in STEPS]
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FAILED"
     assert run.data.params == {"lr": "1", "updates": "200"} and run.data.tags["resumed.updates"] == "400"
 
     # The id from before MLflow knew the run still names it, as a parent too.
-    child = start(server.uri, tmp_path / "child", parents={"student": run_id})
+    child = start(mlflow_server.uri, tmp_path / "child", parents={"student": run_id})
     assert child.finish() is None
     assert client.get_run(child.run_id).data.tags["lineage.student"] == tracker.run_id
 

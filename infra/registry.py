@@ -1,0 +1,350 @@
+"""Models under names and versions, in MLflow's model registry.
+
+A version is a copy of a model directory among the artifacts of a run of its own. So whoever trains into that directory
+again changes no version, an earlier one can be served again, and every machine that reaches the tracking server can
+fetch it. An alias names one version; a server that follows `models:/NAME@ALIAS` looks where it points.
+
+`promote` moves an alias and notes the version before as a tag of the new one, so that `roll_back` can return to it.
+Whether a version is good enough is not decided here.
+
+mlflow is imported when the registry is first asked.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from infra import storage
+from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file
+from infra.provenance import git_commit, versions
+from infra.redaction import Redactor
+from infra.tracking import checked_uri, flatten, root_cause
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+_FOLDER = "model"  # of the run's artifacts
+_BEFORE = "self_forcing.before."  # and the alias: the version that promotion replaced
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow answers where there is no such model, version or alias; the last also for names that it does not allow."""
+
+
+class NotRegistered(ValueError):
+    """The registry answers, and has no such model, version or alias."""
+
+
+class RegistryUnavailable(ValueError):
+    """The registry does not answer, or not as one should: nothing is known about what it holds."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a `models:/…` URI names: a version, or whichever version an alias names."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.\-]+", self.name):
+            raise ValueError(
+                f"a registered model cannot be called {self.name!r}; use letters, digits, and any of '_', '.' and '-'."
+            )
+        if self.alias is None:
+            return
+        if not re.fullmatch(r"[\w\-]+", self.alias) or re.fullmatch(
+            r"latest|v\d+", self.alias, re.IGNORECASE
+        ):
+            raise ValueError(
+                f"an alias cannot be called {self.alias!r}; use letters, digits, '_' and '-', but neither latest nor v1."
+            )
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version."""
+
+    name: str
+    version: int
+    source: str
+    """URI of the model directory among the run's artifacts, for `Registry.fetch`."""
+    run_id: str
+    """MLflow's id of the run that holds the version's metrics, params and artifacts."""
+
+    def __str__(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def parse(uri: str) -> Reference:
+    """`models:/NAME@ALIAS` or `models:/NAME/VERSION`; ValueError for anything else."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
+    if match is None:
+        raise ValueError(
+            f"{uri!r} names no registered model; use models:/NAME@ALIAS or models:/NAME/VERSION."
+        )
+    return Reference(match[1], int(match[2]) if match[2] else None, match[3])
+
+
+class Registry:
+    """The model registry of one tracking server. Every method may raise RegistryUnavailable."""
+
+    def __init__(self, uri: str | None):
+        """`uri`: tracking URI; ValueError where it is of no known kind. Nothing is asked yet."""
+        self._redactor = Redactor()
+        self.uri = checked_uri(uri, self._redactor)
+        self.where = self._redactor.text(self.uri)
+        """The URI without secrets, for messages."""
+
+    def register(
+        self,
+        name: str,
+        model: Path,
+        *,
+        experiment: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        lineage: Mapping[str, str],
+        files: Sequence[Path] = (),
+    ) -> Version:
+        """Copies a model directory into a run of its own, and makes that the next version of `name`.
+
+        Args:
+            name: registered model, created if absent.
+            model: complete model directory on this machine.
+            experiment: where the run belongs, created if absent.
+            params: nested; they become the run's params under dotted names.
+            metrics: what was measured of it.
+            lineage: role → tracking run id of the model and its ancestors; the runs are linked where they are found.
+            files: kept with the run, under `evaluation`.
+
+        Raises:
+            ValueError: MLflow allows no such name.
+        """
+        Reference(name)
+        with self._asking():
+            run = MlflowRun.open(
+                self.uri,
+                experiment=experiment,
+                run_id=uuid.uuid4().hex,
+                name=f"register {name}",
+                start_ms=_now_ms(),
+            )
+            records: list[dict[str, Any]] = [
+                {
+                    "kind": "open",
+                    "params": flatten(self._redactor.tree(params)),
+                    "tags": {"stage": "register", **versions(), **git_commit()},
+                    "parents": lineage,
+                },
+                {"kind": "artifact", "path": str(model), "folder": _FOLDER},
+            ]
+            records += [{"kind": "artifact", "path": str(file), "folder": "evaluation"} for file in files]
+            if metrics:
+                records.append({"kind": "metrics", "time": _now_ms(), "step": 0, "values": metrics})
+            status = "FAILED"
+            try:
+                for record in records:
+                    if refused := run.deliver([record]):
+                        raise ValueError(
+                            f"the registry at {self.where} refused a part of the model: {refused[0]}."
+                        )
+                made = self._create_version(name, run.run_id, lineage)
+                status = "FINISHED"
+            finally:
+                with suppress(Exception):  # what went wrong before it matters more
+                    run.deliver([{"kind": "close", "status": status, "time": _now_ms()}])
+        return made
+
+    def resolve(self, uri: str) -> Version:
+        """The version that a `models:/…` URI names now, by one request, so that it can be asked every few seconds.
+
+        Raises:
+            ValueError: it is no such URI.
+            NotRegistered: there is no such model, version or alias.
+        """
+        reference = parse(uri)
+        try:
+            with self._asking():
+                if reference.alias is not None:
+                    return _version(self._client.get_model_version_by_alias(reference.name, reference.alias))
+                return _version(self._client.get_model_version(reference.name, str(reference.version)))
+        except NotRegistered:
+            model = self._model(reference.name)
+        if reference.alias is not None:
+            raise NotRegistered(
+                f"{reference.name} has no alias {reference.alias} in the registry at {self.where}; "
+                f"it has {', '.join(sorted(model.aliases)) or 'none'}."
+            )
+        with self._asking():
+            known = sorted(
+                int(v.version) for v in self._client.search_model_versions(f"name = '{reference.name}'")
+            )
+        raise NotRegistered(
+            f"{reference.name} has no version {reference.version} in the registry at {self.where}; "
+            f"it has {', '.join(map(str, known)) or 'none'}."
+        )
+
+    def named(self, name: str, alias: str) -> Version | None:
+        """The version of `name` that an alias names, if there is such an alias; NotRegistered where there is no such model."""
+        version = self._model(name).aliases.get(alias)
+        return None if version is None else self.resolve(f"models:/{name}/{version}")
+
+    def recorded(self, version: Version) -> tuple[dict[str, float], dict[str, str]]:
+        """Metrics and params that a version was registered with."""
+        with self._asking():
+            data = self._client.get_run(version.run_id).data
+        return data.metrics, data.params
+
+    def fetch(self, version: Version, cache: Path) -> Path:
+        """A local directory with the version's model, whole.
+
+        That of the registry itself where this machine has it; otherwise it is downloaded into `cache`, once, by whichever
+        of several processes is first.
+
+        Raises:
+            StorageError: what the registry holds is unfinished or damaged, or lies on another machine's disk.
+            RegistryUnavailable: also where it has lost the files.
+        """
+        split = urlsplit(version.source)
+        if split.scheme in ("", "file"):
+            here = Path(url2pathname(split.path))
+            if not storage.is_complete(here):
+                raise storage.StorageError(
+                    f"{version} should lie at {here}, and this machine has no complete model there."
+                )
+            return here
+        digest = hashlib.sha256(version.source.encode()).hexdigest()[:16]
+        target = cache.absolute() / f"{version.name}-{version.version}-{digest}"
+        if storage.is_complete(target):
+            return target
+        shutil.rmtree(target, ignore_errors=True)  # what tidies caches may have taken a part of it
+        staging = Path(storage.begin(target))
+        try:
+            self._download(version, staging)
+            (downloaded,) = staging.iterdir()
+            try:
+                storage.verify(downloaded)
+            except storage.StorageError as error:
+                raise storage.StorageError(
+                    f"{version} is damaged in the registry at {self.where}: {error}"
+                ) from None
+            try:
+                os.rename(downloaded, target)
+            except OSError:
+                if not storage.is_complete(target):  # unless another process was first
+                    raise
+        finally:
+            shutil.rmtree(staging)
+        return target
+
+    def promote(self, version: Version, alias: str, *, before: Version | None) -> None:
+        """Has `alias` name `version` from now on, and notes that it named `before` until now."""
+        number, tag = str(version.version), _BEFORE + alias
+        with self._asking():
+            # The note comes first: it means nothing until the alias is here.
+            if before is None:
+                self._client.delete_model_version_tag(version.name, number, tag)
+            else:
+                self._client.set_model_version_tag(version.name, number, tag, str(before.version))
+            self._client.set_registered_model_alias(version.name, alias, number)
+
+    def roll_back(self, name: str, alias: str) -> tuple[Version, Version]:
+        """Has `alias` name the version again that the last `promote` replaced.
+
+        Returns:
+            The version that it named, and the one that it names now.
+
+        Raises:
+            NotRegistered: there is no such model or alias, or nothing to go back to.
+        """
+        left = self.resolve(f"models:/{name}@{alias}")
+        number, tag = str(left.version), _BEFORE + alias
+        with self._asking():
+            before = self._client.get_model_version(name, number).tags.get(tag)
+        if before is None:
+            raise NotRegistered(
+                f"there is nothing to go back to: {alias} names version {number} of {name}, and no promotion put it "
+                "in the place of another."
+            )
+        restored = self.resolve(f"models:/{name}/{before}")
+        with self._asking():
+            self._client.set_registered_model_alias(name, alias, before)
+            self._client.delete_model_version_tag(name, number, tag)
+        return left, restored
+
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        database = sqlite_file(self.uri)
+        if database and not database.exists():  # MLflow would make an empty one
+            raise NotRegistered(
+                f"there is no registry yet at {self.where}; `self-forcing register` makes one."
+            )
+        from mlflow.tracking import MlflowClient
+
+        return MlflowClient(self.uri, registry_uri=self.uri)
+
+    def _model(self, name: str) -> "RegisteredModel":
+        try:
+            with self._asking():
+                return self._client.get_registered_model(name)
+        except NotRegistered:
+            raise NotRegistered(
+                f"there is no model {name} in the registry at {self.where}; `self-forcing register` makes one."
+            ) from None
+
+    def _create_version(self, name: str, run_id: str, lineage: Mapping[str, str]) -> Version:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
+        tags = {f"lineage.{role}": ancestor for role, ancestor in lineage.items()}
+        return _version(self._client.create_model_version(name, source, run_id, tags, await_creation_for=0))
+
+    def _download(self, version: Version, folder: Path) -> None:
+        from mlflow.artifacts import download_artifacts
+
+        with self._asking():
+            download_artifacts(artifact_uri=version.source, dst_path=str(folder), tracking_uri=self.uri)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What MLflow raises, as NotRegistered or RegistryUnavailable."""
+        load_mlflow()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except ValueError:  # ours
+            raise
+        except Exception as error:  # databases and object stores raise what their clients raise
+            if isinstance(error, MlflowException) and error.error_code in _ABSENT:
+                raise NotRegistered(self._one_line(str(error))) from None
+            reason = self._one_line(root_cause(error)).rstrip(".")
+            raise RegistryUnavailable(f"the registry at {self.where} does not answer ({reason}).") from error
+
+    def _one_line(self, reason: str) -> str:
+        return self._redactor.text(" ".join(reason.split()))[:300]
+
+
+def _version(version: "ModelVersion") -> Version:
+    return Version(version.name, int(version.version), version.source or "", version.run_id or "")
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,105 @@
+"""One replica: its models, its door, and its viewers."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from orchestrator.serving.access import Access
+from orchestrator.serving.config import ServeConfig
+from orchestrator.serving.metrics import Metrics
+from orchestrator.serving.models import Models, Served
+from orchestrator.serving.problems import Problem
+from orchestrator.serving.viewers import Encode, StreamEnded, Viewer
+from workers.streamer import NoSlot
+
+if TYPE_CHECKING:
+    from orchestrator.serving.session import Session
+
+REPORT_S = 2.0
+
+
+class Service:
+    """What the routes of a replica need."""
+
+    def __init__(self, config: ServeConfig, desk: DeploymentHandle, replica: str):
+        """ValueError where the model cannot be streamed."""
+        self.config, self.desk, self.replica = config, desk, replica
+        self.models = Models(config)
+        self.access = Access(config.access, redeem=lambda ticket: desk.redeem.remote(ticket))
+        self.metrics = Metrics()
+        self.sessions: dict[str, Session] = {}
+        """By request id."""
+
+    async def report(self) -> None:
+        """Tell the desk what there is to count, until cancelled."""
+        while True:
+            self._measure()
+            # Where the desk is being restarted, the next report will do.
+            with suppress(RayError):
+                await self.desk.report.remote(self.replica, self.metrics.collect())
+            await asyncio.sleep(REPORT_S)
+
+    def _measure(self) -> None:
+        served = [served.viewers for served in self.models.served]
+        self.metrics.streams.set(sum(len(viewers.viewers) for viewers in served))
+        self.metrics.queue.set(sum(viewers.waiting for viewers in served))
+        self.metrics.slots.set(self.config.slots)
+        self.metrics.cache.set(sum(viewers.streamer.cache.nbytes for viewers in served))
+
+    def census(self) -> dict[str, int]:
+        """What viewers hold now, and how many tasks run on the event loop."""
+        streamers = [served.viewers.streamer for served in self.models.served]
+        return {
+            "free_slots": sum(len(streamer.free) for streamer in streamers),
+            "streams": sum(len(streamer.streams) for streamer in streamers),
+            "viewers": sum(len(served.viewers.viewers) for served in self.models.served),
+            "queue": sum(served.viewers.waiting for served in self.models.served),
+            "sessions": len(self.sessions),
+            "open": self.access.open_streams,
+            "cache_bytes": sum(streamer.cache.nbytes for streamer in streamers),
+            "tasks": len(asyncio.all_tasks()),
+        }
+
+    def check_model(self, name: str | None) -> None:
+        """Problem (404) for a model that is not served here."""
+        if name is not None and name != self.config.name:
+            raise Problem(
+                404,
+                "model_not_found",
+                f"there is no model {name!r} here; ask for {self.config.name!r}.",
+                param="model",
+            )
+
+    async def open(
+        self,
+        prompt: str,
+        seed: int,
+        frames: int | None,
+        encode: Callable[[Served], Encode],
+        *,
+        first_frame: int = 0,
+        told: Callable[[int], None] | None = None,
+    ) -> tuple[Served, Viewer]:
+        """A viewer of the active model, as `Viewers.open`; Problem where there is no stream to be had."""
+        if frames is not None and first_frame >= frames:
+            raise Problem(
+                422,
+                "invalid_value",
+                f"first_frame: it is {first_frame}, and the stream has {frames} frames.",
+                param="first_frame",
+            )
+        served = self.models.active
+        try:
+            return served, await served.viewers.open(
+                prompt, seed, frames, encode(served), first_frame=first_frame, told=told
+            )
+        except NoSlot as error:
+            raise Problem(429, "no_slot", f"{error} Try again in a while.", Retry_After="5") from None
+        except ValueError as error:
+            raise Problem(422, "invalid_value", f"prompt: {error}", param="prompt") from None
+        except StreamEnded as error:
+            raise Problem(503, "unavailable", str(error), Retry_After="5") from None

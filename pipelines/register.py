@@ -1,0 +1,94 @@
+"""`self-forcing register`: a student becomes a version in MLflow's model registry.
+
+With it go its recipe, its lineage, and what `evaluate` measured of it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.registry import Reference, Registry
+from infra.tracking import TrackingConfig
+from pipelines import cli
+from pipelines.console import say
+from pipelines.promote import COMPARED, promote
+from workers.streamer import check
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Register a model, and perhaps promote it; ValueError where it cannot stream or the metrics are not its own."""
+    parser = cli.registry_parser("register")
+    parser.add_argument("model", type=str, help="directory of a student")
+    parser.add_argument("--name", type=str, required=True, help="registered model; made if there is none")
+    parser.add_argument(
+        "--metrics",
+        type=str | None,
+        default=None,
+        help="evaluate.output, or its metrics.json, of this student",
+    )
+    parser.add_argument(
+        "--alias",
+        type=str | None,
+        default=None,
+        help="promote the version to this alias, through the same gate",
+    )
+    parser.add_argument(
+        "--tracking.experiment",
+        type=str,
+        default=TrackingConfig().experiment,
+        help="MLflow experiment of its run",
+    )
+    uri, options = cli.parse_registry(parser, arguments)
+    Reference(options.name, alias=options.alias)
+    model = Path(options.model).absolute()
+    card = check(str(model))[0].card
+    params: dict[str, Any] = {"recipe": card.recipe}
+    metrics: dict[str, float] = {}
+    files: list[Path] = []
+    if options.metrics is not None:
+        file = Path(options.metrics)
+        file = (file / "metrics.json" if file.is_dir() else file).absolute()
+        metrics, params["evaluation"] = measured(file, model)
+        files.append(file)
+    registry = Registry(uri)
+    version = registry.register(
+        options.name,
+        model,
+        experiment=options.tracking.experiment,
+        params=params,
+        metrics=metrics,
+        lineage=card.lineage,
+        files=files,
+    )
+    say(f"register: {options.model} is {version} in the registry at {registry.where}")
+    if options.alias is not None:
+        promote(registry, version, options.alias)
+    return 0
+
+
+def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """What an evaluation's `metrics.json` says of the weights at `model`: metrics for the gate, and how they were measured.
+
+    ValueError where the file is no evaluation, or one of other weights.
+    """
+    with storage.reading(model) as directory:
+        manifest = json.loads((directory / storage.MANIFEST).read_text())["sha256"]
+    try:
+        body = json.loads(file.read_text())
+        settings = {"seed": body["seed"], **{name: body["settings"][name] for name in ("videos", "frames")}}
+        rows = [body["rows"][name] for name, made in body["models"].items() if made["manifest"] == manifest]
+        spans = {name: name.rpartition("_") for name in COMPARED}
+        values = [
+            {name: row[span][metric]["value"] for name, (metric, _, span) in spans.items()} for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"--metrics: there is no evaluation at {file}; name what `self-forcing evaluate` wrote."
+        ) from None
+    if not values:
+        raise ValueError(
+            f"--metrics: the evaluation at {file} measured other weights than those at {model}; evaluate these first."
+        )
+    return {name: value for name, value in values[0].items() if value is not None}, settings
