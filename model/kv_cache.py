@@ -258,7 +258,7 @@ class SlotCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(slots.nbytes for slots in self.slots)
+        return self.slots.nbytes + (self.keys.nbytes if self.window.positions == "relative" else 0)
 
     def history(self, chunk: int) -> _SlotHistory:
         rows = range(len(self.held))

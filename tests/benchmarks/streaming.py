@@ -128,16 +128,10 @@ def measure(name: str, model: str, settings: Settings, scratch: Path) -> Measure
         again = Streamer(str(path), COMPARED)
         for viewers in (1, COMPARED):
             recomputing.append(engine.recomputing(again, viewers, chunks=settings.repeats))
-    cache = streamer.cache
-    # Keys that are turned when they are committed lie beside those that are not.
-    held = {
-        memory.untyped_storage().data_ptr(): memory
-        for memory in (cache.slots, cache.keys, streamer.prompts.slots)
-    }
     return Measured(
         name,
         sum(weight.numel() for weight in streamer.network.parameters()),
-        sum(memory.untyped_storage().nbytes() for memory in held.values()) // streamer.slots,
+        (streamer.cache.nbytes + streamer.prompts.slots.nbytes) // streamer.slots,
         latency,
         batching,
         capacity,
