@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import rope
@@ -50,7 +51,7 @@ class History(Protocol):
     phase: Tensor
     """Rotary phase of the live chunk, [1 or B, L, 1, head_dim/2, 2]."""
     mask: Tensor | None
-    """True where a history token may be attended to, [B, 1, 1, L_history]; None where all may."""
+    """True where a token of the history or the live chunk may be attended to, [B, 1, 1, L_history + L]; None where all may."""
     absolute: bool
     """Whether the cache stores keys rotated."""
 
@@ -180,26 +181,32 @@ class BlockCache:
             start = stop
 
 
+def _chosen(rows: Sequence[int], device: torch.device) -> slice | Tensor:
+    """An index of some rows: neighbours are read where they lie, others are gathered."""
+    span = range(rows[0], rows[0] + len(rows))
+    return slice(span.start, span.stop) if list(rows) == list(span) else torch.tensor(rows, device=device)
+
+
 class _SlotHistory:
     def __init__(
         self,
-        slots: list[Tensor],
+        keys: Tensor,
+        slots: Tensor,
+        rows: slice | Tensor,
         length: int,
         *,
         phase: Tensor,
-        key_phase: Tensor | None,
         mask: Tensor | None,
-        rows: slice | Tensor,
+        absolute: bool,
     ):
-        """`length` is how many tokens the longest of `rows` holds."""
+        """`keys` are those of `slots`, rotated; `length` is how many tokens the longest of `rows` holds."""
         self.phase = phase
         self.mask = mask
-        self.absolute = key_phase is None
+        self.absolute = absolute
+        self._keys = keys
         self._slots = slots
-        self._length = length
-        self._key_phase = key_phase
         self._rows = rows
-        self._rotated: dict[int, Tensor] = {}
+        self._length = length
 
     def layer(self, index: int) -> KeyValue | None:
         if torch.is_grad_enabled():
@@ -208,12 +215,8 @@ class _SlotHistory:
             )
         if self._length == 0:
             return None
-        key, value = self._slots[index][:, self._rows, : self._length]
-        if self._key_phase is not None:
-            if index not in self._rotated:
-                self._rotated[index] = rope.rotate(key, self._key_phase)
-            key = self._rotated[index]
-        return key, value
+        part = slice(0, self._length)
+        return self._keys[index, self._rows, part], self._slots[index, 1, self._rows, part]
 
 
 class SlotCache:
@@ -243,38 +246,43 @@ class SlotCache:
         self.head_dim = head_dim
         self.capacity = capacity
         self.tokens = grid[0] * grid[1]
-        self.slots = [
-            torch.zeros(2, rows, capacity * self.tokens, heads, head_dim, device=device, dtype=dtype)
-            for _ in range(layers)
-        ]
+        shape = (layers, 2, rows, capacity * self.tokens, heads, head_dim)
+        self.slots = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = self.slots[:, 0]
+        """As attention reads them, [layers, rows, L, heads, head_dim]."""
+        if window.positions == "relative":
+            # A row's places in the window change with a commit only, so that is when its keys are turned, not at every call.
+            self.keys = torch.zeros_like(self.keys)
         self.held = [0] * rows
         self.seen = [0] * rows
 
     @property
     def nbytes(self) -> int:
-        return sum(slots.nbytes for slots in self.slots)
+        return self.slots.nbytes + (self.keys.nbytes if self.window.positions == "relative" else 0)
 
     def history(self, chunk: int) -> _SlotHistory:
-        return self.join(range(len(self.held)), chunk)
+        rows = range(len(self.held))
+        return self.join(rows, [self._phase(row, chunk) for row in rows])
 
-    def join(self, rows: Sequence[int], chunk: int) -> _SlotHistory:
-        """The context of the next `chunk` frames of some rows, which may be of different ages, in that order."""
-        device = self.slots[0].device
+    def join(self, rows: Sequence[int], phases: Sequence[Tensor]) -> _SlotHistory:
+        """The context of some rows, which may be of different ages, in that order; `phases` are those of their own histories."""
+        device = self.slots.device
         held = [self.held[row] for row in rows]
-        length = max(held)
-        relative = self.window.positions == "relative"
-        starts = held if relative else [self.seen[row] for row in rows]
-        phase = self._phase([range(start, start + chunk) for start in starts], device)
-        key_phase = self._phase([range(length)], device) if relative else None
+        length = max(held) * self.tokens
         mask: Tensor | None = None
-        if min(held) < length:
-            tokens = torch.tensor(held, device=device) * self.tokens
-            mask = (torch.arange(length * self.tokens, device=device) < tokens[:, None])[:, None, None]
-        together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        # Neighbouring rows are read where they lie; others are gathered.
-        chosen = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows, device=device)
+        if min(held) < max(held):
+            there = (
+                torch.arange(length, device=device) < torch.tensor(held, device=device)[:, None] * self.tokens
+            )
+            mask = F.pad(there, (0, phases[0].shape[1]), value=True)[:, None, None]
         return _SlotHistory(
-            self.slots, length * self.tokens, phase=phase, key_phase=key_phase, mask=mask, rows=chosen
+            self.keys,
+            self.slots,
+            _chosen(rows, device),
+            length,
+            phase=phases[0] if all(phase is phases[0] for phase in phases) else torch.cat([*phases]),
+            mask=mask,
+            absolute=self.window.positions == "absolute",
         )
 
     def row(self, index: int) -> "SlotRow":
@@ -284,18 +292,29 @@ class SlotCache:
     def park(self, row: int) -> "Parked":
         """A copy in host memory of what a row holds."""
         tokens = self.held[row] * self.tokens
-        layers = [slots[:, row, :tokens].cpu().clone() for slots in self.slots]
-        return Parked(layers, self.held[row], self.seen[row])
+        return Parked(self.slots[:, :, row, :tokens].to("cpu", copy=True), self.held[row], self.seen[row])
 
     def unpark(self, row: int, parked: "Parked") -> None:
         """Let a row hold what was parked."""
-        for slots, held in zip(self.slots, parked.layers, strict=True):
-            slots[:, row, : held.shape[1]] = held.to(slots.device)
+        self.slots[:, :, row, : parked.slots.shape[2]] = parked.slots
         self.held[row], self.seen[row] = parked.held, parked.seen
+        self._turn(row)
 
-    def _phase(self, frames: list[range], device: torch.device) -> Tensor:
-        shared = all(row == frames[0] for row in frames)
-        return rope.phases(frames[:1] if shared else frames, *self.grid, self.head_dim, device)
+    def _phase(self, row: int, chunk: int) -> Tensor:
+        """Of the next `chunk` frames of a row."""
+        start = self.held[row] if self.window.positions == "relative" else self.seen[row]
+        return self._phases(start, chunk)
+
+    def _phases(self, start: int, frames: int) -> Tensor:
+        return rope.phases([range(start, start + frames)], *self.grid, self.head_dim, self.slots.device)
+
+    def _turn(self, row: int, first: int = 0) -> None:
+        """Rotate a row's keys from its frame `first` on by their places in the window, if that is what positions are."""
+        if self.window.positions == "absolute":
+            return
+        part = slice(first * self.tokens, self.held[row] * self.tokens)
+        phase = self._phases(first, self.held[row] - first)
+        self.keys[:, row, part] = rope.rotate(self.slots[:, 0, row, part], phase)
 
     def commit(self, live: Sequence[KeyValue], frames: int) -> None:
         if any(tensor.requires_grad for pair in live for tensor in pair):
@@ -318,23 +337,51 @@ class SlotCache:
                 f"the cache holds {self.capacity} frames and without a window none may be evicted."
             )
         latest = self.capacity - sink
-        for slots, pair in zip(self.slots, live, strict=True):
-            for side, tensor in zip(slots, pair, strict=True):
-                joined = torch.cat([side[row, : held * token], tensor])
-                if total > self.capacity:
-                    # The sink stays in front, in order, so that attention sums as it does over blocks.
-                    joined = torch.cat([joined[: sink * token], joined[(total - latest) * token :]])
-                side[row, : len(joined)] = joined
+        kept = torch.stack([tensor for pair in live for tensor in pair]).unflatten(0, (-1, 2))
+        kept = torch.cat([self.slots[:, :, row, : held * token], kept], dim=2)
+        if total > self.capacity:
+            # The sink stays in front, in order, so that attention sums as it does over blocks.
+            kept = torch.cat([kept[:, :, : sink * token], kept[:, :, (total - latest) * token :]], dim=2)
+        self.slots[:, :, row, : kept.shape[2]] = kept
         self.held[row] = min(total, self.capacity)
         self.seen[row] += frames
+        self._turn(row, held if total <= self.capacity else sink)
+
+
+class PromptSlots:
+    """What the cross-attention reads of prompts: preallocated memory, a prompt per row. For inference only."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        rows: int,
+        text_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.slots = torch.zeros(layers, 2, rows, text_len, heads, head_dim, device=device, dtype=dtype)
+
+    def write(self, row: int, prompt: Sequence[KeyValue]) -> None:
+        """Let a row hold the keys and values of one prompt, [1, text_len, heads, head_dim] each."""
+        self.slots[:, :, row] = torch.cat([tensor for pair in prompt for tensor in pair]).unflatten(
+            0, (-1, 2)
+        )
+
+    def join(self, rows: Sequence[int]) -> list[KeyValue]:
+        """Keys and values of each layer for some rows, in that order."""
+        chosen = _chosen(rows, self.slots.device)
+        return [(slots[0, chosen], slots[1, chosen]) for slots in self.slots]
 
 
 @dataclass(frozen=True)
 class Parked:
     """What one row of a `SlotCache` held."""
 
-    layers: list[Tensor]
-    """Keys and values of each layer, [2, L, heads, head_dim]."""
+    slots: Tensor
+    """Keys and values of all layers, [layers, 2, L, heads, head_dim]."""
     held: int
     seen: int
 
@@ -347,7 +394,7 @@ class SlotRow:
     index: int
 
     def history(self, chunk: int) -> _SlotHistory:
-        return self.cache.join([self.index], chunk)
+        return self.cache.join([self.index], [self.cache._phase(self.index, chunk)])
 
     def commit(self, live: Sequence[KeyValue], frames: int) -> None:
         self.cache.append(self.index, [(key[0], value[0]) for key, value in live], frames)

@@ -57,8 +57,6 @@ def phases(
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
     """Turn pairs of channels of `x` [B, L, heads, head_dim] by `phase`, in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = phase.unbind(-1)
-    return (
-        torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).to(x.dtype)
-    )
+    # Pairs are complex numbers: one product, where real arithmetic would take six passes over memory.
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(phase)).flatten(-2).to(x.dtype)

@@ -116,10 +116,13 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=config.eps) if config.qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(dim, eps=config.eps) if config.qk_norm else nn.Identity()
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (q, k, v))
-        return q, k, v
+    def query(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, heads, head_dim]."""
+        return self.norm_q(self.q(x)).unflatten(2, (self.heads, -1))
+
+    def key_value(self, x: Tensor) -> KeyValue:
+        k, v = (y.unflatten(2, (self.heads, -1)) for y in (self.norm_k(self.k(x)), self.v(x)))
+        return k, v
 
 
 class SelfAttention(Attention):
@@ -128,7 +131,7 @@ class SelfAttention(Attention):
     def forward(
         self, x: Tensor, phase: Tensor, chunks: list[ChunkView] | None, history: History | None, layer: int
     ) -> tuple[Tensor, KeyValue]:
-        q, k, v = self.project(x, x)
+        q, (k, v) = self.query(x), self.key_value(x)
         if chunks is not None:
             # Every chunk sees itself and what the window holds of the past: slices of the keys, so no mask
             # is ever materialised.
@@ -150,28 +153,28 @@ class SelfAttention(Attention):
         past = history.layer(layer)
         if past is None:
             return attend(q, k, v)
-        mask = history.mask
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1, 1, k.shape[1])], dim=-1)
-        return attend(q, torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1), mask)
+        return attend(q, torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1), history.mask)
 
 
 class CrossAttention(Attention):
     """Attention from video tokens to text tokens."""
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.o(attend(*self.project(x, context)))
+    def forward(self, x: Tensor, context: Tensor | KeyValue) -> Tensor:
+        q = self.query(x)
+        k, v = self.key_value(context) if isinstance(context, Tensor) else context
+        return self.o(attend(q, k, v))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Per-frame affine map of tokens [B, L, D] by [B, 1 or F, D] each."""
+    """Tokens `x` [B, L, D], scaled by 1 + `scale` and shifted, [B, 1 or F, D] each, per frame."""
     frames = x.unflatten(1, (shift.shape[1], -1))
-    return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2)
 
 
-def gate(x: Tensor, scale: Tensor) -> Tensor:
-    """Tokens [B, L, D] scaled per frame by [B, 1 or F, D]."""
-    return (x.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1, 2)
+def add_gated(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Tokens `x` plus `y`, [B, L, D] each, the latter scaled per frame by [B, 1 or F, D]."""
+    x, y = (tokens.unflatten(1, (scale.shape[1], -1)) for tokens in (x, y))
+    return torch.addcmul(x, y, scale[:, :, None]).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -197,7 +200,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        context: Tensor,
+        context: Tensor | KeyValue,
         phase: Tensor,
         chunks: list[ChunkView] | None,
         history: History | None,
@@ -205,9 +208,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
         y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunks, history, layer)
-        x = x + gate(y, gate1)
+        x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
-        x = x + gate(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        x = add_gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
         return x, live
 
 
@@ -293,11 +296,16 @@ class WanTransformer(nn.Module):
         # Not a loop over modules: ZeRO-3 shards weights as they are made, and gathers them for `apply` only.
         self.apply(initialize)
 
+    def encode_context(self, context: Tensor) -> list[KeyValue]:
+        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls under them."""
+        embedded = self.text_embedding(context.to(self.head.head.bias.dtype))
+        return [block.cross_attn.key_value(embedded) for block in self.blocks]  # type: ignore[operator, union-attr]
+
     def forward(
         self,
         x: Tensor,
         timestep: Tensor,
-        context: Tensor,
+        context: Tensor | Sequence[KeyValue],
         *,
         chunk: int | None = None,
         window: Window = EVERYTHING,
@@ -308,12 +316,12 @@ class WanTransformer(nn.Module):
     ) -> Tensor | tuple[Tensor, list[KeyValue]] | Tapped:
         """Velocity [B, F, C, H, W] of noisy latents `x` of that shape.
 
-        `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim]. Without more every frame
-        sees every frame; with `chunk` frames see their own chunk and what `window` holds of earlier ones, as
-        in a rollout; with `clean` too, a video like `x`, the earlier ones are its frames at timestep 0 instead
-        of those of `x` (teacher forcing); with `history` all of `x` is one live chunk after it, and
-        `return_live` also returns its keys and values, as a cache stores them. `taps` names blocks, from 0,
-        whose hidden states are returned too. Raises ValueError where `chunk` does not divide F, or `clean`
+        `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim], or what `encode_context`
+        made of that. Without more every frame sees every frame; with `chunk` frames see their own chunk and
+        what `window` holds of earlier ones, as in a rollout; with `clean` too, a video like `x`, the earlier
+        ones are its frames at timestep 0 instead of those of `x` (teacher forcing); with `history` all of `x`
+        is one live chunk after it, and `return_live` also returns its keys and values, as a cache stores them.
+        `taps` names blocks, from 0, whose hidden states are returned too. Raises ValueError where `chunk` does not divide F, or `clean`
         comes without a chunk or in another shape.
         """
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
@@ -332,7 +340,11 @@ class WanTransformer(nn.Module):
         if embedded.ndim == 2:
             embedded = embedded[:, None]
         time = self.time_projection(embedded).unflatten(2, (6, -1))
-        context = self.text_embedding(context.to(dtype))
+        prompts: Sequence[Tensor | KeyValue]
+        if isinstance(context, Tensor):
+            prompts = [self.text_embedding(context.to(dtype))] * len(self.blocks)
+        else:
+            prompts = context
         if history is not None:
             phase = history.phase
         else:
@@ -343,7 +355,7 @@ class WanTransformer(nn.Module):
         live, states = [], {}
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            arguments = (tokens, time, context, phase, chunks, history, layer)
+            arguments = (tokens, time, prompts[layer], phase, chunks, history, layer)
             if recompute:
                 tokens, pair = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from model.kv_cache import Parked, SlotCache
+from model.kv_cache import Parked, PromptSlots, SlotCache
 from model.noise import SampleNoise
 from model.rollout import NetworkCall, Rollout, RolloutConfig, RolloutPlan
 from workers.model_directory import ModelDirectory
@@ -98,9 +98,19 @@ class Streamer:
             chunk=self.config.chunk,
             device=self.device,
         )
+        self.prompts = PromptSlots(
+            layers=sizes.num_layers,
+            heads=sizes.num_heads,
+            head_dim=sizes.head_dim,
+            rows=self.slots,
+            text_len=sizes.text_len,
+            device=self.device,
+        )
         self.free = list(range(self.slots))
         self.streams: dict[int, Stream] = {}
         self._numbers = count()
+        self._written: list[Tensor | None] = [None] * self.slots
+        """The embeddings whose keys and values are in `prompts`."""
 
     def open(self, prompt: str, seed: int, frames: int | None = None) -> Stream:
         """A stream of `frames` latent frames, in whole chunks, or without end; NoSlot where every slot is taken."""
@@ -205,11 +215,15 @@ class Streamer:
         streams, calls = [stream for stream, _ in together], [call for _, call in together]
         x = torch.cat([call.x for call in calls])
         rows = [stream.row for stream in streams if stream.row is not None]
+        for row, stream in zip(rows, streams, strict=True):
+            if self._written[row] is not stream.context:
+                self.prompts.write(row, self.network.encode_context(stream.context))
+                self._written[row] = stream.context
         velocity, live = self.network(
             x,
             torch.cat([call.timestep for call in calls]),
-            torch.cat([stream.context for stream in streams]),
-            history=self.cache.join(rows, x.shape[1]),
+            self.prompts.join(rows),
+            history=self.cache.join(rows, [call.history.phase for call in calls]),
             return_live=True,
         )
         finite = velocity.flatten(1).isfinite().all(1).tolist()

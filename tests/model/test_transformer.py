@@ -34,6 +34,13 @@ def test_one_timestep_a_sample_is_that_timestep_in_every_frame() -> None:
     assert difference(model(x, timestep, context), by_frame) < 1e-5
 
 
+@torch.no_grad()
+def test_a_prompt_encoded_once_is_the_prompt() -> None:
+    model, (x, timestep, context) = tiny_model(), inputs()
+    encoded = model.encode_context(context)
+    assert torch.equal(model(x, timestep, encoded), model(x, timestep, context))
+
+
 @pytest.mark.parametrize(
     "window",
     [
