@@ -37,7 +37,7 @@ COMMANDS = {
     "run": "all stages that are not done yet, then evaluate",
     "experiment": "train and measure every cell of an experiment, such as exposure-bias",
     "serve": "stream a student to many viewers at once",
-    "register": "copy a student into MLflow's model registry, as the next version of a name",
+    "register": "make a student the next version of a registered model",
     "promote": "move an alias to a version that is no worse than the one it names, or roll back",
     "submit": "run a command as a Ray job on a cluster",
 }
@@ -98,26 +98,32 @@ def config_parser(command: str) -> ArgumentParser:
 
 
 def registry_parser(command: str) -> ArgumentParser:
-    """A parser of where the model registry is, for commands that need no recipe."""
+    """A parser of where the model registry is, for commands that take no recipe."""
     parser = ArgumentParser(
         prog=f"self-forcing {command}", description=COMMANDS[command].capitalize() + ".", exit_on_error=False
     )
     parser.add_argument(
-        "--root", type=str, default=".", help="directory whose outputs/mlflow.db is the registry"
+        "--tracking.uri",
+        type=str | None,
+        default=None,
+        help="MLflow: sqlite:///path/to/mlflow.db or http://host:port",
     )
-    parser.add_class_arguments(TrackingConfig, "tracking", skip={"system_metrics_every_s"})
+    parser.add_argument(
+        "--root", type=str, default=".", help="directory whose outputs/mlflow.db it is where no URI is given"
+    )
     parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
     return parser
 
 
-def parse_registry(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[TrackingConfig, Any]:
-    """Where the registry is, as for any other command, and the call's own options."""
+def parse_registry(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[str | None, Any]:
+    """The tracking URI, chosen as for any other command, and the call's own options."""
     try:
         options = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise ValueError(f"{' '.join(str(error).split()).rstrip('.')}.") from None
-    tracking = TrackingConfig(**vars(options.tracking))
-    return RunConfig(root=options.root, tracking=tracking).located().tracking, options
+        raise ValueError(explain(str(error), list(parser.get_defaults().keys()))) from None
+    return RunConfig(
+        root=options.root, tracking=TrackingConfig(options.tracking.uri)
+    ).located().tracking.uri, options
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
@@ -129,7 +135,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
     try:
         options = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(explain(str(error))) from None
+        raise ValueError(explain(str(error), settings(RunConfig))) from None
     return compose(RunConfig, options), options
 
 
@@ -149,8 +155,8 @@ def compose(kind: Any, values: Any, prefix: str = "") -> Any:
         raise ValueError(f"{prefix}{error}" if named else str(error)) from error
 
 
-def explain(message: str) -> str:
-    """The parser's complaint as one sentence, with the nearest setting where a key is unknown."""
+def explain(message: str, known: Sequence[str]) -> str:
+    """The parser's complaint as one sentence, with the nearest of the `known` settings where a key is unknown."""
     message = re.sub(r"\s+", " ", message).strip().rstrip(".")
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
         r"Group '([\w.]+)' does not accept option '([\w.]+)'", message
@@ -162,7 +168,7 @@ def explain(message: str) -> str:
         wrong = re.match(r'Parser key "([\w.]+)": (.*)', message)
         return f"{wrong[1]}: {wrong[2]}." if wrong else f"{message}."
     key = ".".join(part for part in unknown.groups() if part)
-    close = difflib.get_close_matches(key, list(settings(RunConfig)), n=1, cutoff=0.0)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"there is no setting {key}; the nearest is {close[0]}."
 
 

@@ -85,14 +85,14 @@ def main(arguments: Sequence[str]) -> int:
     """Move an alias or roll it back; ValueError for what cannot be, Refused for a version that does not pass the gate."""
     parser = cli.registry_parser("promote")
     parser.add_argument("name", type=str, help="registered model")
-    parser.add_argument("version", type=int | None, nargs="?", default=None, help="version to promote")
+    parser.add_argument("version", type=int, nargs="?", help="version to promote")
     parser.add_argument("--alias", type=str, default="serving", help="alias to move")
     parser.add_argument("--margin", type=float, default=MARGIN, help="by how much each metric may be worse")
     parser.add_argument(
         "--rollback", action="store_true", help="return to the version before the last promotion"
     )
-    tracking, options = cli.parse_registry(parser, arguments)
-    registry = Registry(tracking.uri)
+    uri, options = cli.parse_registry(parser, arguments)
+    registry = Registry(uri)
     if options.rollback == (options.version is not None):
         raise ValueError("promote needs the number of a version, or --rollback, and not both.")
     if options.rollback:

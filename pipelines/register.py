@@ -10,6 +10,7 @@ from typing import Any
 
 from infra import storage
 from infra.registry import Reference, Registry
+from infra.tracking import TrackingConfig
 from pipelines import cli
 from pipelines.console import say
 from pipelines.promote import COMPARED, promote
@@ -33,7 +34,13 @@ def main(arguments: Sequence[str]) -> int:
         default=None,
         help="promote the version to this alias, through the same gate",
     )
-    tracking, options = cli.parse_registry(parser, arguments)
+    parser.add_argument(
+        "--tracking.experiment",
+        type=str,
+        default=TrackingConfig().experiment,
+        help="MLflow experiment of its run",
+    )
+    uri, options = cli.parse_registry(parser, arguments)
     Reference(options.name, alias=options.alias)
     model = Path(options.model).absolute()
     card = check(str(model))[0].card
@@ -45,11 +52,11 @@ def main(arguments: Sequence[str]) -> int:
         file = (file / "metrics.json" if file.is_dir() else file).absolute()
         metrics, params["evaluation"] = measured(file, model)
         files.append(file)
-    registry = Registry(tracking.uri)
+    registry = Registry(uri)
     version = registry.register(
         options.name,
         model,
-        experiment=tracking.experiment,
+        experiment=options.tracking.experiment,
         params=params,
         metrics=metrics,
         lineage=card.lineage,

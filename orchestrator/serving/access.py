@@ -135,6 +135,10 @@ class Access:
             raise Problem(429, "rate_limit_exceeded", "too many requests; slow down.", Retry_After=wait)
         self._requests[who] = (left - 1, now)
 
+    @property
+    def open_streams(self) -> int:
+        return sum(self._streams.values())
+
     @contextmanager
     def stream(self, who: str) -> Iterator[None]:
         """Count a stream for as long as it is open; Problem (429) where there are too many."""

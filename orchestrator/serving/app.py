@@ -35,6 +35,10 @@ class StreamServer:
         """Healthy means that a chunk can be made."""
         self.service.models.check()
 
+    async def census(self) -> dict[str, int]:
+        """What viewers hold, for whoever asks by a deployment handle; all but the slots is none when nobody is there."""
+        return self.service.census()
+
     def __del__(self) -> None:
         self.service.models.stop()
 

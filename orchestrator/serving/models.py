@@ -81,12 +81,14 @@ class Models:
 
     async def follow(self) -> None:
         """Serve whatever version the registry names, until cancelled. What fails leaves the version before in place."""
+        registry = Registry(self.config.registry)
         while True:
             await asyncio.sleep(self.config.refresh_s)
             try:
-                version, path = await asyncio.to_thread(locate, self.config)
-                if version not in (self.active.version, self._refused):
-                    await self._promote(version, path)
+                named = await asyncio.to_thread(registry.resolve, self.config.model)
+                if str(named.version) not in (self.active.version, self._refused):
+                    path = await asyncio.to_thread(registry.fetch, named, CACHE)
+                    await self._promote(str(named.version), path)
             except (RegistryUnavailable, NotRegistered, StorageError) as error:
                 _log.warning("version %s goes on being served: %s", self.active.version, error)
             for served in [served for served in self.retiring if served.viewers.idle]:

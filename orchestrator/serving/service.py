@@ -50,6 +50,20 @@ class Service:
         self.metrics.slots.set(self.config.slots)
         self.metrics.cache.set(sum(viewers.streamer.cache.nbytes for viewers in served))
 
+    def census(self) -> dict[str, int]:
+        """What viewers hold now, and how many tasks run on the event loop."""
+        streamers = [served.viewers.streamer for served in self.models.served]
+        return {
+            "free_slots": sum(len(streamer.free) for streamer in streamers),
+            "streams": sum(len(streamer.streams) for streamer in streamers),
+            "viewers": sum(len(served.viewers.viewers) for served in self.models.served),
+            "queue": sum(served.viewers.waiting for served in self.models.served),
+            "sessions": len(self.sessions),
+            "open": self.access.open_streams,
+            "cache_bytes": sum(streamer.cache.nbytes for streamer in streamers),
+            "tasks": len(asyncio.all_tasks()),
+        }
+
     def check_model(self, name: str | None) -> None:
         """Problem (404) for a model that is not served here."""
         if name is not None and name != self.config.name:

@@ -54,6 +54,7 @@ def routes(service: Service) -> APIRouter:
             "fps": service.models.active.fps,
             "model": service.config.name,
             "version": service.models.active.version,
+            "retiring": [served.version for served in service.models.retiring],
         }
 
     @router.get("/metrics", summary="For Prometheus", response_class=Response)

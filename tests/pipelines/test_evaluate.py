@@ -21,6 +21,8 @@ from pipelines import cli
 from pipelines.digit_reader import load_or_train, read_videos
 from pipelines.evaluate import READER_SEED, Videos, evaluate, measure, real_videos
 from pipelines.moving_digits import PROMPTS, write_dataset
+from pipelines.promote import COMPARED
+from pipelines.register import measured
 from pipelines.report import METRICS, ROWS, Report, Row, summary_table
 from workers.model_directory import ModelCard, ModelWriter, TextConfig, VideoConfig
 
@@ -145,6 +147,9 @@ def test_tiny_models_are_measured_reported_and_not_generated_twice(
     assert (
         len(metrics["verdicts"]) == 8 and metrics["rows"]["real"]["overall"]["digit_accuracy"]["value"] > 0.95
     )
+    values, how = measured(output / "metrics.json", Path(paths[2]))
+    assert values["digit_accuracy_beyond"] == report.rows["distilled"].beyond["digit_accuracy"].value.item()
+    assert values.keys() == COMPARED.keys() and how == {"seed": 0, "videos": 80, "frames": 6}
     text = (output / "report.md").read_text()
     assert str(root) not in text + (output / "metrics.json").read_text()
     for picture in re.findall(r"\]\((.+?\.png)\)", text):

@@ -1,0 +1,71 @@
+"""A registered model whose alias moves while viewers watch."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infra.registry import Registry, Version
+from orchestrator.serving.client import Client, ReceivedChunk
+from orchestrator.serving.messages import Done, VideoStart
+from tests.fixtures import write_model
+from tests.mlflow_server import Server
+from tests.orchestrator.serving.conftest import CONFIG, ROLLOUT, SIZES, eventually, write_student
+from workers.model_directory import VideoConfig
+
+pytestmark = pytest.mark.slow
+SIX = "a six drifting left"
+
+
+def register(registry: Registry, name: str, path: Path) -> Version:
+    return registry.register(name, path, experiment="promotion", params={}, metrics={}, lineage={})
+
+
+@pytest.mark.parametrize("on_promotion", ["finish", "move"])
+def test_no_stream_is_cut_when_the_alias_moves(
+    on_promotion: str, deploy: Callable, mlflow_server: Server, tmp_path: Path
+) -> None:
+    registry, name = Registry(mlflow_server.uri), f"digits-{on_promotion}"
+    first = register(registry, name, write_student(tmp_path / "first"))
+    second = register(registry, name, write_student(tmp_path / "second", seed=2))
+    registry.promote(first, "serving", before=None)
+    config = replace(
+        CONFIG, model=f"models:/{name}@serving", registry=mlflow_server.uri, on_promotion=on_promotion
+    )
+    with deploy(name, config) as url:
+        client = Client(url)
+        with client.stream(SIX, frames=6, model=name) as frames:
+            old = list(frames)
+        with client.session() as watching:
+            watching.start(SIX, format="jpeg")
+            assert watching.wait_for(VideoStart).config.version == "1"
+            watching.wait_for(ReceivedChunk)
+            registry.promote(second, "serving", before=first)
+            eventually(lambda: client.get("/healthz")["version"] == "2")
+            with client.stream(SIX, frames=6) as frames:
+                assert list(frames) != old
+            if on_promotion == "move":
+                eventually(lambda: client.get("/healthz")["retiring"] == [])
+            else:
+                assert client.get("/healthz")["retiring"] == ["1"]
+            # Whatever has been sent meanwhile, and the prompt can change still.
+            watching.change_prompt("a two drifting up", "turn")
+            numbers, turned = [0], False
+            while not (numbers[-1] >= 20 and turned):
+                chunk = watching.wait_for(ReceivedChunk)
+                numbers.append(chunk.about.generation_chunk_index)
+                turned |= "turn" in chunk.about.started_event_ids
+            assert numbers == list(range(len(numbers)))
+            watching.control("stop")
+            assert watching.wait_for(Done).stopped
+        eventually(lambda: client.get("/healthz")["retiring"] == [])
+        # Back to the first, and then to one that cannot stream: the first goes on.
+        registry.roll_back(name, "serving")
+        eventually(lambda: client.get("/healthz")["version"] == "1")
+        write_model(tmp_path / "endless", SIZES, seed=1, rollout=replace(ROLLOUT, window=None), video=VideoConfig(frames=6))  # fmt: skip
+        unfit = register(registry, name, tmp_path / "endless")
+        registry.promote(unfit, "serving", before=first)
+        with client.stream(SIX, frames=6) as frames:
+            assert list(frames) == old
+        assert client.get("/healthz")["version"] == "1"
