@@ -23,8 +23,8 @@ RENEW_S = 1.0
 """Seconds between two words to the desk about a job."""
 LOOK_S = 0.5
 """Seconds between two looks for a free slot."""
-GOODBYE_S = 5.0
-"""Seconds that a replica that stops has for giving its jobs back."""
+GOODBYE_S = 15.0
+"""Seconds that a replica that stops has for giving its jobs back; the desk may be restarting just then."""
 UNREACHABLE = (RayError, RayServeException)
 """The desk is being restarted, or could not do as it was asked."""
 _log = logging.getLogger("ray.serve")

@@ -121,18 +121,58 @@ def test_a_video_that_is_deleted_while_it_is_made_frees_its_slot(
     assert not list(storage.glob(f"{video.id}*"))
 
 
+def kill(name: str) -> None:
+    ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def state_of(video: Video, storage: Path) -> dict[str, Any]:
+    return json.loads((storage / f"{video.id}.json").read_text())
+
+
 def test_a_video_outlives_the_replica_that_makes_it(client: openai.OpenAI, storage: Path) -> None:
     video = client.videos.create(prompt=SIX, seconds="4", extra_body={"seed": 3})
     eventually(lambda: client.videos.retrieve(video.id).progress > 0)
-    replica = json.loads((storage / f"{video.id}.json").read_text())["replica"]
-    ray.kill(ray.get_actor(f"SERVE_REPLICA::videos#StreamServer#{replica}", namespace="serve"))
+    replica = state_of(video, storage)["replica"]
+    kill(f"SERVE_REPLICA::videos#StreamServer#{replica}")
     assert client.videos.poll(video.id, poll_interval_ms=200).status == "completed"
-    state = json.loads((storage / f"{video.id}.json").read_text())
+    state = state_of(video, storage)
     assert (state["attempt"], state["failures"]) == (2, 1) and state["replica"] != replica
     frames = decode(client.videos.download_content(video.id).read())
     # The beginning is that of any other video of this prompt and seed.
     short = decode(client.videos.download_content(make(client, seed=3).id).read())
     assert len(frames) == 400 and (frames[:13] == short).all()
+
+
+def test_a_video_outlives_the_desk(client: openai.OpenAI, storage: Path) -> None:
+    done = make(client, seconds="0.02")
+    video = client.videos.create(prompt=SIX, seconds="4")
+    eventually(lambda: client.videos.retrieve(video.id).progress > 0)
+    (desk,) = (
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if "videos#Desk" in actor["name"]
+    )
+    kill(desk)
+    # Who asks just then waits, or is told to come again.
+    patient = client.with_options(max_retries=5)
+    assert patient.videos.poll(video.id, poll_interval_ms=200).status == "completed"
+    assert state_of(video, storage)["attempt"] == 1
+    assert len(decode(client.videos.download_content(done.id).read())) == 2
+
+
+def test_storage_that_is_gone_is_said_so(client: openai.OpenAI, storage: Path) -> None:
+    video = make(client, seconds="0.02")
+    aside = storage.rename(storage.with_name("aside"))
+    storage.write_text("in the way")
+    try:
+        with pytest.raises(openai.InternalServerError, match="videos cannot be stored for now"):
+            client.videos.create(prompt=SIX)
+        with pytest.raises(openai.InternalServerError, match="cannot be read for now"):
+            client.videos.download_content(video.id)
+    finally:
+        storage.unlink()
+        aside.rename(storage)
+    assert client.videos.download_content(video.id).read()
 
 
 @pytest.mark.parametrize(
