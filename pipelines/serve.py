@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser
 from ray import serve
 
+from infra.files import Files
 from orchestrator.cluster import connect
 from orchestrator.serving.access import check_exposure
 from orchestrator.serving.app import application
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     if not config.registered:
         config = replace(config, model=str(Path(config.model).absolute()))
     check(str(locate(config)[1]))
+    config = replace(config, videos=replace(config.videos, storage=_storage(config.videos.storage)))
     scheme = "http" if options.certificate is None else "https"
     with connect(options.address):
         serve.start(
@@ -64,3 +66,13 @@ def main(arguments: Sequence[str]) -> int:
         finally:
             serve.shutdown()
     return 0
+
+
+def _storage(location: str) -> str:
+    """Where videos are kept, as replicas name it; ValueError where it cannot be read."""
+    files = Files(location)
+    try:
+        files.names()
+    except OSError as error:
+        raise ValueError(f"videos.storage: {location} cannot be read ({error}).") from None
+    return files.location

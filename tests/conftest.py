@@ -1,10 +1,12 @@
-"""What every test shares: one local Ray, with token authentication, and one MLflow server for the whole session."""
+"""What every test shares: one local Ray, with token authentication, an MLflow server and an S3 server for the whole session."""
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from orchestrator import cluster
 from tests.mlflow_server import Server
@@ -37,3 +39,18 @@ def mlflow_server(_mlflow_server: Server) -> Server:
     """A running MLflow server, whose runs and models of other tests are there too."""
     _mlflow_server.ensure()
     return _mlflow_server
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[Callable[[str], str]]:
+    """A bucket of a running S3 server: prefix → location."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    key, secret, region = "key", "secret", "us-east-1"
+    boto3.client(
+        "s3", region, endpoint_url=f"http://{host}:{port}", aws_access_key_id=key, aws_secret_access_key=secret
+    ).create_bucket(Bucket="bucket")  # fmt: skip
+    query = f"endpoint_override={host}:{port}&scheme=http&region={region}"
+    yield lambda prefix: f"s3://{key}:{secret}@bucket/{prefix}?{query}"
+    server.stop()

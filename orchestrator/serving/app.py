@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
-from orchestrator.serving import problems, session, streams
+from orchestrator.serving import maker, problems, session, streams, videos
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.desk import Desk
 from orchestrator.serving.service import Service
@@ -48,12 +48,13 @@ def api(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.report())]
+        tasks = [asyncio.create_task(service.report()), asyncio.create_task(maker.work(service))]
         if service.config.registered:
             tasks.append(asyncio.create_task(service.models.follow()))
         yield
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     app = FastAPI(
         title="self-forcing", summary="Real-time autoregressive video, streamed.", lifespan=lifespan
@@ -61,6 +62,7 @@ def api(service: Service) -> FastAPI:
     problems.install(app)
     app.include_router(streams.routes(service))
     app.include_router(session.routes(service))
+    app.include_router(videos.routes(service))
     return app
 
 
@@ -88,4 +90,4 @@ def application(config: ServeConfig) -> serve.Application:
             target_ongoing_requests=max(1.0, 0.8 * config.slots),
         ),
         graceful_shutdown_timeout_s=config.drain_s,
-    ).bind(config, Desk.bind())  # type: ignore[attr-defined]
+    ).bind(config, Desk.bind(config.videos))  # type: ignore[attr-defined]

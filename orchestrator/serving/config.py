@@ -28,14 +28,16 @@ class VideosConfig:
     """Videos that are made whole and kept for download."""
 
     storage: str = "outputs/videos"
-    """Directory or s3:// prefix that every replica reaches."""
+    """Directory or s3:// prefix that every replica reaches, and no other server uses."""
     expire_s: float = 86400.0
     """Seconds after which a finished video is deleted."""
     longest_frames: int = 4096
     """Most latent frames of one video."""
+    unfinished: int = 64
+    """Videos of one token that may wait or be made at once."""
 
     def __post_init__(self) -> None:
-        for name in ("expire_s", "longest_frames"):
+        for name in ("expire_s", "longest_frames", "unfinished"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"videos.{name} is {getattr(self, name)}; it must be positive.")
 

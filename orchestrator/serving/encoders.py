@@ -1,9 +1,10 @@
-"""What viewers are sent: JPEG frames, or fragments of one MP4."""
+"""Frames → what viewers are sent: JPEG files, fragments of one MP4, or an MP4 file."""
 
 import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import av
 import numpy as np
@@ -47,7 +48,9 @@ class Fragments:
         }
         with av.open(data, "w", format="mp4", options=options) as container:
             container.metadata["comment"] = self.mark
-            write_h264(container, frames, self.fps, first=self.frames, preset="ultrafast")
+            h264 = H264(container, self.fps, first=self.frames, preset="ultrafast")
+            h264.write(frames)
+            h264.flush()
         body = data.getvalue()
         if self.chunks:
             body = b"".join(box for kind, box in _boxes(body) if kind not in (b"ftyp", b"moov"))
@@ -56,33 +59,62 @@ class Fragments:
         return body
 
 
-def write_h264(
-    container: av.container.OutputContainer,
-    frames: np.ndarray,
-    fps: int,
-    *,
-    first: int = 0,
-    preset: str = "medium",
-) -> None:
-    """Encode frames uint8 [f, height, width, 3] into a container's video stream; `first` is the number of the first one.
+class Mp4:
+    """One MP4 file with its index at the front, written as frames come."""
 
-    Width and height are cut to even numbers, as 4:2:0 needs them.
-    """
-    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
-    stream = container.add_stream("libx264", rate=fps)
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    stream.options = {
-        "preset": preset,
-        "tune": "zerolatency",
-        "profile": "baseline",
-        "level": "4.0",
-        "crf": "18",
-    }
-    for number, pixels in enumerate(frames[:, :height, :width], start=first):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        frame.pts = number
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+    def __init__(self, path: Path, fps: int, mark: str):
+        """`mark` is what the file says of its making."""
+        self._container = av.open(path, "w", format="mp4", options={"movflags": "+faststart"})
+        self._container.metadata["comment"] = mark
+        self._h264 = H264(self._container, fps)
+
+    def write(self, frames: np.ndarray) -> None:
+        """Encode frames uint8 [f, height, width, 3]."""
+        self._h264.write(frames)
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._h264.flush()
+        self._container.close()
+
+
+class H264:
+    """Frames, as many at a time as there are, → a container's video stream."""
+
+    def __init__(
+        self, container: av.container.OutputContainer, fps: int, *, first: int = 0, preset: str = "medium"
+    ):
+        """`first` is the number of the first frame."""
+        self._container = container
+        self._stream = container.add_stream("libx264", rate=fps, options={
+            "preset": preset,
+            "tune": "zerolatency",
+            "profile": "baseline",
+            "level": "4.0",
+            "crf": "18",
+            # Slices depend on the number of threads, and so would the file on the machine.
+            "threads": "1",
+        })  # fmt: skip
+        self._stream.pix_fmt = "yuv420p"
+        self._next = first
+
+    def write(self, frames: np.ndarray) -> None:
+        """Encode frames uint8 [f, height, width, 3]. Width and height are cut to even numbers, as 4:2:0 needs them."""
+        height, width = even(frames.shape[1]), even(frames.shape[2])
+        if not self._stream.codec_context.is_open:
+            self._stream.height, self._stream.width = height, width
+        for pixels in frames[:, :height, :width]:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, self._next = self._next, self._next + 1
+            self._container.mux(self._stream.encode(frame))
+
+    def flush(self) -> None:
+        """What the encoder still holds."""
+        self._container.mux(self._stream.encode())
+
+
+def even(size: int) -> int:
+    return size // 2 * 2
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -5,9 +5,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from orchestrator.serving.messages import Failure
+
+AWAY = (RayActorError, RayServeException)
+"""What is raised where the desk is not there."""
 
 
 class Problem(HTTPException):
@@ -33,6 +38,8 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
         error = Problem(
             422, "invalid_value", f"{first['loc'][-1]}: {first['msg']}.", param=str(first["loc"][-1])
         )
+    elif isinstance(error, AWAY):
+        error = Problem(503, "unavailable", "a part of the server is being restarted.", Retry_After="5")
     elif not isinstance(error, Problem):
         assert isinstance(error, HTTPException)
         headers = {name: value for name, value in (error.headers or {}).items()}
@@ -42,5 +49,5 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Have `app` answer every error in the one shape."""
-    for kind in (HTTPException, RequestValidationError):
+    for kind in (HTTPException, RequestValidationError, *AWAY):
         app.add_exception_handler(kind, _answer)

@@ -320,7 +320,9 @@ async def _converse(service: Service, who: str, socket: WebSocket) -> None:
                         if session is not None:
                             await session.done(stopped=True)
                             session.end()
-                        await socket.close()
+                        # A page that is left hangs up at the same moment.
+                        with suppress(RuntimeError, WebSocketDisconnect):
+                            await socket.close()
                         return
                     case Interact() | Control():
                         if session is None:

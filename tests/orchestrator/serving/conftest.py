@@ -14,7 +14,7 @@ from model.rollout import RolloutConfig
 from model.transformer import TransformerConfig
 from orchestrator.serving.app import application
 from orchestrator.serving.client import Client
-from orchestrator.serving.config import ServeConfig
+from orchestrator.serving.config import ServeConfig, VideosConfig
 from tests.cluster import free_ports
 from tests.fixtures import write_model
 from workers.model_directory import VideoConfig
@@ -52,12 +52,15 @@ def serve_url(ray_cluster: object) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def deploy(serve_url: str, student: Path) -> Callable:
+def deploy(serve_url: str, student: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """A context manager that deploys an application and gives its URL."""
 
     @contextmanager
     def deployed(name: str, config: ServeConfig = CONFIG) -> Iterator[str]:
-        config = config if config.model != ServeConfig.model else replace(config, model=str(student))
+        if config.model == ServeConfig.model:
+            config = replace(config, model=str(student))
+        if config.videos == VideosConfig():
+            config = replace(config, videos=VideosConfig(storage=str(tmp_path_factory.mktemp("videos"))))
         serve.run(application(config), name=name, route_prefix=f"/{name}")
         url = f"{serve_url}/{name}"
         try:

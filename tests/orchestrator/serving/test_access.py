@@ -84,6 +84,7 @@ def test_a_ticket_stands_for_a_token_once_and_for_a_while(
 
 def test_without_tokens_only_this_machine_is_answered(tickets: Tickets, clock: Clock) -> None:
     access = make(AccessConfig(), tickets, clock)
+    assert admit(access) == admit(access, authorization="Bearer any")
     assert admit(access) == admit(access, host="127.0.0.1") == admit(access, host="[::1]:8000", server="::1")
     assert refused(access, server="10.0.0.1") == 401
     # A page whose own name resolves to this machine.

@@ -1,0 +1,81 @@
+"""Files by name, in a directory or under an s3:// prefix: what is small enough to be written in one go, and read by many.
+
+For directories of files that belong together, see `infra.storage`.
+"""
+
+import os
+import re
+from pathlib import Path
+from shutil import copyfileobj
+from typing import BinaryIO
+from uuid import uuid4
+
+from pyarrow import ArrowInvalid, NativeFile
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class Files:
+    """The files of one place. Names are the caller's own: a name that a stranger chose must not come here.
+
+    S3 is reached with the credentials, region and endpoint of the AWS_ variables, or of the location's query.
+    """
+
+    def __init__(self, location: str):
+        """ValueError, in one sentence, for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or made yet."""
+        if not _SCHEME.match(location):
+            self.location = os.path.abspath(location)
+            self._system: FileSystem = LocalFileSystem()
+            self._root = self.location
+            return
+        self.location = location
+        try:
+            self._system, self._root = FileSystem.from_uri(location)
+        except ArrowInvalid:
+            self._root = ""
+        if not self._root or not isinstance(self._system, S3FileSystem):
+            raise ValueError(f"{location} is neither a directory nor s3://BUCKET/PREFIX.")
+
+    def put(self, name: str, content: BinaryIO) -> None:
+        """Write a file, in place of one that is there; others see all of it or nothing. OSError where that cannot be."""
+        if self.path(name) is None:
+            self._write(name, content)
+            return
+        self._system.create_dir(self._root)
+        aside = f".{name}.{uuid4().hex}"
+        try:
+            self._write(aside, content)
+            self._system.move(self._at(aside), self._at(name))
+        except BaseException:
+            self.delete(aside)
+            raise
+
+    def _write(self, name: str, content: BinaryIO) -> None:
+        with self._system.open_output_stream(self._at(name)) as file:
+            copyfileobj(content, file)
+
+    def open(self, name: str) -> NativeFile:
+        """A file to read, which can seek; FileNotFoundError where there is none."""
+        return self._system.open_input_file(self._at(name))
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        if self._system.get_file_info(self._at(name)).type == FileType.File:
+            self._system.delete_file(self._at(name))
+
+    def names(self) -> list[str]:
+        """Of every file here, sorted."""
+        found = self._system.get_file_info(FileSelector(self._root, allow_not_found=True))
+        return sorted(
+            each.base_name
+            for each in found
+            if each.type == FileType.File and not each.base_name.startswith(".")
+        )
+
+    def path(self, name: str) -> Path | None:
+        """Where a file lies on this machine; none for S3."""
+        return Path(self._root) / name if isinstance(self._system, LocalFileSystem) else None
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
