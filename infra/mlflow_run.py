@@ -1,7 +1,7 @@
 """One run on the MLflow side: found or created, and given the records of a spool.
 
-The only module beside `infra/registry.py` that imports mlflow, and not before it is used: that takes a second. Every call here may
-fail for want of a server, and every one may be repeated: repetitions change nothing.
+With `infra/registry.py` the only module that imports mlflow, and not before it is used: that takes a second. Every call
+here may fail for want of a server, and every one may be repeated: repetitions change nothing.
 """
 
 import importlib

@@ -214,7 +214,8 @@ class Registry:
         of several processes is first.
 
         Raises:
-            StorageError: what the registry holds is missing, unfinished or damaged; the message names the file.
+            StorageError: what the registry holds is unfinished or damaged, or lies on another machine's disk.
+            RegistryUnavailable: also where it has lost the files.
         """
         split = urlsplit(version.source)
         if split.scheme in ("", "file"):
