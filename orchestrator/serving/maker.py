@@ -46,6 +46,11 @@ async def work(service: Service) -> None:
                 _log.warning("there are no videos to make for now: %s", error)
                 await asyncio.sleep(RENEW_S)
                 continue
+            except Exception:
+                # Nobody waits for this task: without it, videos would wait for ever.
+                _log.exception("a video cannot be begun")
+                await asyncio.sleep(RENEW_S)
+                continue
             if video is not None:
                 task = asyncio.create_task(video.make())
                 making.add(task)

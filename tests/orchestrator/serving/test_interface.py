@@ -30,7 +30,9 @@ def map_query(context: Any, query: Any) -> Any:
 def test_nothing_that_is_asked_is_a_fault_of_the_server(client: Client) -> None:
     schema = schemathesis.openapi.from_url(f"{client.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert {"/v1/streams", "/v1/tickets", "/healthz"} <= {operation.path for operation in operations}
+    assert {"/v1/streams", "/v1/videos", "/v1/tickets", "/healthz"} <= {
+        operation.path for operation in operations
+    }
     for operation, mode in product(operations, GenerationMode):
 
         @settings(

@@ -16,9 +16,9 @@ import requests
 from openai.types import Video
 
 from infra.files import Files
-from orchestrator.serving.config import AccessConfig, VideosConfig
+from orchestrator.serving.config import VideosConfig
 from pipelines import cli
-from tests.orchestrator.serving.conftest import CONFIG, eventually
+from tests.orchestrator.serving.conftest import CONFIG, OFTEN, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
 SIX = "a six drifting left"
@@ -228,7 +228,7 @@ def test_tokens_keep_apart_and_files_lie_on_s3(
 ) -> None:
     (tmp_path / "tokens").write_text("\n".join(TOKENS))
     videos = VideosConfig(storage=s3_bucket("served"), unfinished=2, longest_frames=100 * LONG)
-    config = replace(CONFIG, access=AccessConfig(tokens=str(tmp_path / "tokens")), videos=videos)
+    config = replace(CONFIG, access=replace(OFTEN, tokens=str(tmp_path / "tokens")), videos=videos)
     with deploy("s3", config) as url:
         one, two = (connect(url, token) for token in TOKENS)
         video = make(one)
