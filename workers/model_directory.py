@@ -127,6 +127,22 @@ class ModelDirectory:
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name)
 
+    def check_weights(self) -> None:
+        """ValueError where the weights are not of the card's sizes; no weight is read."""
+        with torch.device("meta"):
+            wanted = WanTransformer(self.card.transformer).state_dict()
+        for name in sorted(wanted.keys() | self._files.keys()):
+            shape = None
+            if name in self._files:
+                with safe_open(self._files[name], "pt") as file:
+                    shape = tuple(file.get_slice(name).get_shape())
+            if name not in wanted or shape != tuple(wanted[name].shape):
+                expected = tuple(wanted[name].shape) if name in wanted else None
+                raise ValueError(
+                    f"the weights at {self.path} do not fit the sizes in its model.json: {name} is {shape or 'missing'}, "
+                    f"and should be {expected or 'absent'}."
+                )
+
     def transformer(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> WanTransformer:

@@ -69,6 +69,7 @@ def check(model: str) -> tuple[ModelDirectory, RolloutConfig]:
         raise ValueError(
             f"the student at {model} has no rollout.window, and its cache would grow for ever; streaming needs one."
         )
+    source.check_weights()
     return source, rollout
 
 

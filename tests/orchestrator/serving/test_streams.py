@@ -2,6 +2,7 @@
 
 import io
 import socket
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from PIL import Image
 
 from orchestrator.serving.client import Client, ServerError
 from pipelines import cli
-from tests.fixtures import write_model
-from tests.orchestrator.serving.conftest import SIZES, eventually
+from tests.fixtures import random_weights, write_model
+from tests.orchestrator.serving.conftest import ROLLOUT, SIZES, eventually
 
 pytestmark = pytest.mark.slow
 SIX = "a six drifting left"
@@ -118,9 +119,12 @@ def test_what_cannot_be_served_is_named_before_anything_starts(
 ) -> None:
     write_model(tmp_path / "teacher", SIZES, seed=1)
     (tmp_path / "short").write_text("secret")
+    wide = random_weights(replace(SIZES, ffn_dim=64), seed=1)
+    write_model(tmp_path / "mixed", SIZES, seed=1, rollout=ROLLOUT, weights=wide)
     for arguments, says in (
         (["--model", str(tmp_path / "none")], "there is no complete model at"),
         (["--model", str(tmp_path / "teacher")], "is no few-step student; streaming needs one."),
+        (["--model", str(tmp_path / "mixed")], "blocks.0.ffn.0.bias is (64,), and should be (48,)."),
         (["--slots", "0"], "slots is 0; it must be at least 1."),
         (["--ports", "1"], "ports"),
         (["--host", "0.0.0.0"], "there are no tokens; set access.tokens"),
