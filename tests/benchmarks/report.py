@@ -78,7 +78,7 @@ def goals(measured: Measured) -> Iterator[Goal]:
         yield Goal(what, ratio, "at least 3.5", ratio >= 3.5)
     for served in measured.overhead:
         share = served.service.median / served.engine.median - 1
-        what = f"share of chunk time that Serve and HTTP add, {_viewers(served.viewers)}"
+        what = f"share of chunk time that Serve and HTTP add, {_viewers(served.viewers)}, {served.format}"
         yield Goal(what, share, "under 0.1", share < 0.1)
     for promoted in measured.promotion:
         what = f"promotion ({promoted.on_promotion}), {_viewers(promoted.viewers)}"
@@ -155,10 +155,11 @@ def tables(measured: Measured) -> Iterator[tuple[str, Row, list[Row]]]:
     if measured.overhead:
         yield (
             "Through Serve, HTTP and WebSocket",
-            ("viewers", "first fragment, ms", "engine's chunk, ms", "viewer's chunk, ms", "added"),
+            ("viewers", "format", "first frames, ms", "engine's chunk, ms", "viewer's chunk, ms", "added"),
             [
                 (
                     f"{one.viewers}",
+                    one.format,
                     _ms(one.first),
                     _ms(one.engine),
                     _ms(one.service),

@@ -22,12 +22,14 @@ from orchestrator.cluster import connect
 from orchestrator.serving.app import application
 from orchestrator.serving.client import Client, ReceivedChunk, ServerError
 from orchestrator.serving.config import ServeConfig
+from orchestrator.serving.messages import Format
 from tests.benchmarks import engine
 from tests.benchmarks.engine import PROMPT, Spread
 from tests.mlflow_server import Server, free_port, wait_for
 from workers.streamer import Streamer
 
 PATIENCE_S = 600.0
+FORMATS: tuple[Format, ...] = ("jpeg", "m4s")
 TURNS = 3
 """Of engine and service, for their comparison."""
 
@@ -35,12 +37,14 @@ TURNS = 3
 @dataclass(frozen=True)
 class Overhead:
     viewers: int
+    format: Format
+    """JPEG costs next to nothing beside the engine; encoding fragments of MP4 takes a part of a core."""
     engine: Spread
     """Between two chunks of a stream, the engine alone."""
     service: Spread
-    """The same, as viewers get them over WebSocket as fragments of MP4."""
+    """The same, as viewers get them over WebSocket."""
     first: Spread
-    """From a viewer's request, while others come too, to its first fragment."""
+    """From a viewer's request, while others come too, to its first frames."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Watched:
 
 
 @contextmanager
-def watching(url: str, viewers: int) -> Iterator[list[Watched]]:
+def watching(url: str, viewers: int, format: Format = "m4s") -> Iterator[list[Watched]]:
     """Viewers who come at once and read whatever comes."""
     seen = [Watched() for _ in range(viewers)]
     enough = threading.Event()
@@ -106,7 +110,7 @@ def watching(url: str, viewers: int) -> Iterator[list[Watched]]:
     def watch(seed: int, watched: Watched) -> None:
         with Client(url, timeout_s=PATIENCE_S).session() as session:
             watched.times.append(time.perf_counter())
-            session.start(PROMPT, seed=seed)
+            session.start(PROMPT, seed=seed, format=format)
             try:
                 while not enough.is_set():
                     session.wait_for(ReceivedChunk)
@@ -131,7 +135,9 @@ def wait_for_chunks(seen: list[Watched], chunks: int) -> None:
     wait_for(lambda: all(each.cut or len(each.times) > chunks for each in seen), "chunks", PATIENCE_S)
 
 
-def overhead(url: str, streamer: Streamer, viewers: int, *, repeats: int, chunks: int) -> Overhead:
+def overhead(
+    url: str, streamer: Streamer, viewers: int, format: Format, *, repeats: int, chunks: int
+) -> Overhead:
     """`chunks` chunks of everybody from the engine in this process, then as many from `url`, and so on.
 
     The model at `url` is `streamer`'s, at a frame rate that never makes it wait.
@@ -142,13 +148,13 @@ def overhead(url: str, streamer: Streamer, viewers: int, *, repeats: int, chunks
     engine.start(streamer, viewers)
     for _ in range(repeats):
         alone += [engine.make_chunks(streamer) for _ in range(chunks)]
-        with watching(url, viewers) as seen:
+        with watching(url, viewers, format) as seen:
             wait_for_chunks(seen, chunks + 2)
         # The first two came while others were still arriving.
         gaps += [gap for each in seen for gap in np.diff(each.times[3 : chunks + 3])]
         first += [each.times[1] - each.times[0] for each in seen]
     engine.finish(streamer)
-    return Overhead(viewers, Spread.of(alone), Spread.of(gaps), Spread.of(first))
+    return Overhead(viewers, format, Spread.of(alone), Spread.of(gaps), Spread.of(first))
 
 
 def promotion(url: str, config: ServeConfig, registry: Registry, viewers: int, *, chunks: int) -> Promotion:
@@ -188,7 +194,11 @@ def measure(
     config = ServeConfig(model=hurried, slots=max(*viewers, loaded), cpus=threads, drain_s=1, refresh_s=0.5)
     with serving() as url:
         with deployed(url, config) as served:
-            overheads = [overhead(served, streamer, each, repeats=TURNS, chunks=chunks) for each in viewers]
+            overheads = [
+                overhead(served, streamer, each, format, repeats=TURNS, chunks=chunks)
+                for format in FORMATS
+                for each in viewers
+            ]
         server = Server(scratch)
         server.launch()
         try:
