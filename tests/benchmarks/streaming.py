@@ -176,6 +176,12 @@ def main(arguments: Sequence[str]) -> None:
                 write_model(model, sizes, seed=1, rollout=recipe.rollout, video=recipe.video)
             results.append(measure(name, model, settings, scratch))
             show(results[-1])
+            # What was measured stays, should the next model not end.
+            write(settings, results, arguments)
+
+
+def write(settings: Settings, results: Sequence[Measured], arguments: Sequence[str]) -> None:
+    """The JSON and the page at `settings.out`."""
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     body = {
