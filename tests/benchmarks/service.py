@@ -3,6 +3,7 @@
 Viewers, proxy and replica share the machine, as they would not in production.
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,8 @@ class Promotion:
 def serving() -> Iterator[str]:
     """Ray Serve on a port of this machine."""
     port = free_port()
+    # Ray gives its workers a low priority by default, and the engine that they are compared with has the usual one.
+    os.environ["RAY_worker_niceness"] = "0"
     with connect("local"):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         try:
@@ -138,7 +141,7 @@ def wait_for_chunks(seen: list[Watched], chunks: int) -> None:
 def overhead(
     url: str, streamer: Streamer, viewers: int, format: Format, *, repeats: int, chunks: int
 ) -> Overhead:
-    """`chunks` chunks of everybody from the engine in this process, then as many from `url`, and so on.
+    """`chunks` chunks of everybody from the engine in this process, then as many from `url`, and so on, `repeats` times.
 
     The model at `url` is `streamer`'s, at a frame rate that never makes it wait.
     """
@@ -195,7 +198,7 @@ def measure(
     with serving() as url:
         with deployed(url, config) as served:
             overheads = [
-                overhead(served, streamer, each, format, repeats=TURNS, chunks=chunks)
+                overhead(served, streamer, each, format, repeats=TURNS, chunks=-(-chunks // TURNS))
                 for format in FORMATS
                 for each in viewers
             ]

@@ -1,11 +1,13 @@
 """The digit reader on scans that it has never seen, and its cache."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.digit_reader import DigitReader, load_or_train, read_videos
+from pipelines.evaluate import READER_SEED
 from pipelines.moving_digits import sample_videos
 
 
@@ -21,20 +23,19 @@ def test_features_do_not_depend_on_a_shift_that_the_network_can_follow_exactly()
 
 
 @pytest.mark.slow
-def test_held_out_videos_are_read_nearly_without_error_and_the_cache_is_the_trained_reader(
-    tmp_path: Path,
+def test_held_out_videos_are_read_nearly_without_error_by_a_reader_that_is_trained_once(
+    digit_reader: Path, tmp_path: Path
 ) -> None:
-    trained = load_or_train(tmp_path / "cache", seed=0)
+    shutil.copytree(digit_reader, tmp_path / "cache")
     [file] = (tmp_path / "cache").iterdir()
     stored = file.stat().st_mtime_ns
-    cached = load_or_train(tmp_path / "cache", seed=0)
+    trained = load_or_train(tmp_path / "cache", READER_SEED)
     assert file.stat().st_mtime_ns == stored
 
     pixels, digits, _ = zip(*sample_videos(videos=1200, frames=4, seed=1, split="held_out"), strict=True)
     videos = torch.cat([torch.from_numpy(block) for block in pixels]).float() / 127.5 - 1
     labels = torch.cat([torch.from_numpy(block) for block in digits])
     logits, _ = read_videos(trained, videos)
-    assert torch.equal(read_videos(cached, videos)[0], logits)
     by_frame = (logits.argmax(-1) == labels[:, None]).float().mean(0)
     assert by_frame.min() >= 0.98
     imperfect = (
@@ -46,4 +47,4 @@ def test_held_out_videos_are_read_nearly_without_error_and_the_cache_is_the_trai
 
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is damaged; delete it"):
-        load_or_train(tmp_path / "cache", seed=0)
+        load_or_train(tmp_path / "cache", READER_SEED)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,10 +33,10 @@ ROLLOUT = RolloutConfig(steps=(1000, 500), chunk=2, window=4, positions="relativ
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, digit_reader: Path) -> Path:
     """A root with a trained digit reader and held-out videos of 6 frames."""
     root = tmp_path_factory.mktemp("root")
-    load_or_train(root / "outputs" / "digit_reader", READER_SEED)
+    shutil.copytree(digit_reader, root / "outputs" / "digit_reader")
     write_dataset(root / "outputs" / "data" / "held_out", videos=480, frames=6, seed=1, split="held_out")
     return root
 

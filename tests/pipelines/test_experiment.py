@@ -28,8 +28,11 @@ cells:
 
 
 @pytest.mark.slow
-def test_cells_are_measured_once_and_reported(ray_cluster: object, tmp_path: Path) -> None:
+def test_cells_are_measured_once_and_reported(
+    ray_cluster: object, digit_reader: Path, tmp_path: Path
+) -> None:
     config = furnished(tmp_path)
+    shutil.copytree(digit_reader, tmp_path / "outputs" / "digit_reader")
     shutil.rmtree(config.data.train)  # `prepare` writes videos, which the cells need
     spec = tmp_path / "small.yaml"
     spec.write_text(EXPERIMENT.format(recipe=TINY_RECIPE))
