@@ -65,7 +65,7 @@ def serving() -> Iterator[str]:
     """Ray Serve on a port of this machine."""
     port = free_port()
     # Ray gives its workers a low priority by default, and the engine that they are compared with has the usual one.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (as Ray spells it)
     with connect("local"):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         try:
