@@ -64,7 +64,8 @@ class Models:
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self.active = self._serve(*locate(config))
         self.retiring: list[Served] = []
-        self._refused: str | None = None
+        self.refused: str | None = None
+        """The version that the registry names, where it cannot be served."""
 
     def _serve(self, version: str, path: Path) -> Served:
         viewers = Viewers(load(path, self.config.slots), self.config.queue, self._decoder)
@@ -86,7 +87,9 @@ class Models:
             await asyncio.sleep(self.config.refresh_s)
             try:
                 named = await asyncio.to_thread(registry.resolve, self.config.model)
-                if str(named.version) not in (self.active.version, self._refused):
+                if str(named.version) == self.active.version:
+                    self.refused = None
+                elif str(named.version) != self.refused:
                     path = await asyncio.to_thread(registry.fetch, named, CACHE)
                     await self._promote(str(named.version), path)
             except (RegistryUnavailable, NotRegistered, StorageError) as error:
@@ -100,12 +103,12 @@ class Models:
         try:
             served = await asyncio.to_thread(self._serve, version, path)
         except (ValueError, RuntimeError) as error:
-            self._refused = version
+            self.refused = version
             _log.error(
                 "version %s cannot be served, version %s goes on: %s", version, self.active.version, error
             )
             return
-        before, self.active = self.active, served
+        before, self.active, self.refused = self.active, served, None
         self.retiring.append(before)
         _log.info(
             "version %s is served; streams of version %s %s",

@@ -55,6 +55,7 @@ def routes(service: Service) -> APIRouter:
             "model": service.config.name,
             "version": service.models.active.version,
             "retiring": [served.version for served in service.models.retiring],
+            "refused": service.models.refused,
         }
 
     @router.get("/metrics", summary="For Prometheus", response_class=Response)

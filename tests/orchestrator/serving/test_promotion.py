@@ -66,6 +66,7 @@ def test_no_stream_is_cut_when_the_alias_moves(
         write_model(tmp_path / "endless", SIZES, seed=1, rollout=replace(ROLLOUT, window=None), video=VideoConfig(frames=6))  # fmt: skip
         unfit = register(registry, name, tmp_path / "endless")
         registry.promote(unfit, "serving", before=first)
+        eventually(lambda: client.get("/healthz")["refused"] == str(unfit.version))
         with client.stream(SIX, frames=6) as frames:
             assert list(frames) == old
         assert client.get("/healthz")["version"] == "1"
