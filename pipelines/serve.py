@@ -1,5 +1,6 @@
 """`self-forcing serve`: the streaming endpoint, on Ray Serve."""
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str]) -> int:
     config = ServeConfig(**{each.name: settings[each.name] for each in fields(ServeConfig)})
     if (options.certificate is None) != (options.key is None):
         raise ValueError("certificate and key belong together; give both or neither.")
+    if options.certificate is not None and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ValueError(
+            "with RAY_SERVE_ENABLE_HA_PROXY=1 there is no HTTPS: leave out certificate and key and let a proxy in front end TLS."
+        )
     check_exposure(config.access, options.host)
     if not config.registered:
         config = replace(config, model=str(Path(config.model).absolute()))

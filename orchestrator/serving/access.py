@@ -22,7 +22,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def read_tokens(config: AccessConfig) -> tuple[str, ...]:
-    """Tokens from the file or the environment; ValueError for a file that is missing or empty and for tokens too short to be safe."""
+    """Tokens from the file or the environment; ValueError for a file that is missing or empty, for tokens too short to be safe, and for
+    none where HAProxy stands before the replicas: everybody seems to come from this machine then."""
     if config.tokens is None:
         tokens = os.environ.get("SELF_FORCING_TOKENS", "").split(",")
     else:
@@ -35,6 +36,10 @@ def read_tokens(config: AccessConfig) -> tuple[str, ...]:
         raise ValueError(f"access.tokens: {config.tokens} holds no token; write one a line.")
     if any(len(token) < 16 for token in found):
         raise ValueError("a token has fewer than 16 characters; use for example `openssl rand -hex 32`.")
+    if not found and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ValueError(
+            "with RAY_SERVE_ENABLE_HA_PROXY=1 tokens are needed: name a file at access.tokens or set SELF_FORCING_TOKENS."
+        )
     return found
 
 

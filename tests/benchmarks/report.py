@@ -17,10 +17,11 @@ from tests.benchmarks.engine import (
     Recomputing,
     Spread,
 )
-from tests.benchmarks.service import Overhead, Promotion
+from tests.benchmarks.service import Overhead, Promotion, Proxy
 
 COMPARED = 8
 """Viewers for whom a batch is compared with what it replaces."""
+PROXIES: dict[Proxy, str] = {"serve": "Serve's proxy", "haproxy": "HAProxy"}
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"
 
 Row = Sequence[str]
@@ -78,7 +79,7 @@ def goals(measured: Measured) -> Iterator[Goal]:
         yield Goal(what, ratio, "at least 3.5", ratio >= 3.5)
     for served in measured.overhead:
         share = served.service.median / served.engine.median - 1
-        what = f"share of chunk time that Serve and HTTP add, {_viewers(served.viewers)}, {served.format}"
+        what = f"share of chunk time that Serve and HTTP add, {_viewers(served.viewers)}, {served.format}, {PROXIES[served.proxy]}"
         yield Goal(what, share, "under 0.1", share < 0.1)
     for promoted in measured.promotion:
         what = f"promotion ({promoted.on_promotion}), {_viewers(promoted.viewers)}"
@@ -155,9 +156,18 @@ def tables(measured: Measured) -> Iterator[tuple[str, Row, list[Row]]]:
     if measured.overhead:
         yield (
             "Through Serve, HTTP and WebSocket",
-            ("viewers", "format", "first frames, ms", "engine's chunk, ms", "viewer's chunk, ms", "added"),
+            (
+                "proxy",
+                "viewers",
+                "format",
+                "first frames, ms",
+                "engine's chunk, ms",
+                "viewer's chunk, ms",
+                "added",
+            ),
             [
                 (
+                    PROXIES[one.proxy],
                     f"{one.viewers}",
                     one.format,
                     _ms(one.first),

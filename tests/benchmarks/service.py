@@ -4,6 +4,7 @@ Viewers, proxy and replica share the machine, as they would not in production.
 """
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ from workers.streamer import Streamer
 
 PATIENCE_S = 600.0
 FORMATS: tuple[Format, ...] = ("jpeg", "m4s")
+Proxy = Literal["serve", "haproxy"]
+PROXIES: tuple[Proxy, ...] = ("serve", "haproxy")
+TOKEN = secrets.token_hex(32)
 TURNS = 3
 """Of engine and service, for their comparison."""
 
@@ -39,7 +43,8 @@ TURNS = 3
 class Overhead:
     viewers: int
     format: Format
-    """JPEG costs next to nothing beside the engine; encoding fragments of MP4 takes a part of a core."""
+    proxy: Proxy
+    """What stands before the replica: Ray Serve's own proxy, or HAProxy, which Ray Serve starts where RAY_SERVE_ENABLE_HA_PROXY=1."""
     engine: Spread
     """Between two chunks of a stream, the engine alone."""
     service: Spread
@@ -61,9 +66,11 @@ class Promotion:
 
 
 @contextmanager
-def serving() -> Iterator[str]:
+def serving(proxy: Proxy) -> Iterator[str]:
     """Ray Serve on a port of this machine."""
     port = free_port()
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
+    os.environ["SELF_FORCING_TOKENS"] = TOKEN
     # Ray gives its workers a low priority by default, and the engine that they are compared with has the usual one.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (as Ray spells it)
     with connect("local"):
@@ -79,7 +86,7 @@ def deployed(url: str, config: ServeConfig) -> Iterator[str]:
     """The application below a Serve's URL."""
     serve.run(application(config), name="benchmark", route_prefix="/benchmark")
     try:
-        client = Client(f"{url}/benchmark")
+        client = Client(f"{url}/benchmark", TOKEN)
         # The proxy may take a moment to learn of a replica.
         wait_for(lambda: _answers(client), "the application")
         yield client.url
@@ -111,7 +118,7 @@ def watching(url: str, viewers: int, format: Format = "m4s") -> Iterator[list[Wa
     enough = threading.Event()
 
     def watch(seed: int, watched: Watched) -> None:
-        with Client(url, timeout_s=PATIENCE_S).session() as session:
+        with Client(url, TOKEN, timeout_s=PATIENCE_S).session() as session:
             watched.times.append(time.perf_counter())
             session.start(PROMPT, seed=seed, format=format)
             try:
@@ -139,7 +146,7 @@ def wait_for_chunks(seen: list[Watched], chunks: int) -> None:
 
 
 def overhead(
-    url: str, streamer: Streamer, viewers: int, format: Format, *, repeats: int, chunks: int
+    url: str, streamer: Streamer, viewers: int, format: Format, proxy: Proxy, *, repeats: int, chunks: int
 ) -> Overhead:
     """`chunks` chunks of everybody from the engine in this process, then as many from `url`, and so on, `repeats` times.
 
@@ -157,7 +164,7 @@ def overhead(
         gaps += [gap for each in seen for gap in np.diff(each.times[3 : chunks + 3])]
         first += [each.times[1] - each.times[0] for each in seen]
     engine.finish(streamer)
-    return Overhead(viewers, format, Spread.of(alone), Spread.of(gaps), Spread.of(first))
+    return Overhead(viewers, format, proxy, Spread.of(alone), Spread.of(gaps), Spread.of(first))
 
 
 def promotion(url: str, config: ServeConfig, registry: Registry, viewers: int, *, chunks: int) -> Promotion:
@@ -167,7 +174,7 @@ def promotion(url: str, config: ServeConfig, registry: Registry, viewers: int, *
     before = registry.resolve(config.model)
     after = registry.resolve(f"models:/{name}/{before.version + 1}")
     with deployed(url, config) as served:
-        client = Client(served)
+        client = Client(served, TOKEN)
         with watching(served, viewers) as seen:
             wait_for_chunks(seen, chunks)
             began = time.perf_counter()
@@ -194,14 +201,16 @@ def measure(
     threads: int,
 ) -> tuple[list[Overhead], list[Promotion]]:
     """The overhead for each number of `viewers`, of a model that never makes them wait, and what `loaded` viewers notice of a promotion."""
-    config = ServeConfig(model=hurried, slots=max(*viewers, loaded), cpus=threads, drain_s=1, refresh_s=0.5)
-    with serving() as url:
-        with deployed(url, config) as served:
-            overheads = [
-                overhead(served, streamer, each, format, repeats=TURNS, chunks=-(-chunks // TURNS))
+    config = ServeConfig(model=hurried, slots=max([*viewers, loaded]), cpus=threads, drain_s=1, refresh_s=0.5)
+    overheads = []
+    for proxy in PROXIES:
+        with serving(proxy) as url, deployed(url, config) as served:
+            overheads += [
+                overhead(served, streamer, each, format, proxy, repeats=TURNS, chunks=chunks // TURNS + 1)
                 for format in FORMATS
                 for each in viewers
             ]
+    with serving("serve") as url:
         server = Server(scratch)
         server.launch()
         try:

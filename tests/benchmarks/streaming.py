@@ -44,6 +44,8 @@ class Settings:
     """Of `small` and `large`."""
     viewers: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of viewers at once."""
+    watched: tuple[int, ...] = (1, 2, 8)
+    """Of them, those over the network."""
     repeats: int = 20
     """Newcomers whose first frames are timed, and turns of each comparison."""
     chunks: int = 30
@@ -64,8 +66,9 @@ QUICK = Settings(
     out="outputs/streaming",
     sizes=("small",),
     viewers=(1, 2),
+    watched=(1,),
     repeats=2,
-    chunks=2,
+    chunks=3,
     rates=(8,),
     slots=4,
     frames=120,
@@ -76,6 +79,16 @@ QUICK = Settings(
 def large(small: TransformerConfig) -> TransformerConfig:
     """About 30 M parameters on the same latents."""
     return replace(small, dim=384, ffn_dim=1536, num_heads=6, num_layers=12)
+
+
+def fewer(settings: Settings) -> Settings:
+    """What there is time for with the large model."""
+    return replace(
+        settings,
+        repeats=-(-settings.repeats // 4),
+        frames=settings.frames // 5,
+        watched=settings.watched[:1] + settings.watched[-1:],
+    )
 
 
 def variant(model: str, path: Path, *, window: int | None = None, fps: int | None = None) -> str:
@@ -132,7 +145,7 @@ def measure(name: str, model: str, settings: Settings, scratch: Path) -> Measure
             model,
             streamer,
             scratch / name,
-            viewers=settings.viewers,
+            viewers=settings.watched,
             # Half of what a replica holds, so that there is load and room for the new version beside it.
             loaded=max([1, *(each.sessions // 2 for each in capacity if each.fps == usual)]),
             chunks=settings.chunks,
@@ -174,7 +187,7 @@ def main(arguments: Sequence[str]) -> None:
                 sizes = recipe.student if name == "small" else large(recipe.student)
                 model = str(scratch / f"{name}-model")
                 write_model(model, sizes, seed=1, rollout=recipe.rollout, video=recipe.video)
-            results.append(measure(name, model, settings, scratch))
+            results.append(measure(name, model, settings if name == "small" else fewer(settings), scratch))
             show(results[-1])
             # What was measured stays, should the next model not end.
             write(settings, results, arguments)

@@ -1,4 +1,4 @@
-"""`self-forcing serve` as a command: HTTPS, tokens and tickets, and the end by a signal."""
+"""`self-forcing serve` as a command: HTTPS, HAProxy, tokens and tickets, and the end by a signal."""
 
 import datetime
 import ipaddress
@@ -20,6 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 from websockets.sync.client import connect
 
 from orchestrator.serving.app import build
+from pipelines import cli
 from tests.cluster import free_ports
 from tests.orchestrator.serving.conftest import eventually, write_student
 
@@ -51,41 +52,53 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "certificate.pem", tmp_path / "key.pem"
 
 
-@pytest.fixture
-def server(tmp_path: Path, certificate: tuple[Path, Path]) -> Iterator[tuple[subprocess.Popen, int]]:
+@pytest.fixture(params=["https", "haproxy"])
+def server(
+    request: pytest.FixtureRequest, tmp_path: Path, certificate: tuple[Path, Path]
+) -> Iterator[tuple[subprocess.Popen, str, ssl.SSLContext | None]]:
+    """The command's process, what its URLs have after `http`, and whom clients trust: over HTTPS, or behind HAProxy."""
     (tmp_path / "tokens").write_text(TOKEN)
     model = write_student(tmp_path / "model")
     (port,) = free_ports(1)
     arguments = ["serve", "--model", str(model), "--port", str(port), "--cpus", "0.1", "--drain_s", "1"]
-    arguments += ["--certificate", str(certificate[0]), "--key", str(certificate[1])]
     arguments += ["--access.tokens", str(tmp_path / "tokens")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if request.param == "https":
+        arguments += ["--certificate", str(certificate[0]), "--key", str(certificate[1])]
+        address, trusted = f"s://127.0.0.1:{port}", ssl.create_default_context(cafile=str(certificate[0]))
+    else:
+        environment |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        }
+        address, trusted = f"://127.0.0.1:{port}", None
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *arguments],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment,
         start_new_session=True,
     )
-    yield process, port
+    yield process, address, trusted
     if process.poll() is None:
         process.kill()
 
 
 @pytest.mark.slow
-def test_the_command_serves_over_https_to_who_has_a_token(
-    server: tuple[subprocess.Popen, int], certificate: tuple[Path, Path]
+def test_the_command_serves_who_has_a_token(
+    server: tuple[subprocess.Popen, str, ssl.SSLContext | None],
 ) -> None:
-    process, port = server
-    trusted = ssl.create_default_context(cafile=str(certificate[0]))
+    process, address, trusted = server
+    verify = trusted or True
 
     def answers() -> bool:
         assert process.poll() is None
         try:
-            return httpx.get(f"https://127.0.0.1:{port}/healthz", verify=trusted, timeout=60).is_success
+            return httpx.get(f"http{address}/healthz", verify=verify, timeout=60).is_success
         except httpx.TransportError:
             return False
 
     eventually(answers)
-    with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusted, timeout=60) as client:
+    with httpx.Client(base_url=f"http{address}", verify=verify, timeout=60) as client:
         refused = client.get("/v1/models")
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
         mine = {"Authorization": f"Bearer {TOKEN}"}
@@ -94,7 +107,7 @@ def test_the_command_serves_over_https_to_who_has_a_token(
         assert (
             client.post("/v1/tickets", headers={**mine, "Origin": "https://evil.example"}).status_code == 403
         )
-        url = f"wss://127.0.0.1:{port}/v1/realtime/video?ticket={ticket}"
+        url = f"ws{address}/v1/realtime/video?ticket={ticket}"
         for answer in ("session.pong", "invalid_token"):
             with connect(url, ssl=trusted, open_timeout=60) as socket:
                 if answer == "session.pong":
@@ -102,6 +115,16 @@ def test_the_command_serves_over_https_to_who_has_a_token(
                 assert answer in str(socket.recv(timeout=60))
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
+
+
+def test_behind_haproxy_there_are_tokens_and_no_https(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert cli.main(["serve"]) == 2
+    assert "tokens are needed: name a file at access.tokens" in capfd.readouterr().err
+    assert cli.main(["serve", "--certificate", "a.pem", "--key", "b.pem"]) == 2
+    assert "there is no HTTPS: leave out certificate and key" in capfd.readouterr().err
 
 
 def test_what_platforms_deploy_is_well_formed_and_names_what_there_is() -> None:
