@@ -3,9 +3,10 @@
 Needs `pip install self-forcing[client]`.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -53,6 +54,7 @@ class StreamSession:
 
     socket: ClientConnection
     timeout_s: float
+    _unread: list[Answer | ReceivedChunk] = field(default_factory=list)
 
     def say(self, message: BaseModel) -> None:
         self.socket.send(message.model_dump_json())
@@ -78,9 +80,6 @@ class StreamSession:
             )
         )
 
-    def reconnect(self, request_id: str, next_chunk: int) -> None:
-        self.say(Reconnect(request_id=request_id, next_chunk=next_chunk))
-
     def change_prompt(self, prompt: str, event_id: str | None = None, *, reencode: bool = True) -> None:
         event = NewPrompt(prompt=prompt)
         self.say(Interact(interaction=Interaction(event=event, event_id=event_id, reencode=reencode)))
@@ -90,6 +89,8 @@ class StreamSession:
 
     def receive(self) -> Answer | ReceivedChunk:
         """The next message, a chunk together with its metadata. TimeoutError, or ConnectionClosed at the end."""
+        if self._unread:
+            return self._unread.pop()
         answer = ANSWER.validate_json(self.socket.recv(timeout=self.timeout_s))
         if not isinstance(answer, ChunkMetadata):
             return answer
@@ -134,12 +135,30 @@ class Client:
 
     @contextmanager
     def session(self) -> Iterator[StreamSession]:
-        """A WebSocket session; start it or reconnect."""
+        """A new WebSocket session, to be started."""
         url = f"ws{self.url.removeprefix('http')}/v1/realtime/video"
         with connect(
             url, additional_headers=self.headers, open_timeout=self.timeout_s, max_size=None
         ) as socket:
             yield StreamSession(socket, self.timeout_s)
+
+    @contextmanager
+    def reconnected(self, request_id: str, next_chunk: int) -> Iterator[StreamSession]:
+        """A session whose connection broke, from chunk `next_chunk` on. What it answers first says whether it can go on.
+
+        A connection may lead to another replica than the one that holds the session; then the next one is tried.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            with self.session() as session:
+                session.say(Reconnect(request_id=request_id, next_chunk=next_chunk))
+                answer = session.receive()
+                strayed = isinstance(answer, Failure) and answer.code == "elsewhere"
+                if not strayed or time.monotonic() > deadline:
+                    session._unread.append(answer)
+                    yield session
+                    return
+            time.sleep(0.1)
 
     @contextmanager
     def _request(self, method: str, path: str, query: dict[str, Any]) -> Iterator[httpx.Response]:

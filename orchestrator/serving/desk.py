@@ -7,6 +7,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from orchestrator.serving.metrics import exposition
 
 SILENT_S = 30.0
 """Seconds after which a replica that reports no more is left out."""
+LATE_S = 6.0
+"""Seconds, three reports, after which a replica that reports no more is taken to be gone."""
 WAIT_S = 5.0
 """Seconds that a replica waits for a job before it asks again."""
 STATE = re.compile(r"video_[0-9a-f]{32}\.json")
@@ -55,6 +58,11 @@ class Desk:
         self.reports[replica] = (now, metrics)
         self.reports = {name: told for name, told in self.reports.items() if now - told[0] < SILENT_S}
         await self._tidy()
+
+    async def runs(self, replica: str) -> bool:
+        """Whether a replica reported of late."""
+        when, _ = self.reports.get(replica, (-math.inf, []))
+        return time.monotonic() - when < LATE_S
 
     async def metrics(self) -> bytes:
         """For Prometheus."""

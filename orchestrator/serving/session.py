@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
+from ray.exceptions import RayError
 
 from orchestrator.serving.encoders import Fragments, jpegs
 from orchestrator.serving.messages import (
@@ -40,10 +41,16 @@ from orchestrator.serving.viewers import Chunk, Encode, StreamEnded, Viewer
 HISTORY = 16
 """Chunks that are kept after they were sent, for a viewer who reconnects."""
 POLICY_VIOLATION = 1008
+ELSEWHERE = "elsewhere"
+"""Code of the answer to whoever comes back to a session at another replica than it is with: the next connection may lead there."""
 
 
 class Refused(Exception):
     """A message that cannot be followed; the session goes on."""
+
+    def __init__(self, message: str, code: str = "invalid_message"):
+        super().__init__(message)
+        self.code = code
 
 
 class Session:
@@ -53,7 +60,8 @@ class Session:
         """Problem where this viewer has too many streams already or asks for what is not served here."""
         service.check_model(start.model)
         self.service, self.who, self.start = service, who, start
-        self.request_id = f"video_stream-{secrets.token_urlsafe(16)}"
+        # By its name, every replica knows where it is.
+        self.request_id = f"video_stream-{service.replica}-{secrets.token_urlsafe(16)}"
         self.socket: WebSocket | None = None
         self.served: Served | None = None
         self.viewer: Viewer | None = None
@@ -310,6 +318,12 @@ async def _converse(service: Service, who: str, socket: WebSocket) -> None:
                         await session.attach(socket)
                     case Reconnect():
                         found = service.sessions.get(message.request_id)
+                        if (
+                            session is None
+                            and found is None
+                            and await _elsewhere(service, message.request_id)
+                        ):
+                            raise Refused("another replica holds this session; connect again.", ELSEWHERE)
                         if session is not None or found is None or found.who != who:
                             raise Refused("there is no such session here to go on with; start one.")
                         await found.attach(socket, message.next_chunk)
@@ -333,12 +347,26 @@ async def _converse(service: Service, who: str, socket: WebSocket) -> None:
                     case _:
                         assert_never(message)
             except Refused as refusal:
-                await _send(socket, Failure(code="invalid_message", message=str(refusal)))
+                await _send(socket, Failure(code=refusal.code, message=str(refusal)))
+                if refusal.code == ELSEWHERE:
+                    await socket.close()
+                    return
             except Problem as problem:
                 await _send(socket, problem.failure())
     finally:
         if session is not None and session.socket is socket and not session.over:
             await session.detach()
+
+
+async def _elsewhere(service: Service, request_id: str) -> bool:
+    """Whether a session may be with another replica that runs."""
+    parts = request_id.split("-", 2)
+    if len(parts) < 3 or parts[1] == service.replica:
+        return False
+    try:
+        return await service.desk.runs.remote(parts[1])
+    except RayError:
+        return False
 
 
 def routes(service: Service) -> APIRouter:

@@ -52,6 +52,20 @@ def test_a_viewer_of_a_killed_replica_goes_on_from_its_seed(deploy: Callable) ->
             assert seen + list(frames) == whole[: max(len(seen), 40)]
 
 
+def test_a_viewer_comes_back_to_the_replica_that_holds_the_stream(deploy: Callable) -> None:
+    with deploy("two", replace(CONFIG, replicas=2)) as url:
+        client = Client(url)
+        with client.session() as session:
+            session.start(SIX, format="jpeg")
+            request_id = session.wait_for(VideoStart).request_id
+            numbers = [session.wait_for(ReceivedChunk).about.generation_chunk_index]
+        # A connection may lead to either replica.
+        for _ in range(6):
+            with client.reconnected(request_id, len(numbers)) as again:
+                numbers += [again.wait_for(ReceivedChunk).about.generation_chunk_index for _ in range(2)]
+        assert numbers == list(range(13))
+
+
 def test_a_replica_that_is_asked_to_stop_lets_its_streams_end(deploy: Callable) -> None:
     with deploy("drained", replace(CONFIG, drain_s=60)) as url, Client(url).stream(SIX, frames=200) as frames:
         seen = [next(frames)]

@@ -113,8 +113,7 @@ def test_a_broken_connection_is_taken_up_again(client: Client) -> None:
         session.start(SIX, num_frames=400, format="jpeg")
         request_id = session.wait_for(VideoStart).request_id
         seen = [session.wait_for(ReceivedChunk) for _ in range(3)]
-    with client.session() as again:
-        again.reconnect(request_id, next_chunk=3)
+    with client.reconnected(request_id, next_chunk=3) as again:
         assert again.wait_for(VideoStart).request_id == request_id
         chunks, done = play(again)
     numbers = [chunk.about.generation_chunk_index for chunk in [*seen, *chunks]]
@@ -126,8 +125,7 @@ def test_a_session_that_nobody_takes_up_again_ends(client: Client) -> None:
         session.start(SIX)
         request_id = session.wait_for(VideoStart).request_id
     eventually(lambda: client.get("/healthz")["streams"] == 0)
-    with client.session() as late:
-        late.reconnect(request_id, next_chunk=0)
+    with client.reconnected(request_id, next_chunk=0) as late:  # noqa: SIM117 (what is raised, and where)
         with pytest.raises(ServerError, match="no such session"):
             late.wait_for(VideoStart)
 
