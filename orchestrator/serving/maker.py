@@ -8,15 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from infra.files import Files
 from orchestrator.serving.encoders import Mp4
 from orchestrator.serving.jobs import Job
 from orchestrator.serving.models import Served
 from orchestrator.serving.problems import Problem
-from orchestrator.serving.service import Service
+from orchestrator.serving.service import UNREACHABLE, Service
 from orchestrator.serving.viewers import StreamEnded, Viewer
 
 RENEW_S = 1.0
@@ -25,8 +23,6 @@ LOOK_S = 0.5
 """Seconds between two looks for a free slot."""
 GOODBYE_S = 15.0
 """Seconds that a replica that stops has for giving its jobs back; the desk may be restarting just then."""
-UNREACHABLE = (RayError, RayServeException)
-"""The desk is being restarted, or could not do as it was asked."""
 _log = logging.getLogger("ray.serve")
 
 

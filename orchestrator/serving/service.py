@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from orchestrator.serving.access import Access
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from orchestrator.serving.session import Session
 
 REPORT_S = 2.0
+UNREACHABLE = (RayError, RayServeException)
+"""The desk is being restarted, or could not do as it was asked."""
 
 
 class Service:
@@ -39,7 +42,7 @@ class Service:
         while True:
             self._measure()
             # Where the desk is being restarted, the next report will do.
-            with suppress(RayError):
+            with suppress(*UNREACHABLE):
                 await self.desk.report.remote(self.replica, self.metrics.collect())
             await asyncio.sleep(REPORT_S)
 

@@ -9,7 +9,6 @@ from uuid import uuid4
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
-from ray.exceptions import RayError
 
 from orchestrator.serving.encoders import Fragments, jpegs
 from orchestrator.serving.messages import (
@@ -35,7 +34,7 @@ from orchestrator.serving.messages import (
 from orchestrator.serving.metrics import Pace
 from orchestrator.serving.models import Served
 from orchestrator.serving.problems import Problem
-from orchestrator.serving.service import Service
+from orchestrator.serving.service import UNREACHABLE, Service
 from orchestrator.serving.viewers import Chunk, Encode, StreamEnded, Viewer
 
 HISTORY = 16
@@ -365,7 +364,7 @@ async def _elsewhere(service: Service, request_id: str) -> bool:
         return False
     try:
         return await service.desk.runs.remote(parts[1])
-    except RayError:
+    except UNREACHABLE:
         return False
 
 

@@ -87,7 +87,7 @@ def fewer(settings: Settings) -> Settings:
         settings,
         repeats=-(-settings.repeats // 4),
         frames=settings.frames // 5,
-        watched=settings.watched[:1] + settings.watched[-1:],
+        watched=tuple(sorted({min(settings.watched), max(settings.watched)})),
     )
 
 

@@ -23,19 +23,21 @@ def test_features_do_not_depend_on_a_shift_that_the_network_can_follow_exactly()
 
 
 @pytest.mark.slow
-def test_held_out_videos_are_read_nearly_without_error_by_a_reader_that_is_trained_once(
-    digit_reader: Path, tmp_path: Path
+def test_held_out_videos_are_read_nearly_without_error_and_the_cache_is_the_trained_reader(
+    trained_reader: tuple[DigitReader, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(digit_reader, tmp_path / "cache")
+    trained, directory = trained_reader
+    shutil.copytree(directory, tmp_path / "cache")
     [file] = (tmp_path / "cache").iterdir()
     stored = file.stat().st_mtime_ns
-    trained = load_or_train(tmp_path / "cache", READER_SEED)
+    cached = load_or_train(tmp_path / "cache", READER_SEED)
     assert file.stat().st_mtime_ns == stored
 
     pixels, digits, _ = zip(*sample_videos(videos=1200, frames=4, seed=1, split="held_out"), strict=True)
     videos = torch.cat([torch.from_numpy(block) for block in pixels]).float() / 127.5 - 1
     labels = torch.cat([torch.from_numpy(block) for block in digits])
     logits, _ = read_videos(trained, videos)
+    assert torch.equal(read_videos(cached, videos)[0], logits)
     by_frame = (logits.argmax(-1) == labels[:, None]).float().mean(0)
     assert by_frame.min() >= 0.98
     imperfect = (

@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 from orchestrator.serving.access import TICKET_S, Access, Tickets, check_exposure
 from orchestrator.serving.config import AccessConfig
 from orchestrator.serving.problems import Problem
+from tests.orchestrator.serving.conftest import Clock
 
 TOKEN, OTHER = "0123456789abcdef-one", "0123456789abcdef-two"
 
@@ -19,18 +20,6 @@ def connection(server: str = "127.0.0.1", query: str = "", **headers: str) -> HT
     return HTTPConnection(
         {"type": "http", "server": (server, 8000), "headers": pairs, "query_string": query.encode()}
     )
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -13,21 +13,10 @@ from infra.files import Files
 from orchestrator.serving.config import VideosConfig
 from orchestrator.serving.desk import Desk
 from orchestrator.serving.jobs import FAILURES, LEASE_S, Job, Jobs, Order
+from tests.orchestrator.serving.conftest import Clock
 
 ORDER = Order(owner="one", model="m", prompt="a six", seed=1, frames=8, seconds="1", size="256x256")
 CONFIG = VideosConfig(expire_s=100, unfinished=3)
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

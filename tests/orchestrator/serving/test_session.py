@@ -125,9 +125,11 @@ def test_a_session_that_nobody_takes_up_again_ends(client: Client) -> None:
         session.start(SIX)
         request_id = session.wait_for(VideoStart).request_id
     eventually(lambda: client.get("/healthz")["streams"] == 0)
-    with client.reconnected(request_id, next_chunk=0) as late:  # noqa: SIM117 (what is raised, and where)
-        with pytest.raises(ServerError, match="no such session"):
-            late.wait_for(VideoStart)
+    with (
+        client.reconnected(request_id, next_chunk=0) as late,
+        pytest.raises(ServerError, match="no such session"),
+    ):
+        late.wait_for(VideoStart)
 
 
 @pytest.mark.parametrize(
