@@ -8,13 +8,13 @@ export OMP_NUM_THREADS ?= 1
 quickstart: .venv/installed  ## distil a streaming generator of moving digits and measure it
 	$(BIN)/self-forcing run quickstart
 
-test: .venv/installed  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/installed  ## all tests, and the slowest of them by name
+	$(BIN)/python -m pytest --durations=25
 
 test-fast: .venv/installed  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: .venv/installed  ## style, types, and the import contract
+lint: .venv/installed  ## style, types, and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,10 +29,12 @@ wheel: .venv/installed  ## the built wheel installs and runs in an environment o
 	build/wheel/bin/pip install -q --no-deps --no-index dist/*.whl
 	cd build && wheel/bin/self-forcing --help && wheel/bin/self-forcing prepare quickstart --root wheel/run --data.videos 40 --data.held_out_videos 40
 
+# The marker is there only while the environment is whole, so one that was killed half-way is made anew.
 .venv/installed: pyproject.toml constraints.txt
-	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	test -f $@ && $(BIN)/python -m pip --version >/dev/null || $(PYTHON) -m venv --clear .venv
+	rm -f $@
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
 
 clean:
