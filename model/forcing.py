@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.noise import Key, SampleNoise, generator
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.schedule import FlowSchedule
 
 Forcing = Literal["teacher_forcing", "diffusion_forcing"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from infra.tracking import TrackingConfig, sqlite_uri
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.score import ScoreConfig
 from model.transformer import TransformerConfig
 from workers.engine import EngineConfig

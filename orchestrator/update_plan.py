@@ -9,7 +9,7 @@ from typing import Literal
 
 from model.forcing import ForcedPlan
 from model.noise import integer
-from model.rollout import RolloutPlan
+from model.rollout_plan import RolloutPlan
 from model.score import ScorePlan
 from orchestrator.config import RunConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
-from model.rollout import RolloutPlan
+from model.rollout_plan import RolloutPlan
 from orchestrator import checkpoint
 from orchestrator.cluster import release
 from orchestrator.config import RunConfig, TeacherRole, TrainRole

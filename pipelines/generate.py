@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model.kv_cache import SlotCache
 from model.noise import Key, SampleNoise
-from model.rollout import Rollout, RolloutPlan, generate
+from model.rollout import Rollout, generate
+from model.rollout_plan import RolloutPlan
 from pipelines.ode_pairs import guided_velocity, integrate
 from workers.model_directory import ModelDirectory
 

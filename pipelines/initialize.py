@@ -17,7 +17,7 @@ from model.noise import SampleNoise, integer
 from model.objectives.consistency import consistency_step, consistency_target
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
 from model.objectives.regression import regression_terms, trajectory_inputs
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.schedule import TIMESTEPS, FlowSchedule
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig

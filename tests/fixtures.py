@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infra import storage
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder
 from model.transformer import TransformerConfig, WanTransformer
 from orchestrator.config import RunConfig

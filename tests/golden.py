@@ -29,7 +29,8 @@ from model.objectives.gan import (
 )
 from model.objectives.regression import regression_terms, trajectory_inputs
 from model.objectives.sid import sid_loss
-from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
+from model.rollout import Rollout, generate
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.schedule import FlowSchedule
 from model.score import guide, predict_x0
 from model.transformer import TransformerConfig, WanTransformer

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.noise import SampleNoise
-from model.rollout import RolloutConfig, RolloutPlan
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.schedule import FlowSchedule
 from tests import golden
 from tests.model import reference

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infra import storage
 from model.codec import Codec, SpaceToDepth
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder, TextEncoder
 from model.transformer import TransformerConfig, WanTransformer
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.kv_cache import Parked, PromptSlots, SlotCache
 from model.noise import SampleNoise
-from model.rollout import NetworkCall, Rollout, RolloutConfig, RolloutPlan
+from model.rollout import NetworkCall, Rollout
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from workers.model_directory import ModelDirectory
 
 ENDLESS = 2**40

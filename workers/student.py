@@ -12,7 +12,8 @@ from model.forcing import ForcedPlan
 from model.kv_cache import BlockCache
 from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
-from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
+from model.rollout import Rollout, generate
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.transformer import WanTransformer
 from workers.actor import Stats, TrainedRank, samples_out, verb
 from workers.engine import EngineConfig, TrainEngine

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.noise import SampleNoise
-from model.rollout import RolloutConfig, RolloutPlan
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.transformer import TransformerConfig, WanTransformer
 
 # Operations this small only get slower when threads share them.

@@ -10,7 +10,8 @@ from model.forcing import ForcedPlan, per_chunk
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
 from model.objectives.consistency import consistency_step, consistency_target
-from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
+from model.rollout import Rollout, generate
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.schedule import FlowSchedule
 from model.score import guide
 from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model

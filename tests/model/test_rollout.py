@@ -11,7 +11,8 @@ from torch import Tensor
 from model import rope
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
-from model.rollout import Rollout, RolloutConfig, RolloutPlan, generate
+from model.rollout import Rollout, generate
+from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.transformer import WanTransformer
 from tests.model import reference
 from tests.model.reference import CONFIG, GRID, HEIGHT, TOKENS, WIDTH, normal, prompt, tiny_model

@@ -14,7 +14,8 @@ from model.noise import SampleNoise, integer
 from model.objectives import ObjectiveConfig
 from model.objectives.flow_matching import flow_matching_loss
 from model.objectives.gan import DiscriminatorConfig, gradient_penalty, relativistic_discriminator_loss
-from model.rollout import Rollout, RolloutPlan, generate
+from model.rollout import Rollout, generate
+from model.rollout_plan import RolloutPlan
 from model.schedule import FlowSchedule
 from model.score import ScorePlan, guided_x0, predict_x0
 from orchestrator.config import DataConfig, RunConfig

@@ -14,7 +14,7 @@ from rich.console import Console
 from infra import storage
 from infra.tracking import Tracker, TrackingConfig, sqlite_uri
 from model.metrics import Estimate
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder
 from model.transformer import TransformerConfig, WanTransformer
 from orchestrator.config import DataConfig, DistillConfig, EvaluateConfig, RunConfig

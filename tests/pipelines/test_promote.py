@@ -9,7 +9,7 @@ import torch
 
 from infra import storage
 from infra.registry import Registry
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from pipelines import cli
 from pipelines.promote import COMPARED, Refused, gate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from pipelines.generate import Generator
 from tests.fixtures import write_model

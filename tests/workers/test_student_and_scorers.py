@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 
-from model.rollout import RolloutPlan
+from model.rollout_plan import RolloutPlan
 from model.score import ScorePlan
 from orchestrator.config import RunConfig
 from orchestrator.worker_group import WorkerGroup

@@ -10,7 +10,7 @@ import pytest
 import requests
 from ray import serve
 
-from model.rollout import RolloutConfig
+from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from orchestrator.serving.app import application
 from orchestrator.serving.client import Client
