@@ -1,17 +1,17 @@
 """The self-rollout: a few-step student generates a video, chunk by chunk, on its own past.
 
-This is algorithm 1 of Self Forcing (arXiv 2506.08009). There is one rollout. The student's training step,
-the critic's data, evaluation and a viewer's stream all drive this step machine:
-
-    state → the next network call → state
+This is algorithm 1 of Self Forcing (arXiv 2506.08009), written once, as a coroutine: it yields what it needs
+(a `NetworkCall`), what it has made (a chunk) and where it may be changed (a `Boundary`), and is sent the
+answers. The student's training step, the critic's data, evaluation and a viewer's stream all drive it.
 
 For each chunk: denoise at `steps[0]`, …, `steps[exit_step]`, re-noising the predicted x0 between two steps;
 only the call at `exit_step` carries a gradient, and its x0 is the chunk. Then one more call without
 gradient writes the chunk's keys and values into the cache, which later chunks read as constants.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,20 @@ class NetworkCall:
     """Whether the call's keys and values are wanted."""
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """The pause between two chunks, where prompt and cache may change; True writes the cache anew."""
+
+
+Steps = Generator[NetworkCall | Tensor | Boundary, Any, None]
+"""A network call is sent (velocity, keys and values or None), a boundary a truth value, a chunk nothing."""
+
+
 class Rollout:
-    """The state of one batch between two network calls."""
+    """One batch's rollout, and where it stands."""
+
+    pending: NetworkCall | Tensor | Boundary | None
+    """What it waits for: a call's answer, a chunk [B, f, C, H, W] to be taken, the word to go on, or nothing."""
 
     def __init__(
         self,
@@ -69,134 +81,116 @@ class Rollout:
         self.config = config
         self.plan = plan
         self.schedule = FlowSchedule(config.shift)
-        self.context_sigma = self.schedule.sigma(torch.tensor(0.0)).item()
         self.noise = noise
         self.cache = cache
         self.shape = shape
         self.start = 0
-        self.exit_step = plan.exit_step
-        self.exit_live: list[KeyValue] | None = None
         self.past: list[tuple[int, Tensor]] = []
-        self.replayed: int | None = None
-        if initial is None:
-            self._begin_chunk()
-        else:
-            self._begin_commit(initial, cache.history(initial.shape[1]))
-
-    # Either denoising at `steps[self.step]`, or committing a finished chunk (`self.step` is None), perhaps one of the past again
-    # (`self.replayed` is its place there).
+        """Committed frames that the cache may still show, and the first one's place: what `reencode` reads."""
+        self._steps = self._chunks(initial)
+        self.pending = next(self._steps)
 
     @property
     def between_chunks(self) -> bool:
         """Whether the next call is a chunk's first."""
-        return self.step == 0
+        return isinstance(self.pending, Boundary)
+
+    def send(self, answer: Any = None) -> None:
+        """Answer what is pending (see `Steps`) and go on to what is pending next; None is the end."""
+        try:
+            self.pending = self._steps.send(answer)
+        except StopIteration:
+            self.pending = None
 
     def reencode(self) -> None:
-        """Between two chunks: write the cache anew from the frames that it holds, for a prompt that has changed."""
+        """Between two chunks: write the cache anew from the frames that it holds, for another prompt."""
         if not self.between_chunks:
             raise RuntimeError("the cache can be written anew between two chunks only.")
-        self.cache.rewind()
-        self._replay(0)
+        self.send(True)
 
-    def _replay(self, place: int) -> None:
-        if place == len(self.past):
-            self.replayed = None
-            # The same noise as before, for it has the chunk's name; but another history.
-            self._begin_chunk()
-            return
-        first, frames = self.past[place]
-        self.replayed = place
-        self.cache.skip_to(first)
-        self._begin_commit(frames, self.cache.history(frames.shape[1]))
-
-    def _begin_chunk(self) -> None:
-        batch, *frame = self.shape
-        self.step: int | None = 0
-        first = self.plan.first_exit_step
-        self.exit_step = first if self.start == 0 and first is not None else self.plan.exit_step
-        self.timesteps = self.schedule.few_steps(self.config.steps_at(self.start))
-        self.sigmas = self.schedule.sigma(torch.tensor(self.timesteps)).tolist()
-        self.x = self._draw((batch, self.config.chunk, *frame), 0)
-        self.history = self.cache.history(self.config.chunk)
-
-    def _begin_commit(self, context: Tensor, history: History) -> None:
-        self.step = None
-        self.x = context
-        self.history = history
-
-    def _draw(self, shape: Sequence[int], step: int) -> Tensor:
-        return self.noise.draw(shape, self.start // self.config.chunk, step)
-
-    def next_call(self) -> NetworkCall | None:
-        """What the network computes next; None once the video is whole (its last chunk needs no commit)."""
-        end = self.start + (self.x.shape[1] if self.step is None and self.replayed is None else 0)
-        if end >= self.plan.frames:
-            return None
-        timestep = 0.0 if self.step is None else self.timesteps[self.step]
-        gradient = self.step == self.exit_step and self.start >= self.plan.frames - self.plan.grad_frames
-        return NetworkCall(
-            self.x,
-            torch.full(self.x.shape[:2], timestep, device=self.x.device),
+    def _chunks(self, initial: Tensor | None) -> Steps:
+        """Algorithm 1."""
+        config, plan, (batch, *frame) = self.config, self.plan, self.shape
+        context_sigma = self.schedule.sigma(torch.tensor(0.0)).item()
+        if initial is not None:
+            yield from self._commit(initial, self.cache.history(initial.shape[1]))
+            self._remember(initial)
+        while True:
+            while (yield Boundary()):
+                yield from self._write_anew()
+            first = plan.first_exit_step if self.start == 0 else None
+            exit_step = plan.exit_step if first is None else first
+            timesteps = self.schedule.few_steps(config.steps_at(self.start))
+            sigmas = self.schedule.sigma(torch.tensor(timesteps)).tolist()
+            history = self.cache.history(config.chunk)
+            x = self._draw((batch, config.chunk, *frame), 0)
+            for step in range(exit_step):
+                velocity, _ = yield self._call(x, timesteps[step], history)
+                if config.sampler == "ode":
+                    x = x + (sigmas[step + 1] - sigmas[step]) * velocity.float()
+                else:
+                    x0 = clean(x, velocity.float(), sigmas[step])
+                    x = interpolate(x0, self._draw(x.shape, step + 1), sigmas[step + 1])
+            gradient = self.start >= plan.frames - plan.grad_frames
+            released = gradient and plan.cache_gradient == "released"
             # A graph keeps its history long after the chunk: one of its own, which holds no joined copies.
-            self.cache.history(self.config.chunk) if gradient else self.history,
-            gradient,
-            self.step is None or (gradient and self.plan.cache_gradient == "released"),
-        )
+            exit_history = self.cache.history(config.chunk) if gradient else history
+            velocity, live = yield self._call(
+                x, timesteps[exit_step], exit_history, gradient=gradient, keeps_live=released
+            )
+            x0 = clean(x, velocity.float(), sigmas[exit_step])
+            yield x0
+            if self.start + config.chunk >= plan.frames:
+                return
+            context = x0.detach()
+            if config.context_noise == "nearest":
+                context = interpolate(context, self._draw(context.shape, exit_step + 1), context_sigma)
+            yield from self._commit(context, history, live)
+            self._remember(context)
 
-    def advance(self, velocity: Tensor, live: list[KeyValue] | None) -> Tensor | None:
-        """Take the answer of `next_call`; returns the chunk [B, f, C, H, W] that it finished, if any."""
-        if self.step is None:
-            assert live is not None, "the call of a commit keeps its keys and values"
-            self._commit(live)
-            return None
-        x0 = clean(self.x, velocity.float(), self.sigmas[self.step])
-        if self.step < self.exit_step:
-            sigma = self.sigmas[self.step]
-            self.step += 1
-            if self.config.sampler == "ode":
-                self.x = self.x + (self.sigmas[self.step] - sigma) * velocity.float()
-            else:
-                self.x = interpolate(x0, self._draw(x0.shape, self.step), self.sigmas[self.step])
-            return None
-        context = x0.detach()
-        if self.config.context_noise == "nearest":
-            context = interpolate(context, self._draw(context.shape, self.step + 1), self.context_sigma)
-        self.exit_live = live
-        self._begin_commit(context, self.history)
-        return x0
+    def _write_anew(self) -> Steps:
+        """Re-encoding: the remembered frames, each at its place in the video, under the prompt of now."""
+        self.cache.rewind()
+        for first, frames in self.past:
+            self.cache.skip_to(first)
+            yield from self._commit(frames, self.cache.history(frames.shape[1]))
 
-    def _commit(self, live: list[KeyValue]) -> None:
-        if self.exit_live is not None:
+    def _commit(self, context: Tensor, history: History, exit_live: list[KeyValue] | None = None) -> Steps:
+        _, live = yield self._call(context, 0.0, history, keeps_live=True)
+        assert live is not None, "the call of a commit keeps its keys and values"
+        if exit_live is not None:
             # The value of the clean call with the graph of the call at `exit_step`, as released.
             with torch.enable_grad():
                 live = [
                     (key + (exit_key - exit_key.detach()), value + (exit_value - exit_value.detach()))
-                    for (key, value), (exit_key, exit_value) in zip(live, self.exit_live, strict=True)
+                    for (key, value), (exit_key, exit_value) in zip(live, exit_live, strict=True)
                 ]
-            self.exit_live = None
-        frames = self.x.shape[1]
-        self.cache.commit(live, frames)
-        if self.replayed is not None:
-            self._replay(self.replayed + 1)
-            return
-        self._remember(self.x)
-        self.start += frames
-        if self.start < self.plan.frames:
-            self._begin_chunk()
+        self.cache.commit(live, context.shape[1])
+
+    def _draw(self, shape: Sequence[int], step: int) -> Tensor:
+        return self.noise.draw(shape, self.start // self.config.chunk, step)
+
+    @staticmethod
+    def _call(
+        x: Tensor, timestep: float, history: History, *, gradient: bool = False, keeps_live: bool = False
+    ) -> NetworkCall:
+        return NetworkCall(
+            x, torch.full(x.shape[:2], timestep, device=x.device), history, gradient, keeps_live
+        )
 
     def _remember(self, context: Tensor) -> None:
-        """Keep the committed frames that the cache may still show to a later chunk: few numbers beside their keys and values."""
+        """Move on, and keep what the cache may still show: few numbers beside their keys and values."""
         self.past.append((self.start, context))
-        end = self.start + context.shape[1]
-        sink, latest = self.config.context_window().kept(end, self.config.chunk)
-        if sink + latest == end:
+        self.start += context.shape[1]
+        sink, latest = self.config.context_window().kept(self.start, self.config.chunk)
+        if sink + latest == self.start:
             return
         self.past = [
             (low, frames[:, low - first : high - first])
             for first, frames in self.past
             for low, high in (
                 (first, min(sink, first + frames.shape[1])),
-                (max(first, end - latest), first + frames.shape[1]),
+                (max(first, self.start - latest), first + frames.shape[1]),
             )
             if low < high
         ]
@@ -211,13 +205,17 @@ def generate(
     plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows
     is the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
     """
-    while (call := rollout.next_call()) is not None:
-        with torch.set_grad_enabled(call.gradient):
-            answer = model(call.x, call.timestep, context, history=call.history, return_live=call.keeps_live)
-            velocity, live = answer if call.keeps_live else (answer, None)
+    while (pending := rollout.pending) is not None:
+        if isinstance(pending, Tensor):
+            yield pending
+        if not isinstance(pending, NetworkCall):
+            rollout.send()
+            continue
+        with torch.set_grad_enabled(pending.gradient):
+            x, keeps_live = pending.x, pending.keeps_live
+            answer = model(x, pending.timestep, context, history=pending.history, return_live=keeps_live)
+            velocity, live = answer if keeps_live else (answer, None)
             if guidance:
                 cond, uncond = velocity.chunk(2)
                 velocity = guide(cond, uncond, guidance).repeat(2, 1, 1, 1, 1)
-            chunk = rollout.advance(velocity, live)
-        if chunk is not None:
-            yield chunk
+            rollout.send((velocity, live))

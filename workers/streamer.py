@@ -45,6 +45,11 @@ class Stream:
     """Whether the chunk that is being made is the first under a new prompt."""
     parked: Parked | None = None
 
+    @property
+    def between_chunks(self) -> bool:
+        """Whether no step of its next chunk has been made."""
+        return self.rollout.between_chunks
+
 
 @dataclass(frozen=True)
 class Event:
@@ -197,20 +202,22 @@ class Streamer:
         ]
         calls: dict[int, list[tuple[Stream, NetworkCall]]] = defaultdict(list)
         for stream in running:
-            self._apply_prompt(stream)
-            call = stream.rollout.next_call()
-            assert call is not None, "a stream is closed with its last chunk"
+            call = self._next_call(stream)
             # All are of one chunk, but for a past that is written anew, whose oldest piece may be shorter.
             calls[call.x.shape[1]].append((stream, call))
         return [event for together in calls.values() for event in self._forward(together)]
 
-    def _apply_prompt(self, stream: Stream) -> None:
-        if stream.next_prompt is None or not stream.rollout.between_chunks:
-            return
-        stream.prompt, stream.context, reencode = stream.next_prompt
-        stream.next_prompt, stream.new_prompt = None, True
-        if reencode and stream.rollout.past:
-            stream.rollout.reencode()
+    def _next_call(self, stream: Stream) -> NetworkCall:
+        """What a stream needs next; between two chunks it first takes the prompt that waits for it."""
+        if stream.between_chunks:
+            reencode = False
+            if stream.next_prompt is not None:
+                stream.prompt, stream.context, reencode = stream.next_prompt
+                stream.next_prompt, stream.new_prompt = None, True
+            stream.rollout.send(reencode and bool(stream.rollout.past))
+        call = stream.rollout.pending
+        assert isinstance(call, NetworkCall), "a stream is closed with its last chunk"
+        return call
 
     def _forward(self, together: list[tuple[Stream, NetworkCall]]) -> list[Event]:
         """One batched forward of calls of equal length."""
@@ -237,15 +244,16 @@ class Streamer:
                 continue
             part = slice(index, index + 1)
             kept = [(key[part], value[part]) for key, value in live] if call.keeps_live else None
-            chunk = stream.rollout.advance(velocity[part], kept)
-            if chunk is not None:
+            stream.rollout.send((velocity[part], kept))
+            if isinstance(chunk := stream.rollout.pending, Tensor):
                 events.append(self._deliver(stream, chunk[0]))
         return events
 
     def _deliver(self, stream: Stream, chunk: Tensor) -> Event:
         stream.chunks += 1
         applied, stream.new_prompt = stream.new_prompt, False
-        last = stream.rollout.next_call() is None
+        stream.rollout.send()
+        last = stream.rollout.pending is None
         if last:
             self.close(stream)
         return Event(stream, chunk=chunk, new_prompt=applied, last=last)

@@ -10,7 +10,7 @@ from model.forcing import ForcedPlan, per_chunk
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
 from model.objectives.consistency import consistency_step, consistency_target
-from model.rollout import Rollout, generate
+from model.rollout import NetworkCall, Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.schedule import FlowSchedule
 from model.score import guide
@@ -163,15 +163,19 @@ def test_writing_the_cache_anew_means_the_same_in_both_backings(config: RolloutC
             config, RolloutPlan.full(config, 10), noise=keys(2), cache=cache, shape=(2, *DATA[2:])
         )
         chunks = []
-        while (call := rollout.next_call()) is not None:
-            if again and rollout.between_chunks and len(chunks) == 4:
+        while (pending := rollout.pending) is not None:
+            if isinstance(pending, NetworkCall):
+                x, timestep, history = pending.x, pending.timestep, pending.history
+                velocity, live = model(x, timestep, context, history=history, return_live=True)
+                rollout.send((velocity, live if pending.keeps_live else None))
+            elif isinstance(pending, Tensor):
+                chunks.append(pending)
+                rollout.send()
+            elif again and len(chunks) == 4:
                 again, context = False, prompt(2, seed=9)
                 rollout.reencode()
-                call = rollout.next_call()
-                assert call is not None
-            velocity, live = model(call.x, call.timestep, context, history=call.history, return_live=True)
-            chunk = rollout.advance(velocity, live if call.keeps_live else None)
-            chunks += [] if chunk is None else [chunk]
+            else:
+                rollout.send()
         return torch.cat(chunks, dim=1)
 
     plain, blocks = run_with(block_cache(config), again=False), run_with(block_cache(config), again=True)

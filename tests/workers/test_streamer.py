@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.rollout import NetworkCall
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from pipelines.generate import Generator
@@ -65,7 +66,9 @@ def test_streams_of_different_ages_and_steps_share_a_batch(model: str) -> None:
     with pytest.raises(NoSlot, match="all 2 slots are taken"):
         streamer.open(PROMPTS[2], 2)
     watch(streamer, made, 6)
-    assert {call.timestep[0, 0].item() for s in (first, second) if (call := s.rollout.next_call())} != {0.0}
+    waiting = [stream.rollout.pending for stream in (first, second)]
+    assert [call.timestep[0, 0].item() for call in waiting if isinstance(call, NetworkCall)] != [0.0]
+    assert [stream.between_chunks for stream in (first, second)] == [False, True]
     streamer.close(second)
     streamer.close(second)
     third = streamer.open(PROMPTS[2], 2, FRAMES)
