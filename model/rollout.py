@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from model.kv_cache import Cache, History, KeyValue
 from model.noise import NoiseSource
 from model.rollout_plan import RolloutConfig, RolloutPlan
+from model.sampler import euler_step, guide
 from model.schedule import FlowSchedule, clean, interpolate
-from model.score import guide
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Rollout:
             for step in range(exit_step):
                 velocity, _ = yield self._call(x, timesteps[step], history)
                 if config.sampler == "ode":
-                    x = x + (sigmas[step + 1] - sigmas[step]) * velocity.float()
+                    x = euler_step(x, velocity.float(), sigmas[step], sigmas[step + 1])
                 else:
                     x0 = clean(x, velocity.float(), sigmas[step])
                     x = interpolate(x0, self._draw(x.shape, step + 1), sigmas[step + 1])

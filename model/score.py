@@ -5,11 +5,13 @@ guided, the critic is not.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from model.noise import Key, SampleNoise, generator
+from model.sampler import guided
 from model.schedule import TIMESTEPS, FlowSchedule
 
 
@@ -52,13 +54,6 @@ class ScorePlan:
         return noise, schedule.score_timestep(uniform, config.minimum, config.maximum).to(video.device)
 
 
-def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance in the published form: `cond + guidance · (cond − uncond)`; 0 is none (Ho &
-    Salimans 2022).
-    """
-    return cond + guidance * (cond - uncond)
-
-
 def predict_x0(
     model: nn.Module, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule
 ) -> Tensor:
@@ -79,12 +74,5 @@ def guided_x0(
     """The guided x0; both branches run as one batch. Without guidance only the conditional one runs."""
     if guidance == 0:
         return predict_x0(model, x_t, timestep, cond, schedule)
-    both = predict_x0(
-        model,
-        torch.cat([x_t, x_t]),
-        torch.cat([timestep, timestep]),
-        torch.cat([cond, uncond.expand_as(cond)]),
-        schedule,
-    )
-    cond_x0, uncond_x0 = both.chunk(2)
-    return guide(cond_x0, uncond_x0, guidance)
+    predict = partial(predict_x0, model, schedule=schedule)
+    return guided(predict, x_t, timestep, cond=cond, uncond=uncond, guidance=guidance)

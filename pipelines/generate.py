@@ -15,7 +15,7 @@ from model.kv_cache import SlotCache
 from model.noise import Key, SampleNoise
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
-from pipelines.ode_pairs import guided_velocity, integrate
+from model.sampler import guided, integrate
 from workers.model_directory import ModelDirectory
 
 
@@ -93,7 +93,7 @@ class Generator:
         """Latent videos [B, F, C, H, W] of the trained length by Euler's method with guidance."""
         x = SampleNoise(noise, self.device).draw((len(prompts), *self.card.video.shape), 0, 0)
         velocity = partial(
-            guided_velocity,
+            guided,
             self.model,
             cond=self.text.encode(prompts),
             uncond=self.text.encode([negative_prompt]),

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from model.forcing import forced, per_chunk
 from model.noise import SampleNoise, integer
-from model.objectives.consistency import consistency_step, consistency_target
+from model.objectives.consistency import consistency_target
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
 from model.objectives.regression import regression_terms, trajectory_inputs
 from model.rollout_plan import RolloutConfig
+from model.sampler import euler_step, guided, ode_grid
 from model.schedule import TIMESTEPS, FlowSchedule
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
-from pipelines.ode_pairs import guided_velocity, ode_grid
 from pipelines.pretrain import export_model
 from pipelines.training import Task
 from workers.dataset import ParquetDataset
@@ -146,7 +146,7 @@ class ForcedFlow(Initialize):
         return flow_matching_loss(velocity.float(), noise, data, timestep_weight(timestep, self.schedule))
 
     def rollout(self) -> RolloutConfig:
-        steps = tuple(ode_grid(self.config)[:-1])
+        steps = tuple(ode_grid(self.config.rollout.every_step, self.config.initialize.ode_steps)[:-1])
         return replace(
             self.config.rollout, steps=steps, first_steps=None, sampler="ode", context_noise="none"
         )
@@ -167,7 +167,9 @@ class Consistency(Initialize):
             zero_stage=3 if engine.zero_stage == 3 else 0,
             dtype=engine.dtype,
         )
-        timesteps = self.schedule.few_steps(ode_grid(self.config))
+        timesteps = self.schedule.few_steps(
+            ode_grid(self.config.rollout.every_step, self.config.initialize.ode_steps)
+        )
         sigmas = self.schedule.sigma(torch.tensor(timesteps[:-1]))
         self.timesteps = torch.tensor(timesteps, device=device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)]).to(device)
@@ -181,7 +183,7 @@ class Consistency(Initialize):
         noise = SampleNoise(keys, self.device).draw(data.shape, 0, 0)
         noisy = self.schedule.add_noise(data, noise, timestep)
         with torch.no_grad():
-            velocity = guided_velocity(
+            velocity = guided(
                 self.teacher.module,
                 noisy,
                 timestep,
@@ -192,7 +194,7 @@ class Consistency(Initialize):
                 chunk=rollout.chunk,
                 window=rollout.context_window(),
             )
-            followed = consistency_step(noisy, velocity, sigma, following)
+            followed = euler_step(noisy, velocity, sigma, following)
             there = self.timesteps[index + 1]
             predicted = self.schedule.x0(
                 forced(module, rollout, followed, there, context, data), followed, there

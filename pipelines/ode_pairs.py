@@ -5,7 +5,7 @@ frames of a real video before it, all chunks at once, and the real video is stor
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,60 +17,13 @@ from torch import Tensor
 
 from infra import storage
 from model.noise import SampleNoise
-from model.schedule import FlowSchedule
-from model.score import guide
+from model.sampler import guided, integrate, ode_grid
 from orchestrator.config import RunConfig
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import ModelDirectory
 from workers.prompts import LatentDataset, Prompts
 
 ODE_BATCH = 32
-
-
-def ode_grid(config: RunConfig) -> list[float]:
-    """Unwarped timesteps of the ODE: evenly spaced, and every step of the student among them, then 0."""
-    even = torch.linspace(1000, 0, config.initialize.ode_steps + 1).tolist()
-    return sorted({*map(float, config.rollout.every_step), *(round(step, 6) for step in even)}, reverse=True)
-
-
-def guided_velocity(
-    model: Callable[..., Tensor],
-    x: Tensor,
-    timestep: Tensor,
-    *,
-    cond: Tensor,
-    uncond: Tensor,
-    guidance: float,
-    clean: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """Guided velocity of noisy videos `x` [B, F, C, H, W] at timesteps [B] or [B, F]; both branches run as one batch."""
-    if clean is not None:
-        options["clean"] = torch.cat([clean, clean])
-    both = model(
-        torch.cat([x, x]),
-        torch.cat([timestep, timestep]),
-        torch.cat([cond, uncond.expand_as(cond)]),
-        **options,
-    ).float()
-    cond_velocity, uncond_velocity = both.chunk(2)
-    return guide(cond_velocity, uncond_velocity, guidance)
-
-
-@torch.no_grad()
-def integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, *, shift: float, grid: Sequence[float]
-) -> list[Tensor]:
-    """Euler's method along `velocity(x, timestep)` from noise `x` [B, F, C, H, W]; the video at each timestep of `grid`, which ends at 0."""
-    schedule = FlowSchedule(shift)
-    timesteps = schedule.few_steps(grid)
-    # The end of the path is clean, while the table's smallest sigma is not zero.
-    sigmas = [*schedule.sigma(torch.tensor(timesteps[:-1])).tolist(), 0.0]
-    path = [x]
-    for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
-        x = x + (following - sigma) * velocity(x, torch.full((len(x),), timestep, device=x.device))
-        path.append(x)
-    return path
 
 
 class OdeSampler:
@@ -93,7 +46,7 @@ class OdeSampler:
             self.text = ParquetDataset(config.data.train, [self.prompts.column])
         guide_role = config.distill.roles.teacher
         self.uncond = self.prompts.negative(guide_role.negative_prompt, guide_role.negative_embedding)
-        self.grid = ode_grid(config)
+        self.grid = ode_grid(config.rollout.every_step, config.initialize.ode_steps)
         self.kept = [self.grid.index(float(step)) for step in config.rollout.every_step]
         self.kept.append(len(self.grid) - 1)
 
@@ -113,7 +66,7 @@ class OdeSampler:
         else:
             prompts = [self.text.batch(i, 1, seed)[0][column] for i in samples]
         velocity = partial(
-            guided_velocity,
+            guided,
             self.model,
             cond=torch.stack(self.prompts.embed(prompts)).to(self.device),
             uncond=self.uncond.to(self.device),
@@ -141,7 +94,7 @@ def write_pairs(config: RunConfig) -> None:
     settings, causal = config.initialize, config.initialize.method == "causal_ode"
     made_with = {
         "pairs": settings.pairs,
-        "grid": ode_grid(config),
+        "grid": ode_grid(config.rollout.every_step, settings.ode_steps),
         "guidance": settings.guidance,
         "shift": config.rollout.shift,
         "seed": config.seed,

@@ -31,8 +31,9 @@ from model.objectives.regression import regression_terms, trajectory_inputs
 from model.objectives.sid import sid_loss
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
+from model.sampler import guide
 from model.schedule import FlowSchedule
-from model.score import guide, predict_x0
+from model.score import predict_x0
 from model.transformer import TransformerConfig, WanTransformer
 
 TOLERANCE = 1e-4

@@ -6,11 +6,6 @@ from torch import Tensor
 from model.schedule import per_frame
 
 
-def consistency_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
-    """One Euler step along the teacher's guided `velocity`, from noise levels `sigma` to `following`, [B, F] each."""
-    return noisy + per_frame(following - sigma, noisy) * velocity
-
-
 def consistency_target(x0: Tensor, followed: Tensor, following: Tensor) -> Tensor:
     """What the student should say one step earlier: its own x0 at `followed`, or that video itself where it is clean (`following` 0)."""
     return torch.where(per_frame(following == 0, followed), followed, x0).detach()

@@ -9,11 +9,11 @@ from torch import Tensor
 from model.forcing import ForcedPlan, per_chunk
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
-from model.objectives.consistency import consistency_step, consistency_target
+from model.objectives.consistency import consistency_target
 from model.rollout import NetworkCall, Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
+from model.sampler import euler_step, guide
 from model.schedule import FlowSchedule
-from model.score import guide
 from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
 from tests.model.test_rollout import block_cache, keys, run, slot_cache
 
@@ -143,7 +143,7 @@ def test_a_consistency_step_follows_the_teacher_and_ends_clean() -> None:
     sigma, following = torch.full((2, FRAMES), 0.75), torch.full((2, FRAMES), 0.5)
     following[:, 4:] = 0
     noisy = 0.25 * data + 0.75 * noise
-    followed = consistency_step(noisy, noise - data, sigma, following)
+    followed = euler_step(noisy, noise - data, sigma, following)
     assert torch.allclose(followed[:, :4], (0.5 * data + 0.5 * noise)[:, :4], atol=1e-6)
     assert torch.allclose(followed[:, 4:], data[:, 4:], atol=1e-6)
     guess = torch.zeros_like(data).requires_grad_()

@@ -22,8 +22,9 @@ from model.objectives.gan import (
 )
 from model.objectives.regression import regression_terms, trajectory_inputs
 from model.objectives.sid import sid_loss
+from model.sampler import guide
 from model.schedule import FlowSchedule
-from model.score import guide, guided_x0, predict_x0
+from model.score import guided_x0, predict_x0
 from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
 from tests.model.test_discriminator import tiny_critic
 
