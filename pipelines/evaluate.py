@@ -31,10 +31,10 @@ from orchestrator.cluster import release, reserve
 from orchestrator.config import RunConfig
 from pipelines.console import Display, say
 from pipelines.digit_reader import DigitReader, load_or_train, read_videos
-from pipelines.generate import Generator
 from pipelines.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
 from pipelines.report import Report, Row, write_report
 from workers.dataset import ParquetDataset
+from workers.generator import Generator
 from workers.model_directory import ModelDirectory
 
 READER_SEED = 0

@@ -9,9 +9,9 @@ from torch import Tensor
 from model.rollout import NetworkCall
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
-from pipelines.generate import Generator
 from tests.fixtures import write_model
 from tests.model.reference import difference
+from workers.generator import Generator
 from workers.model_directory import VideoConfig
 from workers.streamer import NoSlot, Stream, Streamer
 
