@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from model.forcing import forced, per_chunk
+from model.initialization.consistency import consistency_target
+from model.initialization.regression import regression_terms, trajectory_inputs
 from model.noise import SampleNoise, integer
-from model.objectives.consistency import consistency_target
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
-from model.objectives.regression import regression_terms, trajectory_inputs
 from model.rollout_plan import RolloutConfig
 from model.sampler import euler_step, guided, ode_grid
 from model.schedule import TIMESTEPS, FlowSchedule

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.discriminator import BranchConfig, Discriminator
+from model.initialization.regression import regression_terms, trajectory_inputs
 from model.kv_cache import BlockCache
 from model.objectives.dmd import dmd_loss
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
@@ -27,7 +28,6 @@ from model.objectives.gan import (
     relativistic_discriminator_loss,
     relativistic_generator_loss,
 )
-from model.objectives.regression import regression_terms, trajectory_inputs
 from model.objectives.sid import sid_loss
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan

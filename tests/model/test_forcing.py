@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from model.forcing import ForcedPlan, per_chunk
+from model.initialization.consistency import consistency_target
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
-from model.objectives.consistency import consistency_target
 from model.rollout import NetworkCall, Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.sampler import euler_step, guide

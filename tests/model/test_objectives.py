@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model import objectives
 from model.discriminator import BranchConfig
+from model.initialization.regression import regression_terms, trajectory_inputs
 from model.objectives.dmd import dmd_loss
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
 from model.objectives.gan import (
@@ -20,7 +21,6 @@ from model.objectives.gan import (
     relativistic_discriminator_loss,
     relativistic_generator_loss,
 )
-from model.objectives.regression import regression_terms, trajectory_inputs
 from model.objectives.sid import sid_loss
 from model.sampler import guide
 from model.schedule import FlowSchedule

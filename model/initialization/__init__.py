@@ -1,0 +1,1 @@
+"""The losses of initial students: plain functions of tensors."""
