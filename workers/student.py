@@ -140,9 +140,7 @@ class StudentWorker(TrainedRank):
         # A loss that does not look at the video itself, such as the adversarial one, sends it nothing directly.
         gradient, *cotangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
         self._graph = replace(self._graph, gradient=gradient)
-        stats = {"loss": loss.item()}
-        if {"real", "fake"} <= set(reads):
-            stats["score_gap"] = (leaves["fake"] - leaves["real"]).detach().abs().mean().item()
+        stats = {"loss": loss.item(), **self.objective.statistics(leaves)}
         # Ray hands an answer of one value over as it is, and a tuple of one as a tuple.
         return (stats, *(sample for each in cotangents for sample in samples_out(each))) if flows else stats
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from model.objectives.dmd import dmd_loss
+from model.objectives.dmd import dmd_loss, score_gap
 from model.objectives.gan import generator_loss, relativistic_generator_loss
 from model.objectives.sid import sid_loss
 
@@ -57,6 +57,11 @@ class ObjectiveConfig:
         losses = [weight * LOSSES[name].compute(leaves, self) for name, weight in self.weights.items()]
         return sum(losses[1:], start=losses[0])
 
+    def statistics(self, leaves: Leaves) -> dict[str, float]:
+        """What the losses report of their leaves beside their value; losses that share a name share its meaning."""
+        named = [each for loss in self.weights for each in LOSSES[loss].statistics.items()]
+        return {name: measure(leaves).item() for name, measure in named}
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -66,16 +71,24 @@ class Loss:
     reads: tuple[Prediction, ...]
     flows: tuple[Prediction, ...] = ()
     """Those of `reads` with respect to which it has a gradient; data is no function of the student's video."""
+    statistics: Mapping[str, Callable[[Leaves], Tensor]] = field(default_factory=dict)
+    """Scalars by name, for the run's metrics."""
 
 
+_SCORE_GAP: dict[str, Callable[[Leaves], Tensor]] = {
+    "score_gap": lambda leaves: score_gap(leaves["real"], leaves["fake"])
+}
 LOSSES: dict[str, Loss] = {
     "dmd": Loss(
-        lambda leaves, _: dmd_loss(leaves["video"], leaves["real"], leaves["fake"]), ("real", "fake")
+        lambda leaves, _: dmd_loss(leaves["video"], leaves["real"], leaves["fake"]),
+        reads=("real", "fake"),
+        statistics=_SCORE_GAP,
     ),
     "sid": Loss(
         lambda leaves, config: sid_loss(leaves["video"], leaves["real"], leaves["fake"], config.sid_alpha),
         reads=("real", "fake"),
         flows=("real", "fake"),
+        statistics=_SCORE_GAP,
     ),
     "gan": Loss(lambda leaves, _: generator_loss(leaves["logits"]), reads=("logits",), flows=("logits",)),
     "relativistic_gan": Loss(

@@ -12,3 +12,8 @@ def dmd_loss(video: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     normaliser = (video - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     g = ((fake - real) / normaliser).detach()
     return 0.5 * (video - (video - g).detach()).square().mean()
+
+
+def score_gap(real: Tensor, fake: Tensor) -> Tensor:
+    """`mean|fake − real|`: how far teacher and critic are apart on the student's videos."""
+    return (fake - real).detach().abs().mean()

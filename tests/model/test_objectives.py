@@ -276,3 +276,11 @@ def test_the_documented_objective_works_as_it_stands(monkeypatch: pytest.MonkeyP
     assert difference(gradient[2], (fake - real) / video.numel()) < 1e-5
     alone = torch.autograd.grad(dmd_loss(video, real, fake), video)[0]
     assert difference(gradient[0], 0.5 * alone) < 1e-5
+
+
+def test_losses_declare_their_own_statistics() -> None:
+    leaves = {name: normal(*SHAPE, seed=seed) for seed, name in enumerate(("video", "real", "fake"))}
+    gap = (leaves["fake"] - leaves["real"]).abs().mean().item()
+    for weights in ({"dmd": 1.0}, {"sid": 1.0}, {"dmd": 1.0, "sid": 0.5, "gan": 1.0}):
+        assert objectives.ObjectiveConfig(weights).statistics(leaves) == {"score_gap": gap}
+    assert objectives.ObjectiveConfig({"relativistic_gan": 1.0}).statistics({}) == {}
