@@ -21,17 +21,16 @@ from infra import storage
 from infra.tracking import Tracker
 from model.metrics import (
     Estimate,
-    correct_digits,
     diversity_ratio,
-    followed_motion,
     kernel_distance,
     mean_over_videos,
 )
 from orchestrator.cluster import release, reserve
 from orchestrator.config import RunConfig
 from pipelines.console import Display, say
-from pipelines.digit_reader import DigitReader, load_or_train, read_videos
-from pipelines.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
+from pipelines.digits.digit_reader import DigitReader, load_or_train, read_videos
+from pipelines.digits.metrics import correct_digits, followed_motion
+from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
 from pipelines.report import Report, Row, write_report
 from workers.dataset import ParquetDataset
 from workers.generator import Generator

@@ -72,7 +72,7 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
 
 def prepare(config: RunConfig) -> None:
     """Write the moving-digit data sets that are not there yet."""
-    from pipelines.moving_digits import write_dataset
+    from pipelines.digits.moving_digits import write_dataset
 
     data = config.data
     write_dataset(data.train, videos=data.videos, frames=config.video.frames, seed=config.seed, split="train")
@@ -182,7 +182,7 @@ STAGES: dict[str, Callable[[RunConfig, Cluster, bool], Any]] = {
 
 def experiment(arguments: Sequence[str]) -> int:
     """Every cell of an experiment that is not done yet, and its report."""
-    from pipelines import experiment as module
+    from pipelines.digits import experiment as module
 
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(

@@ -8,13 +8,12 @@ import torch
 
 from model.metrics import (
     Estimate,
-    correct_digits,
     diversity_ratio,
-    followed_motion,
     kernel_distance,
     mean_over_videos,
 )
-from pipelines.moving_digits import DIRECTIONS, expected_shift, render, sample_videos
+from pipelines.digits.metrics import correct_digits, followed_motion
+from pipelines.digits.moving_digits import DIRECTIONS, expected_shift, render, sample_videos
 
 
 def real_videos(count: int, seed: int, frames: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.digit_reader import DigitReader, load_or_train
+from pipelines.digits.digit_reader import DigitReader, load_or_train
 from pipelines.evaluate import READER_SEED
 
 

@@ -19,9 +19,9 @@ from model.text import ByteEncoder
 from model.transformer import TransformerConfig, WanTransformer
 from orchestrator.config import DataConfig, DistillConfig, EvaluateConfig, RunConfig
 from pipelines import cli
-from pipelines.digit_reader import load_or_train, read_videos
+from pipelines.digits.digit_reader import load_or_train, read_videos
+from pipelines.digits.moving_digits import PROMPTS, write_dataset
 from pipelines.evaluate import READER_SEED, Videos, evaluate, measure, real_videos
-from pipelines.moving_digits import PROMPTS, write_dataset
 from pipelines.promote import COMPARED
 from pipelines.register import measured
 from pipelines.report import METRICS, ROWS, Report, Row, summary_table

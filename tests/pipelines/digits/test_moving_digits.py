@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.moving_digits import (
+from pipelines.digits.moving_digits import (
     DIRECTIONS,
     PROMPTS,
     expected_shift,

@@ -125,7 +125,7 @@ def run(
 
     `make` trains one stage (and `prepare` writes the data sets) where there is no model yet; `track` opens a tracker.
     """
-    from pipelines.ablation import write_report
+    from pipelines.digits.ablation import write_report
 
     shared = config_of(experiment, None, experiment.seeds[0], overrides)
     every = [(cell, seed) for seed in experiment.seeds for cell in experiment.cells]

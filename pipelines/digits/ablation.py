@@ -18,8 +18,8 @@ from torch import Tensor
 from infra import storage
 from model.metrics import Estimate
 from orchestrator.config import RunConfig
+from pipelines.digits.experiment import REFERENCES, Experiment
 from pipelines.evaluate import SHEET
-from pipelines.experiment import REFERENCES, Experiment
 from pipelines.plots import LOOKS, Look, plot_curves, plot_samples
 from pipelines.report import METRICS, PICTURES, write_text
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.moving_digits import CANVAS, DIRECTIONS, render, scans
+from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, render, scans
 
 # Part of the cached file's name: raise it whenever the network or its training changes.
 _VERSION = 1
