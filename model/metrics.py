@@ -1,7 +1,6 @@
-"""What evaluation measures on generated videos, frame index by frame index, and how sure it is.
+"""Statistics of generated videos, frame index by frame index, and how sure they are.
 
-Pure functions of tensors. Videos are `[N, F, C, H, W]` in [-1, 1] on a canvas that wraps around its edges;
-`F` counts frames, so that drift shows. Every result is an `Estimate` with a bootstrap interval over the N
+Pure functions of tensors; `F` counts frames, so that drift shows. Every result is an `Estimate` with a bootstrap interval over the N
 videos (Efron, 1979): videos are independent, the frames of one are not.
 """
 
@@ -25,11 +24,23 @@ class Estimate:
 
 
 def mean_over_videos(values: Tensor, *, seed: int) -> Estimate:
-    """The mean of per-video `values` `[N, …]`, such as those of `correct_digits`, over the videos."""
+    """The mean of per-video `values` `[N, …]`, over the videos."""
     flat = values.flatten(1).to("cpu", torch.double)
     return _bootstrap(
         lambda weights: ((weights @ flat) / weights.sum(1, keepdim=True)).unflatten(1, values.shape[1:]),
         videos=(len(values),),
+        seed=seed,
+    )
+
+
+def difference_of_means(values: Tensor, real_values: Tensor, *, seed: int) -> Estimate:
+    """The mean of `values` `[N, …]` minus that of `real_values` `[M, …]`, both over videos."""
+    flat, real = (each.flatten(1).to("cpu", torch.double) for each in (values, real_values))
+    return _bootstrap(
+        lambda weights, real_weights: (_shares(weights) @ flat - _shares(real_weights) @ real).unflatten(
+            1, values.shape[1:]
+        ),
+        videos=(len(values), len(real_values)),
         seed=seed,
     )
 
@@ -48,10 +59,10 @@ def diversity_ratio(
     1 is as varied as the real videos, 0 a single video for each prompt. `features` `[N, F, D]` and
     `real_features` `[M, F, D]` are a reader's, and should say what is shown and not where; both sets have their
     prompts as integers (`[N]`, `[M]`), which should occur in equal shares. Two frames are as far apart as their
-    features scaled to unit length: seen on real digits that were spoiled on purpose, pixel distances, aligned or
+    features scaled to unit length: seen on real videos that were spoiled on purpose, pixel distances, aligned or
     not, call noise diverse and blur uniform.
 
-    Only frames that `correct_digits` `[N, F]` calls right are compared, since one wrong digit among equal ones
+    Only frames that `correct` `[N, F]` calls right are compared, since one wrong content among equal ones
     would pass for variety; a frame index with no two right ones of a prompt has no diversity: NaN.
     """
     for name, numbers in (("generated", prompts), ("real", real_prompts)):

@@ -33,7 +33,7 @@ COMMANDS = {
     "initialize": "make the initial student from the teacher's ODE pairs",
     "distill": "Self Forcing: distil the student from teacher and critic",
     "generate": "make a video from a prompt",
-    "evaluate": "measure teacher, initial and distilled student",
+    "evaluate": "measure teacher, initial and distilled student, as far as they are there",
     "run": "all stages that are not done yet, then evaluate",
     "experiment": "train and measure every cell of an experiment, such as exposure-bias",
     "serve": "stream a student to many viewers at once",
@@ -82,6 +82,13 @@ def config_parser(command: str) -> ArgumentParser:
     )
     call.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     call.add_argument("--traceback", action="store_true", help="show stack traces of errors")
+    if command == "evaluate":
+        call.add_argument(
+            "--export-vbench",
+            type=str | None,
+            default=None,
+            help="directory for MP4s under the names that VBench expects",
+        )
     if command == "generate":
         call.add_argument("--model", type=str, help="directory of a student")
         call.add_argument("--prompt", type=str, help="what the video shows")

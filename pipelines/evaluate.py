@@ -1,15 +1,15 @@
-"""`self-forcing evaluate`: teacher, initial and distilled student, measured on moving digits.
+"""`self-forcing evaluate`: teacher, initial and distilled student, as far as they are there, measured by a suite.
 
-All three generate videos for the same prompts, the students from the same noise, in Ray tasks; a classifier of digits reads every frame, and
-`model/metrics.py` compares with held-out real videos, frame index by frame index, inside the trained length and beyond it.
+All generate videos for the same prompts, the students from the same noise, in Ray tasks; the recipe's suite measures
+them, frame index by frame index, inside the trained length and beyond it.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,53 +19,14 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
-from model.metrics import (
-    Estimate,
-    diversity_ratio,
-    kernel_distance,
-    mean_over_videos,
-)
 from orchestrator.cluster import release, reserve
 from orchestrator.config import RunConfig
+from pipelines import suites, vbench
 from pipelines.console import Display, say
-from pipelines.digits.digit_reader import DigitReader, load_or_train, read_videos
-from pipelines.digits.metrics import correct_digits, followed_motion
-from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
-from pipelines.report import Report, Row, write_report
-from workers.dataset import ParquetDataset
+from pipelines.report import Report, write_report
+from pipelines.suite import Row, Suite, Videos
 from workers.generator import Generator
 from workers.model_directory import ModelDirectory
-
-READER_SEED = 0
-"""The reader is one instrument for all runs, whatever their seed."""
-REFERENCE_VIDEOS = 400
-"""Real videos that others are compared with; more would narrow no interval that matters."""
-SHEET = tuple(PROMPTS[i] for i in (0, 13, 26, 39))
-"""Prompts on the contact sheet: four digits, four directions."""
-
-
-@dataclass(frozen=True)
-class Videos:
-    """Videos of frames in 8 bits, as real ones are stored."""
-
-    pixels: Tensor
-    """uint8 `[N, F, 1, 16, 16]`."""
-    prompts: Sequence[str]
-    """N prompts of moving digits."""
-
-    def __getitem__(self, part: slice) -> "Videos":
-        return Videos(self.pixels[part], self.prompts[part])
-
-    def frames(self) -> Tensor:
-        """float32 in [−1, 1]."""
-        return self.pixels.float() / 127.5 - 1
-
-    def numbers(self) -> Tensor:
-        """Each prompt as an integer, digit by digit and direction by direction, `[N]`."""
-        parsed = [parse_prompt(prompt) for prompt in self.prompts]
-        return torch.tensor(
-            [digit * len(DIRECTIONS) + DIRECTIONS.index(direction) for digit, direction in parsed]
-        )
 
 
 @dataclass(frozen=True)
@@ -80,41 +41,73 @@ class Job:
     frames: int
     sampler: Mapping[str, Any] | None
     """A teacher's steps, guidance and negative_prompt; none for a student, whose checkpoint says how it generates."""
+    prompts: tuple[str, ...]
+    """One after the other, and from the start again."""
+    latents: bool
+    """Whether latents are kept beside pixels."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the videos; wherever the model lies."""
         sampler = self.sampler and dict(self.sampler)
-        numbers = {"seed": self.seed, "videos": self.videos, "frames": self.frames}
-        return {"manifest": self.manifest, **numbers, "sampler": sampler, "prompts": list(PROMPTS)}
+        numbers = {"seed": self.seed, "videos": self.videos, "frames": self.frames, "latents": self.latents}
+        return {"manifest": self.manifest, **numbers, "sampler": sampler, "prompts": list(self.prompts)}
+
+    def prompts_of(self, samples: range) -> list[str]:
+        return [self.prompts[i % len(self.prompts)] for i in samples]
 
 
-def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Report:
-    """Measure the three models on the connected cluster, and write the report to `evaluate.output`.
+@dataclass(frozen=True)
+class Measured:
+    """What evaluation made and found, by model and, under `real`, of real videos where there are any."""
 
-    With `resume`, videos that a model made with the same weights, settings and seed are not made again.
-    Raises ValueError where a model is missing, makes no moving digits, or the real videos are too few or too short.
+    videos: dict[str, Videos]
+    rows: dict[str, Row]
+    reference: str
+    """What was compared with: held_out, teacher or none."""
+
+
+def evaluate(
+    config: RunConfig, *, tracker: Tracker | None, resume: bool, export: str | None = None
+) -> Report:
+    """Measure the models that are there on the connected cluster, and write the report to `evaluate.output`.
+
+    With `resume`, videos that a model made with the same weights, settings and seed are not made again. `export` is a
+    directory for the models' videos under the names that VBench expects.
+    Raises ValueError where there is no student, or models, data and suite do not fit each other.
     """
     began = time.monotonic()
     config = config.located()
+    suite = suites.find(config.evaluate.suite)
     models = open_models(config)
-    card = models["distilled"].card
+    suite.check(config, models)
+    if export is not None:
+        vbench.check(suite.prompts(config), config.evaluate.videos)
+    card = student_of(models).card
     rollout = card.rollout
     assert rollout is not None, "a student's card says how it generates"
-    jobs = {name: job_of(config, model) for name, model in models.items()}
+    jobs = {name: job_of(config, suite, model) for name, model in models.items()}
     trained = card.video.frames
-    videos, rows = measure_models(config, models, jobs, chunk=rollout.chunk, trained=trained, resume=resume)
+    measured = measure_models(
+        config, suite, models, jobs, chunk=rollout.chunk, trained=trained, resume=resume
+    )
+    if export is not None:
+        made = {name: measured.videos[name] for name in models}
+        vbench.export(Path(export), made, fps=card.video.fps)
+    sheet = suite.sheet(jobs[next(iter(jobs))].prompts)
     report = Report(
         config=config,
+        suite=suite,
+        reference=measured.reference,
         models={
             name: {"path": job.model, "manifest": job.manifest, "lineage": dict(models[name].card.lineage)}
             for name, job in jobs.items()
         },
-        rows=rows,
+        rows=measured.rows,
         trained=trained,
         chunk=rollout.chunk,
         steps=len(rollout.steps),
-        samples=samples(videos),
-        sample_prompts=SHEET,
+        samples=samples(measured.videos, sheet),
+        sample_prompts=sheet,
         seconds=time.monotonic() - began,
     )
     write_report(report, tracker)
@@ -123,47 +116,79 @@ def evaluate(config: RunConfig, *, tracker: Tracker | None, resume: bool) -> Rep
 
 def measure_models(
     config: RunConfig,
+    suite: Suite,
     models: Mapping[str, ModelDirectory],
     jobs: Mapping[str, Job],
     *,
     chunk: int,
     trained: int,
     resume: bool,
-) -> tuple[dict[str, Videos], dict[str, Row]]:
-    """Videos and measurements of each model and, under `real`, of real videos; `chunk` and `trained` are in frames."""
-    real, reference = real_videos(config)
+) -> Measured:
+    """Videos and measurements; `chunk` and `trained` are in frames."""
+    held_out = suite.held_out(config, models)
     for model in models.values():
         role = config.distill.roles.teacher if model.card.kind == "teacher" else config.distill.roles.student
         bundle = {"CPU": config.evaluate.threads, "GPU": role.gpus}
         release(reserve([bundle], purpose="evaluation", timeout_s=config.placement.timeout_s))
 
-    # Training takes a while the first time, so it goes on beside the generation of videos.
-    reader = _task(config, train_reader).remote(f"{config.root}/outputs/digit_reader")
-    features = _task(config, read).remote(reader, reference)
-    videos = {"real": real, **make_videos(config, jobs, resume=resume)}
+    videos: dict[str, Videos] = {}
+    source, reference, prepared = "none", None, None
+    prepare = _task(config, suite.prepare)
+    if held_out is not None:
+        # Preparing may take a while, so it goes on beside the generation of videos.
+        videos["real"], reference = held_out
+        source, prepared = "held_out", prepare.remote(config, reference)
+    videos |= make_videos(config, jobs, resume=resume)
+    measured = dict(videos)
+    half = config.evaluate.videos // 2
+    if held_out is None and "teacher" in videos and half >= 2:
+        # No video is compared with itself.
+        source, reference, measured["teacher"] = (
+            "teacher",
+            videos["teacher"][half:],
+            videos["teacher"][:half],
+        )
+    if prepared is None:
+        prepared = prepare.remote(config, reference)
     say("evaluate: measuring")
     settings = {"chunk": chunk, "trained": trained, "seed": config.seed}
-    names = ["real", *models]
     measuring = [
-        _task(config, measure).remote(reader, videos[name], features, reference.numbers(), **settings)
-        for name in names
+        _task(config, suite.measure).remote(prepared, each, **settings) for each in measured.values()
     ]
-    return videos, dict(zip(names, _get(measuring), strict=True))
+    return Measured(videos, dict(zip(measured, _get(measuring), strict=True)), source)
 
 
-def samples(videos: Mapping[str, Videos]) -> dict[str, Tensor]:
-    """One video of each prompt on the contact sheet, uint8 `[P, F, 1, H, W]`; blank where a set of videos has none."""
+def student_of(models: Mapping[str, ModelDirectory]) -> ModelDirectory:
+    """The distilled student where there is one, else the initial one."""
+    return models["distilled"] if "distilled" in models else models["initial"]
+
+
+def samples(videos: Mapping[str, Videos], prompts: list[str]) -> dict[str, Tensor]:
+    """One video of each of P prompts, uint8 `[P, F, channels, H, W]`; the first one where a set of videos has none.
+
+    Where there are no pixels the first channel of the latents stands for them, in grey.
+    """
+
+    def picture(made: Videos) -> Tensor:
+        if made.pixels is not None:
+            return made.pixels
+        assert made.latents is not None, "videos have pixels or latents"
+        first = made.latents[:, :, :1].float()
+        low, high = first.amin(), first.amax()
+        return ((first - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
 
     def pick(made: Videos, prompt: str) -> Tensor:
+        shown = picture(made)
         if prompt in made.prompts:
-            return made.pixels[list(made.prompts).index(prompt)]
-        return torch.zeros_like(made.pixels[0])
+            return shown[list(made.prompts).index(prompt)]
+        return torch.zeros_like(shown[0])
 
-    return {name: torch.stack([pick(made, prompt) for prompt in SHEET]) for name, made in videos.items()}
+    return {name: torch.stack([pick(made, prompt) for prompt in prompts]) for name, made in videos.items()}
 
 
 def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> dict[str, Videos]:
-    """The videos of every job, generated in Ray tasks of one batch each, and stored under `evaluate.output` model by model."""
+    """The videos of every job, in the order of the jobs: generated in Ray tasks of one batch each, and stored under
+    `evaluate.output` model by model."""
     settings, roles = config.evaluate, config.distill.roles
     made = _stored(settings.output, jobs) if resume else {}
     parts: dict[str, list[Any]] = {}
@@ -171,21 +196,21 @@ def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> 
         if name not in made:
             task = _task(config, generate, gpus=(roles.teacher if name == "teacher" else roles.student).gpus)
             starts = range(0, settings.videos, settings.batch)
-            samples = [range(first, min(first + settings.batch, settings.videos)) for first in starts]
-            parts[name] = [task.remote(job, part) for part in samples]
+            batches = [range(first, min(first + settings.batch, settings.videos)) for first in starts]
+            parts[name] = [task.remote(job, part) for part in batches]
     waiting = {reference: name for name, references in parts.items() for reference in references}
     try:
         with Display("evaluate", len(jobs) * settings.videos, done=len(made) * settings.videos) as display:
             while waiting:
                 (done,), _ = ray.wait(list(waiting), num_returns=1)
-                display.update(display.done + len(_get(done)), {})
+                display.update(display.done + len(next(iter(_get(done).values()))), {})
                 name = waiting.pop(done)
                 if name not in waiting.values():
-                    made[name] = _store(settings.output, name, jobs[name], torch.cat(_get(parts[name])))
+                    made[name] = _store(settings.output, name, jobs[name], _get(parts[name]))
     finally:
         for reference in waiting:
             ray.cancel(reference)
-    return made
+    return {name: made[name] for name in jobs}
 
 
 def _task(config: RunConfig, function: Callable[..., Any], *, gpus: float = 0.0) -> Any:
@@ -200,80 +225,73 @@ def _task(config: RunConfig, function: Callable[..., Any], *, gpus: float = 0.0)
 
 
 def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
-    """Teacher, initial and distilled student; ValueError, naming the setting, where one is missing or does not fit."""
+    """Teacher, initial and distilled student, as far as they are there.
+
+    ValueError, naming the setting, where there is no student, or a model is damaged or does not fit.
+    """
     settings, distill = config.evaluate, config.distill
     for name in ("videos", "batch", "teacher_steps", "threads"):
         if getattr(settings, name) < 1:
             raise ValueError(f"evaluate.{name} is {getattr(settings, name)}; it must be at least 1.")
     paths = {
-        "teacher": ("distill.teacher", distill.teacher, "pretrain"),
-        "initial": ("distill.student", distill.student, "initialize"),
-        "distilled": ("distill.output", f"{distill.output}/model", "distill"),
+        "teacher": ("distill.teacher", distill.teacher),
+        "initial": ("distill.student", distill.student),
+        "distilled": ("distill.output", f"{distill.output}/model"),
     }
     models = {}
-    for name, (setting, path, command) in paths.items():
-        if not storage.is_complete(path):
-            raise ValueError(
-                f"there is no complete {name} model at {path}; run `self-forcing {command}` first, or set {setting}."
-            )
+    for name, (setting, path) in paths.items():
+        if not Path(path).exists():
+            continue
         models[name] = model = ModelDirectory(path)
         wanted = "teacher" if name == "teacher" else "student"
         if model.card.kind != wanted:
             raise ValueError(
                 f"{setting}: the model at {path} is a {model.card.kind}, and evaluation needs a {wanted} there."
             )
-        video, codec = model.card.video, model.card.video.make_codec()
-        if codec is None or codec.decode(torch.zeros(1, 1, *video.shape[1:])).shape[2:] != (
-            1,
-            CANVAS,
-            CANVAS,
-        ):
+        if model.card.text.encoder != "bytes":
             raise ValueError(
-                f"{setting}: the model at {path} makes no frames of 1×{CANVAS}×{CANVAS}; evaluation reads moving digits."
+                f"{setting}: the model at {path} takes embedded prompts, and evaluation writes its prompts as text."
             )
-        if video.frames > settings.frames:
+        if model.card.video.frames > settings.frames:
             raise ValueError(
-                f"evaluate.frames is {settings.frames}, less than the {video.frames} frames that the model at {path} is trained on; "
-                f"use at least {video.frames}."
+                f"evaluate.frames is {settings.frames}, less than the {model.card.video.frames} frames that the model at "
+                f"{path} is trained on; use at least {model.card.video.frames}."
             )
+    if not models.keys() & {"initial", "distilled"}:
+        places = " nor ".join(f"at {path} ({setting})" for setting, path in list(paths.values())[1:])
+        raise ValueError(
+            f"there is no student to evaluate, neither {places}; run `self-forcing initialize` or `self-forcing "
+            "distill` first, or set either."
+        )
+    for name, (setting, path) in paths.items():
+        if name not in models:
+            say(f"evaluate: there is no {name} model at {path} ({setting}); it is left out")
     return models
 
 
-def real_videos(config: RunConfig) -> tuple[Videos, Videos]:
-    """Two disjoint sets of held-out videos: one to measure as if a model had made it, one to compare with.
-
-    ValueError where the data set is too small or its videos are shorter than `evaluate.frames`.
-    """
-    path, settings = config.data.held_out, config.evaluate
-    data = ParquetDataset(path, ["prompt", "video"])
-    frames = len(data.row(0)["video"])
-    if frames < settings.frames:
-        raise ValueError(
-            f"evaluate.frames is {settings.frames}, and the videos of data.held_out at {path} have {frames}; "
-            f"use at most {frames}, or prepare longer ones with data.held_out_frames."
-        )
-    count = min(settings.videos, len(data) // 2)
-    if count < 2:
-        raise ValueError(f"data.held_out at {path} holds {len(data)} videos; evaluation needs at least 4.")
-    rows = [data.row(i) for i in range(min(len(data), count + max(count, REFERENCE_VIDEOS)))]
-    pixels = _to_pixels(torch.stack([row["video"][: settings.frames] for row in rows]))
-    videos = Videos(pixels, [row["prompt"] for row in rows])
-    return videos[:count], videos[count:]
-
-
-def job_of(config: RunConfig, model: ModelDirectory) -> Job:
+def job_of(config: RunConfig, suite: Suite, model: ModelDirectory) -> Job:
     """The videos that evaluation asks of a model."""
     with storage.reading(model.path) as directory:
         manifest = json.loads((directory / storage.MANIFEST).read_text())["sha256"]
     settings, role = config.evaluate, config.distill.roles.teacher
-    if model.card.kind == "student":
-        return Job(model.path, manifest, config.seed, settings.videos, settings.frames, None)
-    sampler = {
-        "steps": settings.teacher_steps,
-        "guidance": settings.teacher_guidance,
-        "negative_prompt": role.negative_prompt,
-    }
-    return Job(model.path, manifest, config.seed, settings.videos, model.card.video.frames, sampler)
+    frames, sampler = settings.frames, None
+    if model.card.kind == "teacher":
+        frames = model.card.video.frames
+        sampler = {
+            "steps": settings.teacher_steps,
+            "guidance": settings.teacher_guidance,
+            "negative_prompt": role.negative_prompt,
+        }
+    return Job(
+        model=model.path,
+        manifest=manifest,
+        seed=config.seed,
+        videos=settings.videos,
+        frames=frames,
+        sampler=sampler,
+        prompts=tuple(suite.prompts(config)),
+        latents=suite.latents,
+    )
 
 
 def _stored(output: str, jobs: Mapping[str, Job]) -> dict[str, Videos]:
@@ -284,28 +302,23 @@ def _stored(output: str, jobs: Mapping[str, Job]) -> dict[str, Videos]:
         if storage.is_complete(path) and storage.read_metadata(path) == job.identity():
             storage.verify(path)
             with storage.reading(path) as directory:
-                stored[name] = Videos(
-                    load_file(directory / "videos.safetensors")["pixels"], _prompts(range(job.videos))
-                )
+                stored[name] = _videos(job, load_file(directory / "videos.safetensors"))
             say(f"evaluate: the videos of {job.model} are there already")
     return stored
 
 
-def _store(output: str, name: str, job: Job, pixels: Tensor) -> Videos:
+def _store(output: str, name: str, job: Job, parts: list[dict[str, Tensor]]) -> Videos:
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     path = f"{output}/videos/{name}"
     staging = storage.begin(path)
     with storage.writing(staging) as directory:
-        save_file({"pixels": pixels}, directory / "videos.safetensors")
+        save_file(tensors, directory / "videos.safetensors")
     storage.publish(staging, path, job.identity())
-    return Videos(pixels, _prompts(range(job.videos)))
+    return _videos(job, tensors)
 
 
-def _prompts(samples: range) -> list[str]:
-    return [PROMPTS[i % len(PROMPTS)] for i in samples]
-
-
-def _to_pixels(frames: Tensor) -> Tensor:
-    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte()
+def _videos(job: Job, tensors: Mapping[str, Tensor]) -> Videos:
+    return Videos(job.prompts_of(range(job.videos)), tensors.get("pixels"), tensors.get("latents"))
 
 
 def _get(references: Any) -> Any:
@@ -324,82 +337,19 @@ def _generator(model: str, manifest: str, threads: int) -> Generator:
     return Generator(model, threads)
 
 
-def generate(job: Job, samples: range) -> Tensor:
-    """A Ray task: some of a job's videos, uint8 `[len(samples), F, 1, 16, 16]`."""
+def generate(job: Job, samples: range) -> dict[str, Tensor]:
+    """A Ray task: some of a job's videos, `[len(samples), F, …]`: `pixels` in 8 bits where there is a codec, and
+    `latents` where the job keeps them."""
     generator = _generator(job.model, job.manifest, torch.get_num_threads())
-    noise = [(job.seed, "evaluate", i) for i in samples]
+    prompts, noise = job.prompts_of(samples), [(job.seed, "evaluate", i) for i in samples]
     if job.sampler is None:
-        latents = generator.student(_prompts(samples), noise, generator.frames_of_chunks(job.frames))
+        latents = generator.student(prompts, noise, generator.frames_of_chunks(job.frames))
     else:
-        latents = generator.teacher(_prompts(samples), noise, **job.sampler)
-    return _to_pixels(generator.decode(latents)[:, : job.frames])
-
-
-def train_reader(directory: str) -> DigitReader:
-    """A Ray task: the digit reader, trained unless an earlier run stored it in `directory`."""
-    return load_or_train(directory, READER_SEED)
-
-
-def read(reader: DigitReader, videos: Videos) -> Tensor:
-    """A Ray task: features `[N, F, D]`."""
-    return read_videos(reader, videos.frames())[1]
-
-
-def measure(
-    reader: DigitReader,
-    videos: Videos,
-    reference_features: Tensor,
-    reference_prompts: Tensor,
-    *,
-    chunk: int,
-    trained: int,
-    seed: int,
-) -> Row:
-    """A Ray task: every metric of one set of videos.
-
-    `reference_features` `[M, F′, D]` and `reference_prompts` `[M]` are of real videos, F′ ≥ F. `chunk` and `trained` are in frames.
-    """
-    count, frames = videos.pixels.shape[:2]
-    logits, features = read_videos(reader, videos.frames())
-    numbers, real = videos.numbers(), reference_features[:, :frames]
-    correct = correct_digits(logits, numbers // len(DIRECTIONS))
-    shifts = torch.tensor([expected_shift(DIRECTIONS[number % len(DIRECTIONS)]) for number in numbers])
-    # Nothing precedes the first frame.
-    followed = torch.cat([torch.full((count, 1), math.nan), followed_motion(videos.frames(), shifts)], dim=1)
-    by_frame = {
-        "digit_accuracy": mean_over_videos(correct, seed=seed),
-        "motion_following": mean_over_videos(followed, seed=seed),
-        "diversity": _undefined(frames),
-        "kernel_distance": kernel_distance(features, real, seed=seed),
-    }
-    if all(len(prompts.unique()) < len(prompts) for prompts in (numbers, reference_prompts)):
-        by_frame["diversity"] = diversity_ratio(
-            features, numbers, correct, real_features=real, real_prompts=reference_prompts, seed=seed
-        )
-    chunks = [slice(first, min(first + chunk, frames)) for first in range(0, frames, chunk)]
-    spans = [*chunks, slice(0, trained), slice(trained, frames), slice(0, frames)]
-    averages = {metric: _average(estimate, spans) for metric, estimate in by_frame.items()}
-    for metric, values in (("digit_accuracy", correct), ("motion_following", followed)):
-        per_video = torch.stack([values[:, span].nanmean(1) for span in spans], dim=1)
-        averages[metric] = mean_over_videos(per_video, seed=seed)
-
-    def pick(which: Any) -> dict[str, Estimate]:
-        return {
-            metric: Estimate(e.value[which], e.low[which], e.high[which]) for metric, e in averages.items()
-        }
-
-    return Row(frames, by_frame, pick(slice(0, len(chunks))), pick(-3), pick(-2), pick(-1))
-
-
-def _undefined(frames: int) -> Estimate:
-    nothing = torch.full((frames,), math.nan)
-    return Estimate(nothing, nothing, nothing)
-
-
-def _average(estimate: Estimate, spans: Sequence[slice]) -> Estimate:
-    """Means of an estimate over spans of frames, `[S]`; the interval is never too narrow, however frames depend on each other."""
-
-    def mean(part: Tensor) -> Tensor:
-        return torch.stack([part[span].nanmean() for span in spans])
-
-    return Estimate(mean(estimate.value), mean(estimate.low), mean(estimate.high))
+        latents = generator.teacher(prompts, noise, **job.sampler)
+    made = {}
+    if generator.codec is not None:
+        frames = generator.decode(latents)[:, : job.frames]
+        made["pixels"] = ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().contiguous()
+    if job.latents:
+        made["latents"] = latents[:, : job.frames].float().contiguous()
+    return made

@@ -1,14 +1,19 @@
 """Pictures of an evaluation: curves by frame, and samples side by side."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.metrics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -29,42 +34,64 @@ LOOKS = {
 }
 
 
-def plot_curves(
-    path: Path,
-    curves: Mapping[str, Estimate],
-    *,
-    label: str,
-    trained: int,
-    share: bool,
-    looks: Mapping[str, Look] = LOOKS,
-) -> None:
-    """One metric by frame with its intervals, a curve for each row; `share` is whether it lies between 0 and 1."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Panel:
+    """One metric by frame."""
 
-    rows = -(-len(curves) // 4)
-    figure = Figure(figsize=(8, 4 + 0.2 * rows), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for name, estimate in curves.items():
-        look = looks[name]
-        frames = np.arange(len(estimate.value))
-        axes.fill_between(frames, estimate.low, estimate.high, color=look.color, alpha=0.18, linewidth=0)
-        axes.plot(frames, estimate.value, look.style, color=look.color, linewidth=2, label=look.label)
-    axes.axvline(trained - 0.5, color="0.3", linewidth=1)
-    axes.annotate(
-        "trained length",
-        (trained - 0.5, 1.01),
-        xycoords=("data", "axes fraction"),
-        ha="right",
-        color="0.3",
-        fontsize=9,
-    )
-    if share:
-        axes.set_ylim(-0.02, 1.04)
-    axes.set_xlim(0, max(len(estimate.value) for estimate in curves.values()) - 1)
-    axes.set_xlabel("frame")
-    axes.set_ylabel(label)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
+    label: str
+    curves: Mapping[str, Estimate]
+    """Row → `[F]`."""
+    share: bool = False
+    """Whether it lies between 0 and 1."""
+
+
+def _figure(width: float, height: float, dpi: int) -> "Figure":
+    """An empty figure that is drawn in memory, whatever backend the environment names: that of a notebook or a desktop,
+    which may not even be installed, would end the import of matplotlib."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_curves(
+    path: Path, panels: Sequence[Panel], *, trained: int, looks: Mapping[str, Look] = LOOKS
+) -> None:
+    """Metrics by frame with their intervals, a panel for each, two abreast, and a curve for each row."""
+    names = list(panels[0].curves)
+    lines, columns = -(-len(panels) // 2), min(2, len(panels))
+    rows = -(-len(names) // 4)
+    figure = _figure(8 if columns == 1 else 13, (3.4 if lines > 1 else 4) * lines + 0.2 * rows, 150)
+    for index, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, index)
+        for name, estimate in panel.curves.items():
+            look = looks[name]
+            frames = np.arange(len(estimate.value))
+            axes.fill_between(frames, estimate.low, estimate.high, color=look.color, alpha=0.18, linewidth=0)
+            label = look.label if index == 1 else None
+            axes.plot(frames, estimate.value, look.style, color=look.color, linewidth=2, label=label)
+        axes.axvline(trained - 0.5, color="0.3", linewidth=1)
+        axes.annotate(
+            "trained length",
+            (trained - 0.5, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            color="0.3",
+            fontsize=9,
+        )
+        if panel.share:
+            axes.set_ylim(-0.02, 1.04)
+        axes.set_xlim(0, max(len(estimate.value) for estimate in panel.curves.values()) - 1)
+        axes.set_xlabel("frame")
+        axes.set_ylabel(panel.label)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4 if rows == 1 else 3, frameon=False)
     figure.savefig(path)
 
@@ -78,24 +105,20 @@ def plot_samples(
     chunk: int,
     looks: Mapping[str, Look] = LOOKS,
 ) -> None:
-    """The P videos uint8 `[P, F, 1, H, W]` of each row frame by frame, prompt by prompt."""
-    from matplotlib.figure import Figure
-
+    """The P videos uint8 `[P, F, channels, H, W]` of each row frame by frame, prompt by prompt."""
     frames = max(videos.shape[1] for videos in samples.values())
-    figure = Figure(
-        figsize=(0.42 * frames + 2, (0.4 + 0.43 * len(samples)) * len(prompts)), dpi=100, layout="constrained"
-    )
+    figure = _figure(0.42 * frames + 2, (0.4 + 0.43 * len(samples)) * len(prompts), 100)
     for index, prompt in enumerate(prompts):
         axes = figure.add_subplot(len(prompts), 1, index + 1)
         strips = [_strip(videos[index], frames) for videos in samples.values()]
-        height = strips[0].shape[0]
+        height, width = strips[0].shape[0], strips[0].shape[1] // frames
         axes.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.axvline(trained * height - 1, color="#D55E00", linewidth=2)
+        axes.axvline(trained * width - 1, color="#D55E00", linewidth=2)
         axes.set_yticks(
             [height * (row + 0.5) for row in range(len(strips))], [looks[name].label for name in samples]
         )
         starts = range(0, frames, chunk)
-        axes.set_xticks([height * (frame + 0.5) for frame in starts], [str(frame) for frame in starts])
+        axes.set_xticks([width * (frame + 0.5) for frame in starts], [str(frame) for frame in starts])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(prompt, loc="left", fontsize=10)
@@ -103,7 +126,9 @@ def plot_samples(
 
 
 def _strip(video: Tensor, frames: int) -> np.ndarray:
-    """Frames `[F, 1, H, W]` side by side with grey between and behind them, `[H + 1, frames · (W + 1)]`."""
-    padded = torch.nn.functional.pad(video[:, 0], (0, 1, 0, 1), value=96)
+    """Frames `[F, channels, H, W]` side by side with grey between and behind them: `[H + 1, frames · (W + 1)]`, and 3
+    colours if there are."""
+    padded = torch.nn.functional.pad(video, (0, 1, 0, 1), value=96)
     missing = torch.full((frames - len(padded), *padded.shape[1:]), 96, dtype=padded.dtype)
-    return torch.cat([padded, missing]).permute(1, 0, 2).flatten(1).numpy()
+    strip = torch.cat([padded, missing]).permute(2, 0, 3, 1).flatten(1, 2)
+    return strip.squeeze(-1).numpy()

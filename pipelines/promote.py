@@ -1,28 +1,17 @@
 """`self-forcing promote`: moves an alias to another version of a registered model, or back.
 
-The version has to pass the gate: of what `evaluate` measured of the version that the alias names now, nothing may have
-become worse by more than a margin. Servers that follow the alias load what it names next.
+The version has to pass the gate: of what `evaluate` measured of the version that the alias names now, and the suite of
+that evaluation compares, nothing may have become worse by more than a margin. Servers that follow the alias load what it names next.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 
 from infra.registry import Reference, Registry, Version
-from pipelines import cli
+from pipelines import cli, suites
 from pipelines.console import say
-
-COMPARED = {
-    "digit_accuracy_inside": 1,
-    "digit_accuracy_beyond": 1,
-    "motion_following_overall": 1,
-    "kernel_distance_overall": -1,
-}
-"""What the gate compares: `METRIC_SPAN` as `pipelines/report.py` has them, and 1 where more is better, −1 where less is.
-
-Diversity is not among them, for neither more nor less of it is better; a model that makes few different videos has a
-larger kernel distance."""
-MARGIN = 0.02
-"""By how much a metric may be worse, in its own unit."""
+from pipelines.suite import Compared
 
 
 class Refused(RuntimeError):
@@ -30,55 +19,105 @@ class Refused(RuntimeError):
 
 
 def gate(
-    new: Mapping[str, float], now: Mapping[str, float], *, margin: float, names: tuple[str, str]
+    new: Mapping[str, float],
+    now: Mapping[str, float],
+    *,
+    compared: Mapping[str, Compared],
+    margin: float | None,
+    names: tuple[str, str],
 ) -> None:
     """The gate; Refused, naming the first metric that fails it.
 
     Args:
         new: metrics of the version that is to be promoted.
         now: metrics of the version that the alias names; what was not measured of it is not compared.
-        margin: by how much each may be worse.
+        compared: metrics by name, and which way each is better.
+        margin: by how much each may be worse, if not by its own margin.
         names: what the two versions are called.
     """
-    if not any(name in new for name in COMPARED):
-        raise Refused(
-            f"{names[0]} was registered without metrics, and {names[1]} serves; register it with --metrics."
-        )
-    for name, sign in COMPARED.items():
+    for name, how in compared.items():
         if name not in now:
             continue
         if name not in new:
             raise Refused(f"{name} of {names[0]} was not measured, and is {now[name]:.4g} of {names[1]}.")
+        allowed = how.margin if margin is None else margin
         # Rounding must not refuse what is worse by the margin itself.
-        if sign * (now[name] - new[name]) > margin + 1e-9:
+        if how.sign * (now[name] - new[name]) > allowed + 1e-9:
             raise Refused(
-                f"{name} of {names[0]} is {new[name]:.4g}, worse than {now[name]:.4g} of {names[1]} by more than {margin:g}."
+                f"{name} of {names[0]} is {new[name]:.4g}, worse than {now[name]:.4g} of {names[1]} by more than {allowed:g}."
             )
 
 
-def promote(registry: Registry, version: Version, alias: str, *, margin: float = MARGIN) -> None:
+def compared_by(
+    new: Mapping[str, str], now: Mapping[str, str], names: tuple[str, str]
+) -> dict[str, Compared]:
+    """What the gate compares, from the recorded params of two measured versions.
+
+    Refused, saying how to go on, where their numbers do not mean the same.
+    """
+    first, second = (_suite(params) for params in (new, now))
+    pairs = {"evaluate.suite": (first["name"], second["name"])}
+    pairs["version of the suite"] = (first["version"], second["version"])
+    basis = first["basis"].keys() & second["basis"].keys()
+    pairs |= {f"{key} of the suite": (first["basis"][key], second["basis"][key]) for key in sorted(basis)}
+    for what, (here, there) in pairs.items():
+        if here != there:
+            raise Refused(
+                f"there is nothing to compare: {names[0]} was measured with {what} {here} and {names[1]} with {there}; "
+                "evaluate both alike and register them with --metrics, or promote with --ungated."
+            )
+    return suites.compared(second)
+
+
+def _suite(params: Mapping[str, str]) -> dict:
+    stored = params.get("evaluation.suite")
+    return suites.unnamed() if stored is None else json.loads(stored)
+
+
+def promote(
+    registry: Registry, version: Version, alias: str, *, margin: float | None = None, gated: bool = True
+) -> None:
     """Have `alias` name `version`, if it passes the gate; where it names none yet there is no gate.
 
     Refused where it does not pass; ValueError for a margin or an alias that cannot be.
     """
-    if not 0 <= margin < math.inf:
+    if margin is not None and not 0 <= margin < math.inf:
         raise ValueError(f"margin is {margin:g}; it must be at least 0 and finite.")
     Reference(version.name, alias=alias)
     before = registry.named(version.name, alias)
     if before == version:
         say(f"promote: {alias} names {version} already")
         return
-    if before is not None:
-        (new, how), (now, how_now) = registry.recorded(version), registry.recorded(before)
-        gate(new, now, margin=margin, names=(str(version), str(before)))
-        for name in sorted(how.keys() & how_now.keys()):
-            if name.startswith("evaluation.") and how[name] != how_now[name]:
-                say(f"promote: the two were measured with {name} {how_now[name]} and {how[name]}")
-        for name in COMPARED:
-            if name in now:
-                say(f"promote: {name} {now[name]:.4g} -> {new[name]:.4g}")
+    if before is not None and gated:
+        _compare(registry, version, before, margin)
     registry.promote(version, alias, before=before)
     say(f"promote: {alias} names {version}" + (f" instead of {before}" if before else ""))
+
+
+def _compare(registry: Registry, version: Version, before: Version, margin: float | None) -> None:
+    (new, how), (now, how_now) = registry.recorded(version), registry.recorded(before)
+    names = (str(version), str(before))
+    if not new:
+        raise Refused(
+            f"{version} was registered without metrics, and {before} serves; register it with --metrics, or promote "
+            "with --ungated."
+        )
+    if not now:
+        say(
+            f"promote: there is nothing to compare {version} with: {before} was registered without metrics; the next "
+            "promotion is compared with what is promoted now"
+        )
+        return
+    compared = compared_by(how, how_now, names)
+    gate(new, now, compared=compared, margin=margin, names=names)
+    for name in sorted(how.keys() & how_now.keys() - {"evaluation.suite"}):
+        if name.startswith("evaluation.") and how[name] != how_now[name]:
+            say(f"promote: the two were measured with {name} {how_now[name]} and {how[name]}")
+    if not compared.keys() & now.keys():
+        say(f"promote: there is nothing to compare: no metric that decides is defined for {before}")
+    for name in compared:
+        if name in now:
+            say(f"promote: {name} {now[name]:.4g} -> {new[name]:.4g}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,7 +126,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", type=str, help="registered model")
     parser.add_argument("version", type=int, nargs="?", help="version to promote")
     parser.add_argument("--alias", type=str, default="serving", help="alias to move")
-    parser.add_argument("--margin", type=float, default=MARGIN, help="by how much each metric may be worse")
+    parser.add_argument(
+        "--margin",
+        type=float | None,
+        default=None,
+        help="by how much each metric may be worse; null takes the suite's own margins",
+    )
+    parser.add_argument("--ungated", action="store_true", help="promote without comparing any metric")
     parser.add_argument(
         "--rollback", action="store_true", help="return to the version before the last promotion"
     )
@@ -100,5 +145,5 @@ def main(arguments: Sequence[str]) -> int:
         say(f"promote: {options.alias} names {restored} again instead of {left}")
     else:
         version = registry.resolve(f"models:/{options.name}/{options.version}")
-        promote(registry, version, options.alias, margin=options.margin)
+        promote(registry, version, options.alias, margin=options.margin, gated=not options.ungated)
     return 0

@@ -11,9 +11,9 @@ from typing import Any
 from infra import storage
 from infra.registry import Reference, Registry
 from infra.tracking import TrackingConfig
-from pipelines import cli
+from pipelines import cli, suites
 from pipelines.console import say
-from pipelines.promote import COMPARED, promote
+from pipelines.promote import promote
 from workers.streamer import check
 
 
@@ -77,9 +77,10 @@ def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]
         manifest = json.loads((directory / storage.MANIFEST).read_text())["sha256"]
     try:
         body = json.loads(file.read_text())
+        suite = body["suite"] if "suite" in body else suites.unnamed()
         settings = {"seed": body["seed"], **{name: body["settings"][name] for name in ("videos", "frames")}}
         rows = [body["rows"][name] for name, made in body["models"].items() if made["manifest"] == manifest]
-        spans = {name: name.rpartition("_") for name in COMPARED}
+        spans = {name: name.rpartition("_") for name in suites.compared(suite)}
         values = [
             {name: row[span][metric]["value"] for name, (metric, _, span) in spans.items()} for row in rows
         ]
@@ -91,4 +92,6 @@ def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]
         raise ValueError(
             f"--metrics: the evaluation at {file} measured other weights than those at {model}; evaluate these first."
         )
+    # One param: a promotion reads it as a whole.
+    settings["suite"] = json.dumps(suite)
     return {name: value for name, value in values[0].items() if value is not None}, settings

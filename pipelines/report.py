@@ -1,6 +1,6 @@
 """What an evaluation found, as files, pictures, tracked curves and a table for the terminal.
 
-It computes nothing but ratios of what `pipelines/evaluate.py` measured, and the verdicts that follow from them.
+It computes nothing but shares of what a suite measured.
 """
 
 import json
@@ -20,57 +20,19 @@ from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
 from model.metrics import Estimate
 from orchestrator.config import RunConfig
-from pipelines.plots import LOOKS, plot_curves, plot_samples
+from pipelines import suites
+from pipelines.console import say
+from pipelines.plots import LOOKS, Panel, plot_curves, plot_samples
+from pipelines.suite import Row, Suite
 
-FORMAT = 1
-METRICS = {
-    "digit_accuracy": "digit accuracy",
-    "motion_following": "motion following",
-    "diversity": "diversity within a prompt, real = 1",
-    "kernel_distance": "kernel distance to real videos",
-}
-ROWS = ("real", "teacher", "initial", "distilled")
-PICTURES = {
-    "digit_accuracy": "drift.png",
-    "motion_following": "motion.png",
-    "diversity": "diversity.png",
-    "kernel_distance": "distance.png",
-}
+FORMAT = 2
 SPANS = {"inside": "inside the trained length", "beyond": "beyond it", "overall": "all frames"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """The videos of one model, or real ones, measured. Each mapping goes from a name in `METRICS` to its estimate,
-    which is NaN where the metric is not defined (such as any beyond the trained length for a teacher)."""
-
-    frames: int
-    """Frames of each video."""
-    by_frame: Mapping[str, Estimate]
-    """`[frames]`; motion following at a frame is how the content got there from the one before, NaN at frame 0."""
-    by_chunk: Mapping[str, Estimate]
-    """`[chunks]`, means over a chunk's frames."""
-    inside: Mapping[str, Estimate]
-    """Scalars: means over the frames of the trained length."""
-    beyond: Mapping[str, Estimate]
-    """Scalars: means over the frames after it."""
-    overall: Mapping[str, Estimate]
-    """Scalars: means over all frames."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A claim about the models and whether the numbers support it."""
-
-    claim: str
-    value: float
-    """What was measured; NaN supports no claim."""
-    bound: float
-    """The least that is asked for; a difference, whose bound is 0, must exceed it."""
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.bound if self.bound else self.value > 0
+SHEET = "contact_sheet.png"
+REFERENCES = {
+    "held_out": "Reference: held-out videos of data.held_out.",
+    "teacher": "Reference: the teacher's samples, of which its own row has the other half; there are no held-out videos.",
+    "none": "There is no reference: neither held-out videos nor a teacher; what compares with one is not defined.",
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +41,13 @@ class Report:
 
     config: RunConfig
     """With absolute paths."""
+    suite: Suite
+    reference: str
+    """A key of REFERENCES."""
     models: Mapping[str, Mapping[str, Any]]
-    """Of teacher, initial and distilled: path, manifest and lineage."""
+    """Of those of teacher, initial and distilled that there are: path, manifest and lineage."""
     rows: Mapping[str, Row]
-    """Of real, teacher, initial and distilled."""
+    """Of the models, and of real videos where there are any."""
     trained: int
     """Frames of the trained length."""
     chunk: int
@@ -90,7 +55,7 @@ class Report:
     steps: int
     """Denoising steps of the students for each chunk."""
     samples: Mapping[str, Tensor]
-    """Of each row a few videos for the contact sheet, uint8 `[P, F, 1, H, W]`."""
+    """Of each row a few videos for the contact sheet, uint8 `[P, F, channels, H, W]`."""
     sample_prompts: Sequence[str]
     """The P prompts of the samples."""
     seconds: float
@@ -104,71 +69,25 @@ class Report:
         model, teacher = self.rows[name].inside[metric], self.rows["teacher"].inside[metric]
         return Estimate(model.value / teacher.value, model.low / teacher.high, model.high / teacher.low)
 
-    def verdicts(self) -> list[Verdict]:
-        """What a distillation is asked for: quality, motion, diversity, and no drift."""
-        real, teacher, initial, distilled = (self.rows[name] for name in ROWS)
-        accuracy = "digit_accuracy"
-
-        def gap(upper: Estimate, lower: Estimate) -> Tensor:
-            """Between two intervals; negative where they overlap."""
-            return upper.low - lower.high
-
-        gaps = gap(distilled.by_chunk[accuracy], initial.by_chunk[accuracy])[1:]
-        asked = {
-            "the reader's accuracy on held-out real videos": (real.overall[accuracy].value, 0.98),
-            "the teacher's digit accuracy": (teacher.inside[accuracy].value, 0.9),
-            "distilled student: digit accuracy inside the trained length, as a share of the teacher's": (
-                self.relative("distilled", accuracy).value,
-                0.9,
-            ),
-            "distilled student: motion following inside the trained length": (
-                distilled.inside["motion_following"].value,
-                0.9,
-            ),
-            "distilled student: diversity inside the trained length, as a share of the teacher's": (
-                self.relative("distilled", "diversity").value,
-                0.7,
-            ),
-            "digit accuracy, distilled above initial: the smallest gap between 95 % intervals from the second chunk on": (
-                gaps.min() if len(gaps) else torch.tensor(math.nan),
-                0.0,
-            ),
-            "digit accuracy, distilled above initial: the gap between 95 % intervals beyond the trained length": (
-                gap(distilled.beyond[accuracy], initial.beyond[accuracy]),
-                0.0,
-            ),
-            "digit accuracy, distilled above initial: the difference on average": (
-                distilled.overall[accuracy].value - initial.overall[accuracy].value,
-                0.0,
-            ),
-        }
-        return [Verdict(claim, value.item(), bound) for claim, (value, bound) in asked.items()]
+    def pictures(self) -> dict[str, list[str]]:
+        """File → the metrics that it shows; those that are defined nowhere are left out."""
+        shown: dict[str, list[str]] = {}
+        for name, metric in self.suite.metrics.items():
+            if not all(row.by_frame[name].value.isnan().all() for row in self.rows.values()):
+                shown.setdefault(metric.picture, []).append(name)
+        return shown
 
 
 def write_report(report: Report, tracker: Tracker | None) -> None:
-    """Write tables and pictures to `evaluate.output`, and record them and the curves with the tracker."""
+    """Write tables, then pictures, to `evaluate.output`, and record them and the curves with the tracker."""
     output = Path(report.config.evaluate.output)
     output.mkdir(parents=True, exist_ok=True)
-    for metric, picture in PICTURES.items():
-        plot_curves(
-            output / picture,
-            {name: row.by_frame[metric] for name, row in report.rows.items()},
-            label=METRICS[metric],
-            trained=report.trained,
-            share=metric in ("digit_accuracy", "motion_following"),
-        )
-    plot_samples(
-        output / "contact_sheet.png",
-        report.samples,
-        report.sample_prompts,
-        trained=report.trained,
-        chunk=report.chunk,
-    )
     # The tracker's address may hold a password, and is no part of what was measured.
     settings = report.config.portable()
     write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    write_text(output / "report.md", _markdown(report))
     write_text(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
+    write_text(output / "report.md", _markdown(report))
+    pictures = write_pictures(report, output)
     if tracker is None:
         return
     for name, row in report.rows.items():
@@ -178,16 +97,51 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
         for span in SPANS:
             scalars = {f"{metric}_{span}": estimate for metric, estimate in getattr(row, span).items()}
             tracker.metrics(0, _tracked(name, scalars))
-    for file in (*PICTURES.values(), "contact_sheet.png", "config.yaml", "report.md", "metrics.json"):
+    for file in (*pictures, "config.yaml", "report.md", "metrics.json"):
         tracker.artifact(output / file, "evaluation")
 
 
+def write_pictures(report: Report, output: Path) -> list[str]:
+    """Draw curves and the contact sheet, and return the names of those that could be drawn; the others are said."""
+    metrics, drawn = report.suite.metrics, []
+    for picture in (*report.pictures(), SHEET):
+        try:
+            if picture == SHEET:
+                plot_samples(
+                    output / picture,
+                    report.samples,
+                    report.sample_prompts,
+                    trained=report.trained,
+                    chunk=report.chunk,
+                )
+            else:
+                panels = [
+                    Panel(
+                        metrics[name].words,
+                        {row: found.by_frame[name] for row, found in report.rows.items()},
+                        share=metrics[name].share,
+                    )
+                    for name in report.pictures()[picture]
+                ]
+                plot_curves(output / picture, panels, trained=report.trained)
+        except (
+            Exception
+        ) as error:  # the numbers are written; a library's trouble with a picture must not end the run
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            say(
+                f"evaluate: {picture} could not be drawn ({reason}); the numbers are in {output}/metrics.json"
+            )
+        else:
+            drawn.append(picture)
+    return drawn
+
+
 def summary_table(report: Report) -> Table:
-    """The drift curve for a terminal of 80 columns: digit accuracy chunk by chunk, and half the width of its 95 % interval."""
-    table = Table(
-        title="Digit accuracy by frame",
-        caption=f"On average the distilled student is {report.verdicts()[-1].value:+.2f} from the initial one.",
-    )
+    """The headline's curve for a terminal of 80 columns, chunk by chunk, and half the width of its 95 % interval."""
+    headline, verdicts = report.suite.headline, report.suite.verdicts(report.rows)
+    words = report.suite.metrics[headline].words
+    caption = f"{verdicts[-1].claim}: {verdicts[-1].value:+.2f}" if verdicts else None
+    table = Table(title=f"{words[0].upper()}{words[1:]} by frame", caption=caption)
     table.add_column("frames", no_wrap=True)
     for name in report.rows:
         table.add_column(name, justify="right", no_wrap=True)
@@ -196,14 +150,14 @@ def summary_table(report: Report) -> Table:
         table.add_row(label, *map(_show_briefly, estimates), end_section=index == last_inside)
     table.add_section()
     for span in SPANS:
-        estimates = [getattr(row, span)["digit_accuracy"] for row in report.rows.values()]
+        estimates = [getattr(row, span)[headline] for row in report.rows.values()]
         table.add_row(span, *map(_show_briefly, estimates))
     return table
 
 
 def _drift(report: Report) -> Iterator[tuple[str, list[Estimate]]]:
-    """Frames of each chunk and the digit accuracy of every row in it, NaN where the row has no such frame."""
-    curves = [row.by_chunk["digit_accuracy"] for row in report.rows.values()]
+    """Frames of each chunk and the headline of every row in it, NaN where the row has no such frame."""
+    curves = [row.by_chunk[report.suite.headline] for row in report.rows.values()]
     nothing = Estimate(*[torch.tensor(math.nan)] * 3)
     for index in range(max(len(curve.value) for curve in curves)):
         first, last = index * report.chunk, (index + 1) * report.chunk - 1
@@ -247,8 +201,15 @@ def estimates_json(values: Mapping[str, Estimate]) -> dict[str, Any]:
 
 def _json(report: Report) -> dict[str, Any]:
     tables = ("by_frame", "by_chunk", *SPANS)
+    basis = {"reference": report.reference, **report.suite.basis(report.config)}
+    shares = {
+        name: estimates_json({metric: report.relative(name, metric) for metric in report.suite.shares})
+        for name in report.models
+        if name != "teacher" and "teacher" in report.models and report.suite.shares
+    }
     return {
         "format": FORMAT,
+        "suite": suites.described(report.config.evaluate.suite, report.suite, basis),
         "seed": report.config.seed,
         "settings": asdict(report.config.evaluate)
         | {"output": _relative(report.config.evaluate.output, report.config.root)},
@@ -264,13 +225,10 @@ def _json(report: Report) -> dict[str, Any]:
             name: {"frames": row.frames, **{table: estimates_json(getattr(row, table)) for table in tables}}
             for name, row in report.rows.items()
         },
-        "relative_to_teacher_inside": {
-            name: estimates_json(
-                {metric: report.relative(name, metric) for metric in ("digit_accuracy", "diversity")}
-            )
-            for name in ("initial", "distilled")
-        },
-        "verdicts": [asdict(v) | {"value": _finite(v.value), "met": v.met} for v in report.verdicts()],
+        "relative_to_teacher_inside": shares,
+        "verdicts": [
+            asdict(v) | {"value": _finite(v.value), "met": v.met} for v in report.suite.verdicts(report.rows)
+        ],
         "made_with": versions() | git_commit(),
     }
 
@@ -283,66 +241,74 @@ def _finite(value: Any) -> Any:
 
 
 def _markdown(report: Report) -> str:
-    settings, rows = report.config.evaluate, report.rows
+    settings, rows, suite = report.config.evaluate, report.rows, report.suite
+    metrics, words = suite.metrics, suite.metrics[suite.headline].words
     output = _relative(settings.output, report.config.root)
 
     def table(head: Sequence[str], lines: Iterator[Sequence[str]]) -> list[str]:
         return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)] + [""]
 
-    def metric_lines(span: str) -> Iterator[Sequence[str]]:
+    def metric_lines(span: str, names: Sequence[str]) -> Iterator[Sequence[str]]:
         for name, row in rows.items():
-            yield [LOOKS[name].label, *(_show(getattr(row, span)[metric]) for metric in METRICS)]
+            yield [LOOKS[name].label, *(_show(getattr(row, span)[metric]) for metric in names)]
 
+    teacher = (
+        f", the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps at guidance "
+        f"{settings.teacher_guidance:g}"
+        if "teacher" in rows
+        else ""
+    )
+    pictures = report.pictures()
+    shown = [name for names in pictures.values() for name in names]
+    first = metrics[suite.headline].picture
     lines = [
-        "# Evaluation on moving digits",
+        f"# {suite.title}",
         "",
         f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of {report.chunk} with "
-        f"{report.steps} steps a chunk, the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps "
-        f"at guidance {settings.teacher_guidance:g}. Brackets hold 95 % bootstrap intervals over videos.",
+        f"{report.steps} steps a chunk{teacher}. Brackets hold 95 % bootstrap intervals over videos. "
+        + REFERENCES[report.reference],
         "",
-        "![digit accuracy by frame](drift.png)",
-        "",
-        "## What was asked",
-        "",
-        *table(
-            ["", "measured", "asked for", "met"],
-            (
-                [
-                    v.claim,
-                    f"{v.value:.3f}",
-                    f"{'more than' if v.bound == 0 else 'at least'} {v.bound:g}",
-                    "yes" if v.met else "no",
-                ]
-                for v in report.verdicts()
-            ),
-        ),
     ]
-    for span, words in SPANS.items():
-        lines += [f"## {words.capitalize()}", "", *table(["", *METRICS.values()], metric_lines(span))]
+    if first in pictures:
+        lines += [f"![{words} by frame]({first})", ""]
+    if verdicts := suite.verdicts(rows):
+        asked = (
+            [
+                v.claim,
+                f"{v.value:.3f}",
+                f"{'more than' if v.bound == 0 else 'at least'} {v.bound:g}",
+                "yes" if v.met else "no",
+            ]
+            for v in verdicts
+        )
+        lines += ["## What was asked", "", *table(["", "measured", "asked for", "met"], asked)]
+    for span, title in SPANS.items():
+        lines += [f"## {title.capitalize()}", ""]
+        for names in [shown] if len(shown) <= 4 else pictures.values():
+            lines += table(["", *(metrics[name].words for name in names)], metric_lines(span, names))
     lines += [
-        "## Digit accuracy by frame",
+        f"## {words[0].upper()}{words[1:]} by frame",
         "",
         *table(
             ["frames", *(LOOKS[name].label for name in rows)],
             ([label, *map(_show, estimates)] for label, estimates in _drift(report)),
         ),
-        "![samples](contact_sheet.png)",
+        f"![samples]({SHEET})",
         "",
-        "![motion following](motion.png)",
-        "",
-        "![diversity](diversity.png)",
-        "",
-        "![kernel distance](distance.png)",
-        "",
+    ]
+    for picture, names in pictures.items():
+        if picture != first:
+            lines += [f"![{', '.join(metrics[name].words for name in names)}]({picture})", ""]
+    undefined = [metrics[name].words for name in metrics if name not in shown]
+    lines += [
         "## How it was measured",
         "",
-        "- *Digit accuracy*: a classifier, trained on scans of the training split, reads each frame.",
-        "- *Motion following*: whether the content moved from the frame before as the prompt says.",
-        "- *Diversity*: how far apart the correctly read frames of one prompt are in the classifier's features, as a share of how "
-        "far apart real ones are.",
-        "- *Kernel distance*: unbiased squared maximum mean discrepancy between the classifier's features of generated and real "
-        "frames of one index; the real videos' row compares two disjoint sets of real videos.",
-        "- Intervals of diversity and distance over several frames are means of the frames' intervals, hence never too narrow.",
+        *(
+            f"- *{metrics[name].words[0].upper()}{metrics[name].words[1:]}*: {metrics[name].explained}"
+            for name in shown
+        ),
+        *(f"- {note}" for note in suite.notes),
+        *([f"- Not defined for these videos: {', '.join(undefined)}."] if undefined else []),
         "- A dash is a value that is not defined.",
         "",
         "All numbers are in `metrics.json`. Computed in "

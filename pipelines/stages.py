@@ -65,6 +65,8 @@ def dispatch(command: str, arguments: Sequence[str]) -> int:
     with connect(options.address) as cluster:
         if command == "run":
             run_all(config, cluster, resume=True)
+        elif command == "evaluate":
+            evaluate(config, cluster, options.resume, options.export_vbench)
         else:
             STAGES[command](config, cluster, options.resume)
     return 0
@@ -155,19 +157,18 @@ def distill(config: RunConfig, cluster: Cluster, resume: bool) -> None:
         summary("Distilled student", rows | ({"sample video": str(samples[-1])} if samples else {}))
 
 
-def evaluate(config: RunConfig, cluster: Cluster, resume: bool) -> None:
+def evaluate(config: RunConfig, cluster: Cluster, resume: bool, export: str | None = None) -> None:
     from pipelines import evaluate as module
-    from pipelines.report import summary_table
+    from pipelines.report import SHEET, summary_table
 
-    student = module.open_models(config)["distilled"]
+    student = module.student_of(module.open_models(config))
     with tracking(config, "evaluate", config.evaluate.output, dict(student.card.lineage)) as tracker:
-        report = module.evaluate(config, tracker=tracker, resume=resume)
+        report = module.evaluate(config, tracker=tracker, resume=resume, export=export)
         console.print(summary_table(report))
         output = config.evaluate.output
         rows = {
-            "drift curve": f"{output}/drift.png",
             "report": f"{output}/report.md",
-            "samples": f"{output}/contact_sheet.png",
+            "samples": f"{output}/{SHEET}",
         }
         summary("Evaluation", rows | {"tracking": tracker.how_to_open()})
 

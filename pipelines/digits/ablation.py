@@ -19,10 +19,12 @@ from infra import storage
 from model.metrics import Estimate
 from orchestrator.config import RunConfig
 from pipelines.digits.experiment import REFERENCES, Experiment
-from pipelines.evaluate import SHEET
-from pipelines.plots import LOOKS, Look, plot_curves, plot_samples
-from pipelines.report import METRICS, PICTURES, write_text
+from pipelines.digits.suite import SHEET, SUITE
+from pipelines.plots import LOOKS, Look, Panel, plot_curves, plot_samples
+from pipelines.report import write_text
 
+METRICS = {name: metric.words for name, metric in SUITE.metrics.items()}
+PICTURES = {name: metric.picture for name, metric in SUITE.metrics.items()}
 _PALETTE = ("#D55E00", "#CC79A7", "#009E73", "#000000", "#56B4E9")
 """What is left of the palette beside the references."""
 _BEGIN, _END = "<!-- findings -->", "<!-- /findings -->"
@@ -113,10 +115,8 @@ def write_report(
         }
         plot_curves(
             folder / picture,
-            curves,
-            label=METRICS[metric],
+            [Panel(METRICS[metric], curves, share=SUITE.metrics[metric].share)],
             trained=config.video.frames,
-            share=metric in ("digit_accuracy", "motion_following"),
             looks=looks,
         )
     plot_samples(

@@ -20,8 +20,10 @@ from infra.tracking import Tracker
 from orchestrator.config import RunConfig
 from pipelines import cli
 from pipelines.console import say
+from pipelines.digits.suite import SHEET, SUITE
 from pipelines.evaluate import job_of, measure_models, samples
-from pipelines.report import METRICS, Row, estimates_json
+from pipelines.report import estimates_json
+from pipelines.suite import Row
 from workers.model_directory import ModelDirectory
 
 REFERENCES = ("real", "teacher", "initial")
@@ -95,6 +97,8 @@ def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: S
 PLACES = ("output", "teacher", "student", "critic", "pairs_path")
 MANNERS = ("checkpoint_every", "keep", "sample_every", "overlap", "samplers")
 """Settings that say where things lie, and how a stage goes about its work: no number depends on them."""
+UNUSED = ("suite", "prompts", "features")
+"""Settings of `evaluate` that an experiment on digits does not have."""
 
 
 def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]
     whole = config.portable()
     kept = {name: whole[name] for name in ("seed", "video", "rollout", "score", *sorted({"evaluate", stage}))}
     settings = {
-        name: {key: each for key, each in value.items() if key not in PLACES + MANNERS}
+        name: {key: each for key, each in value.items() if key not in PLACES + MANNERS + UNUSED}
         if isinstance(value, dict)
         else value
         for name, value in kept.items()
@@ -181,12 +185,13 @@ def _measure(
 ) -> None:
     """Measure models and publish what was found as `path`."""
     began = time.monotonic()
-    jobs = {name: job_of(config, model) for name, model in models.items()}
+    jobs = {name: job_of(config, SUITE, model) for name, model in models.items()}
     lineage = {role: run for model in models.values() for role, run in model.card.lineage.items()}
     with track(config, "evaluate", config.evaluate.output, lineage) as tracker:
-        videos, rows = measure_models(
-            config, models, jobs, chunk=config.rollout.chunk, trained=config.video.frames, resume=True
+        measured = measure_models(
+            config, SUITE, models, jobs, chunk=config.rollout.chunk, trained=config.video.frames, resume=True
         )
+        videos, rows = measured.videos, measured.rows
         if stage != "evaluate":
             # Real videos are the same for all cells; the references hold them.
             del videos["real"], rows["real"]
@@ -201,11 +206,11 @@ def _measure(
                 "rows": {name: estimates_json(row.by_frame) for name, row in rows.items()},
             }
             (directory / "metrics.json").write_text(json.dumps(found, allow_nan=False))
-            save_file(samples(videos), directory / "samples.safetensors")
+            save_file(samples(videos, list(SHEET)), directory / "samples.safetensors")
         storage.publish(staging, path, identity(config, stage, start))
 
 
 def _track(tracker: Tracker, name: str, row: Row) -> None:
     for frame in range(row.frames):
-        values = {f"{name}/{metric}": row.by_frame[metric].value[frame].item() for metric in METRICS}
+        values = {f"{name}/{metric}": row.by_frame[metric].value[frame].item() for metric in SUITE.metrics}
         tracker.metrics(frame, {key: value for key, value in values.items() if value == value})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.digits.digit_reader import DigitReader, load_or_train
-from pipelines.evaluate import READER_SEED
+from pipelines.digits.suite import READER_SEED
 
 
 @pytest.fixture(scope="session")

@@ -1,223 +1,269 @@
-"""Evaluation: metrics of videos whose answer is known, and the whole of it on tiny models in a real Ray."""
+"""Evaluation with the suite `video`: models that make no digits, in colour, without a codec or without data; and the gate."""
 
 import json
 import re
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
-from infra import storage
-from infra.tracking import Tracker, TrackingConfig, sqlite_uri
-from model.metrics import Estimate
+from infra.registry import Registry
+from infra.tracking import sqlite_uri
 from model.rollout_plan import RolloutConfig
-from model.text import ByteEncoder
-from model.transformer import TransformerConfig, WanTransformer
-from orchestrator.config import DataConfig, DistillConfig, EvaluateConfig, RunConfig
-from pipelines import cli
-from pipelines.digits.digit_reader import load_or_train, read_videos
-from pipelines.digits.moving_digits import PROMPTS, write_dataset
-from pipelines.evaluate import READER_SEED, Videos, evaluate, measure, real_videos
-from pipelines.promote import COMPARED
-from pipelines.register import measured
-from pipelines.report import METRICS, ROWS, Report, Row, summary_table
-from workers.model_directory import ModelCard, ModelWriter, TextConfig, VideoConfig
+from model.transformer import TransformerConfig
+from orchestrator.config import RunConfig
+from pipelines import cli, plots, suites, vbench
+from pipelines.evaluate import evaluate, open_models
+from pipelines.report import Report, write_report
+from pipelines.suite import Videos
+from pipelines.video_suite import SUITE
+from tests.fixtures import write_model
+from workers.dataset import dataset_schema, encode_tensor, tensor_fields
+from workers.model_directory import VideoConfig
 
-SIZES = TransformerConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=16)
-VIDEO = VideoConfig(frames=4)
+SIZES = TransformerConfig(
+    dim=16, ffn_dim=32, num_heads=2, num_layers=1, in_dim=4, out_dim=4, text_len=8, text_dim=16, freq_dim=16
+)
+VIDEO = VideoConfig(frames=4, height=6, width=10)
+"""Frames of 12 × 20, which no digit has."""
 ROLLOUT = RolloutConfig(steps=(1000, 500), chunk=2, window=4, positions="relative")
+PROMPTS = ["a cat", "a dog: running, fast", "two [red] cars"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, digit_reader: Path) -> Path:
-    """A root with a trained digit reader and held-out videos of 6 frames."""
-    root = tmp_path_factory.mktemp("root")
-    shutil.copytree(digit_reader, root / "outputs" / "digit_reader")
-    write_dataset(root / "outputs" / "data" / "held_out", videos=480, frames=6, seed=1, split="held_out")
-    return root
-
-
-def run_config(root: Path) -> RunConfig:
-    return RunConfig(
-        root=str(root),
-        video=VIDEO,
-        teacher=SIZES,
-        student=SIZES,
-        rollout=ROLLOUT,
-        data=DataConfig(held_out_frames=6),
-        distill=DistillConfig(
-            teacher=f"{root}/outputs/teacher/model", student=f"{root}/outputs/initial/model"
-        ),
-        evaluate=EvaluateConfig(videos=80, frames=6, batch=48, teacher_steps=2),
-        tracking=TrackingConfig(uri=sqlite_uri(root / "mlflow.db"), system_metrics_every_s=0),
+def write_held_out(path: Path, prompts: list[str] | None = None, frames: int = 5) -> None:
+    """Random videos that get brighter."""
+    generator = torch.Generator().manual_seed(0)
+    fade = torch.linspace(0, 100, frames)[:, None, None, None]
+    rows = []
+    for index in range(16):
+        pixels = (torch.randint(0, 120, (frames, 1, 12, 20), generator=generator) + fade).byte()
+        rows.append({"prompt": (prompts or PROMPTS)[index % 3], **encode_tensor("video", pixels)})
+    schema = dataset_schema(
+        [pa.field("prompt", pa.string()), *tensor_fields("video")], kind="video", provenance={}
     )
+    path.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path / "00000.parquet")
 
 
-def write_model(path: str, kind: str, seed: int) -> None:
-    torch.manual_seed(seed)
-    transformer, text = WanTransformer(SIZES), ByteEncoder(SIZES.text_len, SIZES.text_dim)
-    rollout = ROLLOUT if kind == "student" else None
-    staging = storage.begin(path)
-    with storage.writing(staging) as directory:
-        writer = ModelWriter(directory)
-        for name, tensor in transformer.state_dict().items():
-            # A fresh transformer's last layer is zero, and it would make the same videos whatever its other weights are.
-            writer.write(name, tensor + 0.1 * torch.randn_like(tensor))
-        writer.finish(ModelCard(kind, SIZES, VIDEO, TextConfig(), rollout=rollout), text.state_dict())
-    storage.publish(staging, path, {})
+def arguments(root: Path, *extra: str) -> list[str]:
+    sizes = "--{0}.dim=16 --{0}.ffn_dim=32 --{0}.num_heads=2 --{0}.num_layers=1 --{0}.text_len=8 --{0}.text_dim=16"
+    return [
+        f"--root={root}",
+        *sizes.format("teacher").split(),
+        *sizes.format("student").split(),
+        "--video.frames=4", "--video.height=6", "--video.width=10",
+        "--rollout.chunk=2", "--rollout.window=4",
+        "--evaluate.videos=15", "--evaluate.frames=6", "--evaluate.batch=15", "--evaluate.teacher_steps=2",
+        *extra,
+    ]  # fmt: skip
+
+
+def config_of(root: Path, *extra: str) -> RunConfig:
+    return cli.parse("evaluate", arguments(root, *extra))[0]
+
+
+def features(path: Path) -> Path:
+    """A network that gives the mean and the spread of a frame."""
+
+    class Moments(torch.nn.Module):
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            flat = frames.flatten(1)
+            return torch.stack([flat.mean(1), flat.std(1)], dim=1)
+
+    torch.jit.script(Moments()).save(str(path))
+    return path
 
 
 @pytest.mark.slow
-def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) -> None:
-    real, reference = real_videos(run_config(root).located())
-    assert len(real.prompts) == 80 and len(reference.prompts) == 400
-    reader = load_or_train(root / "outputs" / "digit_reader", READER_SEED)
-    features = read_videos(reader, reference.frames())[1]
-
-    def row(videos: Videos) -> Row:
-        return measure(reader, videos, features, reference.numbers(), chunk=2, trained=4, seed=0)
-
-    whole = row(real)
-    assert whole.by_frame["digit_accuracy"].value.min() >= 0.95
-    assert whole.by_frame["motion_following"].value[0].isnan() and whole.inside["motion_following"].value == 1
-    assert 0.8 < whole.overall["diversity"].value < 1.2
-    assert whole.overall["kernel_distance"].low < 0.05 < whole.overall["kernel_distance"].high + 0.05
-
-    # From the fifth frame on another digit stands still.
-    spoiled = real.pixels.clone()
-    spoiled[:, 4:] = real.pixels[[real.prompts.index(PROMPTS[(i + 8) % 40]) for i in real.numbers()]][:, 4:5]
-    drifted = row(Videos(spoiled, real.prompts))
-    for metric in METRICS:
-        assert torch.equal(drifted.inside[metric].value, whole.inside[metric].value)
-    assert drifted.beyond["digit_accuracy"].high < 0.2
-    assert (
-        drifted.by_chunk["digit_accuracy"].value[:2].min() > 0.9 > drifted.by_chunk["digit_accuracy"].high[2]
-    )
-    assert drifted.beyond["motion_following"].value < 0.2
-
-    # One video for each prompt: no diversity; and too few videos to have any.
-    first = [real.prompts.index(prompt) for prompt in real.prompts]
-    assert row(Videos(real.pixels[first], real.prompts)).overall["diversity"].high < 1e-6
-    single = row(Videos(real.pixels[:40], real.prompts[:40]))
-    assert single.overall["diversity"].value.isnan() and single.overall["digit_accuracy"].value > 0.9
-    short = row(Videos(real.pixels[:, :4], real.prompts))
-    assert short.beyond["digit_accuracy"].value.isnan() and len(short.by_chunk["diversity"].value) == 2
-
-
-@pytest.mark.slow
-def test_tiny_models_are_measured_reported_and_not_generated_twice(
-    ray_cluster, root: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_student_of_another_shape_is_measured_exported_registered_and_gated(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(root)  # models are also looked for in the working directory
-    config = run_config(root)
-    located = config.located()
-    with pytest.raises(
-        ValueError, match=r"no complete teacher model at .*; run `self-forcing pretrain` first"
-    ):
-        evaluate(config, tracker=None, resume=False)
-    paths = (located.distill.teacher, located.distill.student, f"{located.distill.output}/model")
-    write_model(paths[0], "teacher", 0)
-    write_model(paths[1], "student", 1)
-    with pytest.raises(
-        ValueError, match=r"no complete distilled model at .*; run `self-forcing distill` first"
-    ):
-        evaluate(config, tracker=None, resume=False)
-    write_model(paths[2], "student", 2)
-    with pytest.raises(ValueError, match=r"evaluate.frames is 8, .* have 6; use at most 6"):
-        evaluate(replace(config, evaluate=replace(config.evaluate, frames=8)), tracker=None, resume=False)
-    with pytest.raises(ValueError, match=r"evaluate.frames is 3, less than the 4 frames"):
-        evaluate(replace(config, evaluate=replace(config.evaluate, frames=3)), tracker=None, resume=False)
+    # What a notebook leaves behind for its children ends nothing.
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    write_held_out(tmp_path / "outputs/data/held_out")
+    first, second = tmp_path / "outputs/initial/model", tmp_path / "outputs/distilled/model"
+    write_model(first, SIZES, seed=1, video=VIDEO, rollout=ROLLOUT)
+    write_model(second, SIZES, seed=2, video=VIDEO, rollout=ROLLOUT)
+    export = tmp_path / "vbench"
+    code = cli.main(["evaluate", *arguments(tmp_path, f"--export-vbench={export}")])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "there is no teacher model at" in printed.out
 
-    output = Path(located.evaluate.output)
-    with Tracker.start(
-        config.tracking, folder=output, run_name="evaluate", stage="evaluate", params=asdict(config)
-    ) as tracker:
-        report = evaluate(config, tracker=tracker, resume=False)
-    assert list(report.rows) == list(ROWS) and report.steps == 2
-    assert [row.frames for row in report.rows.values()] == [6, 4, 6, 6]
-
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["rows"]["distilled"]["by_frame"]["digit_accuracy"]["value"] == pytest.approx(
-        report.rows["distilled"].by_frame["digit_accuracy"].value.tolist()
-    )
-    assert metrics["rows"]["teacher"]["beyond"]["digit_accuracy"] == dict.fromkeys(["value", "low", "high"])
-    assert (
-        len(metrics["verdicts"]) == 8 and metrics["rows"]["real"]["overall"]["digit_accuracy"]["value"] > 0.95
-    )
-    values, how = measured(output / "metrics.json", Path(paths[2]))
-    assert values["digit_accuracy_beyond"] == report.rows["distilled"].beyond["digit_accuracy"].value.item()
-    assert values.keys() == COMPARED.keys() and how == {"seed": 0, "videos": 80, "frames": 6}
+    output = tmp_path / "outputs/evaluation"
+    body = json.loads((output / "metrics.json").read_text())
+    assert body["suite"]["name"] == "video" and body["suite"]["basis"]["reference"] == "held_out"
+    assert list(body["rows"]) == ["real", "initial", "distilled"]
+    overall = body["rows"]["distilled"]["overall"]
+    assert overall["saturation_drift"]["value"] is None  # one channel
+    for metric in (
+        "brightness_drift",
+        "brightness_gap",
+        "flicker",
+        "motion",
+        "out_of_range",
+        "kernel_distance",
+    ):
+        found = overall[metric]
+        assert found["low"] <= found["value"] <= found["high"], metric
+    real = body["rows"]["real"]
+    assert abs(real["overall"]["kernel_distance"]["value"]) < overall["kernel_distance"]["value"]
+    assert real["by_frame"]["brightness_drift"]["value"][4] > 0.2  # the held-out videos fade
     text = (output / "report.md").read_text()
-    assert str(root) not in text + (output / "metrics.json").read_text()
+    assert "held-out videos of data.held_out" in text and "Not defined for these videos: saturation" in text
     for picture in re.findall(r"\]\((.+?\.png)\)", text):
-        assert min(Image.open(output / picture).size) > 300
-    again, _ = cli.parse("evaluate", [str(output / "config.yaml"), "--root", str(root)])
-    assert again.located() == replace(located, tracking=again.located().tracking)
+        assert min(Image.open(output / picture).size) > 200
+    names = {f"{prompt}-{index}.mp4" for prompt in PROMPTS for index in range(5)}
+    assert {file.name for file in (export / "distilled").iterdir()} == names
 
-    console = Console(width=80, record=True)
-    console.print(summary_table(report))
-    assert re.search(r"4–5 .* – .* ± ", console.export_text())
+    # A promotion is gated by what the suite compares.
+    uri = f"--tracking.uri={sqlite_uri(tmp_path / 'registry.db')}"
 
-    from mlflow import MlflowClient
+    def register(model: Path, metrics: Path | None) -> int:
+        options = [] if metrics is None else [f"--metrics={metrics}"]
+        return cli.main(["register", str(model), "--name=clips", uri, *options])
 
-    client = MlflowClient(config.tracking.uri)
-    curve = client.get_metric_history(tracker.run_id, "evaluation/distilled/digit_accuracy")
-    expected = report.rows["distilled"].by_frame["digit_accuracy"].value
-    assert [(point.step, point.value) for point in curve] == [(i, float(v)) for i, v in enumerate(expected)]
-    artifacts = {item.path for item in client.list_artifacts(tracker.run_id, "evaluation")}
-    assert {"evaluation/drift.png", "evaluation/metrics.json"} <= artifacts
+    def promote(version: int, *options: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = cli.main(["promote", "clips", str(version), uri, *options])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
-    # A new distilled student is measured; the other two models' videos are kept, and the numbers with them.
-    def made() -> dict[str, int]:
-        return {
-            name: (output / "videos" / name / "videos.safetensors").stat().st_mtime_ns for name in ROWS[1:]
-        }
+    better = tmp_path / "better.json"
+    body["rows"]["initial"]["overall"]["flicker"]["value"] = overall["flicker"]["value"] + 0.1
+    for name in suites.compared(body["suite"]):
+        metric, _, span = name.rpartition("_")
+        if name != "flicker_overall":
+            body["rows"]["initial"][span][metric] = body["rows"]["distilled"][span][metric]
+    better.write_text(json.dumps(body))
+    assert register(second, better) == register(first, better) == register(first, None) == 0
+    assert promote(1)[0] == 0
+    code, said = promote(2)
+    assert code == 1 and "flicker_overall of models:/clips/2 is" in said and "by more than 0.005" in said
+    code, said = promote(3)
+    assert code == 1 and "registered without metrics" in said and "--ungated" in said
+    body["suite"]["version"] = 2
+    better.write_text(json.dumps(body))
+    assert register(first, better) == 0
+    code, said = promote(4)
+    assert code == 1 and "there is nothing to compare" in said and "version of the suite 2" in said
+    assert promote(3, "--ungated")[0] == 0
+    code, said = promote(4)
+    assert code == 0 and "there is nothing to compare" in said and "was registered without metrics" in said
+    assert Registry(uri.removeprefix("--tracking.uri=")).resolve("models:/clips@serving").version == 4
 
-    before = made()
-    write_model(paths[2], "student", 3)
-    resumed = evaluate(config, tracker=None, resume=True)
-    assert {name for name, time in made().items() if time != before[name]} == {"distilled"}
-    for name, row in report.rows.items():
-        same = torch.equal(
-            resumed.rows[name].overall["kernel_distance"].value, row.overall["kernel_distance"].value
+
+@pytest.mark.slow
+def test_without_held_out_videos_the_teacher_is_the_reference_and_latents_need_no_codec(
+    ray_cluster: object, tmp_path: Path
+) -> None:
+    latents = replace(VIDEO, codec="none")
+    write_model(tmp_path / "outputs/teacher/model", SIZES, seed=1, video=latents)
+    write_model(tmp_path / "outputs/initial/model", SIZES, seed=2, video=latents, rollout=ROLLOUT)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    extra = ("--video.codec=none", f"--evaluate.prompts={tmp_path}/prompts.txt")
+    report = evaluate(config_of(tmp_path, *extra), tracker=None, resume=False)
+    assert list(report.rows) == ["teacher", "initial"] and report.reference == "teacher"
+    assert report.rows["initial"].overall["brightness_drift"].value.isnan()
+    assert report.rows["initial"].beyond["kernel_distance"].value.isfinite()
+    assert list(report.pictures()) == ["latents.png"]
+    assert "the teacher's samples" in (tmp_path / "outputs/evaluation/report.md").read_text()
+
+    # And without either the column says so; what is there is not made again.
+    stored = tmp_path / "outputs/evaluation/videos/initial/videos.safetensors"
+    before = stored.stat().st_mtime_ns
+    extra = (*extra, f"--distill.teacher={tmp_path}/none")
+    alone = evaluate(config_of(tmp_path, *extra), tracker=None, resume=True)
+    assert alone.reference == "none" and stored.stat().st_mtime_ns == before
+    assert "There is no reference" in (tmp_path / "outputs/evaluation/report.md").read_text()
+
+
+def test_what_does_not_fit_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    write_model(tmp_path / "outputs/initial/model", SIZES, seed=1, video=VIDEO, rollout=ROLLOUT)
+    config = config_of(tmp_path).located()
+    with pytest.raises(
+        ValueError, match=r"there are no prompts to evaluate with: evaluate.prompts must name"
+    ):
+        evaluate(config, tracker=None, resume=False)
+    write_held_out(tmp_path / "outputs/data/held_out")
+    (tmp_path / "text.pt").write_text("no network")
+    for options, sentence in (
+        (["--evaluate.suite=digit"], "evaluate.suite is 'digit'; use one of video, digits"),
+        (["--evaluate.suite=digits"], "makes no frames of 1×16×16, which moving digits have"),
+        (
+            [f"--evaluate.features={tmp_path}/text.pt"],
+            "text.pt is no TorchScript network that reads frames of",
+        ),
+        ([f"--evaluate.prompts={tmp_path}/none"], "evaluate.prompts cannot be read as a text file"),
+        (["--evaluate.frames=3"], "evaluate.frames is 3, less than the 4 frames"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            evaluate(config_of(tmp_path, *options), tracker=None, resume=False)
+    with pytest.raises(
+        ValueError, match=r"needs 5 videos of each of the 3 prompts: evaluate.videos is 14; make it 15"
+    ):
+        evaluate(
+            config_of(tmp_path, "--evaluate.videos=14"), tracker=None, resume=False, export=str(tmp_path)
         )
-        assert same == (name != "distilled")
-    evaluate(replace(config, seed=1), tracker=None, resume=True)
-    assert not set(made().values()) & set(before.values())
+    with pytest.raises(ValueError, match=r"the prompt 'a/b' cannot be the name of a file"):
+        vbench.check(["a/b"], 5)
+    with pytest.raises(ValueError, match=r"cannot be the name of a file, .* at most \d+ bytes"):
+        vbench.check(["ä" * 125], 5)
+    # A model that is there and broken is not taken for one that is not there.
+    next((tmp_path / "outputs/initial/model").glob("transformer*")).write_bytes(b"")
+    with pytest.raises(ValueError):
+        open_models(config)
 
 
-def test_verdicts_follow_from_the_numbers() -> None:
-    def row(accuracy: list[float], diversity: float, frames: int = 6) -> Row:
-        value = torch.tensor(accuracy)
-        curve = Estimate(value, value - 0.05, value + 0.05)
+def test_a_reference_in_colour_and_a_network_given_by_path(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 200, (24, 4, 3, 8, 8), generator=generator).byte()
+    latents = torch.randn(24, 4, 4, 4, 4, generator=generator)
+    videos = Videos(["a"] * 24, pixels, latents)
+    config = RunConfig()
+    network = replace(
+        config, evaluate=replace(config.evaluate, features=str(features(tmp_path / "moments.pt")))
+    )
+    for each in (config, network):
+        prepared = SUITE.prepare(each, videos[12:])
+        same = SUITE.measure(prepared, videos[:12], chunk=2, trained=2, seed=0)
+        assert list(same.by_frame) == list(SUITE.metrics)
+        assert (
+            same.overall["kernel_distance"].low < 0.02 and same.overall["saturation_gap"].value.abs() < 0.02
+        )
+        brighter = Videos(["a"] * 12, pixels[:12] + 50, latents[:12] * 3)
+        spoiled = SUITE.measure(prepared, brighter, chunk=2, trained=2, seed=0)
+        assert spoiled.overall["brightness_gap"].low > 0.15
+        assert spoiled.overall["kernel_distance"].value > same.overall["kernel_distance"].high
+        assert spoiled.overall["out_of_range"].value > 0.2 > same.overall["out_of_range"].value
+    assert SUITE.basis(network) != SUITE.basis(config)
 
-        def scalars(part: torch.Tensor) -> dict[str, Estimate]:
-            mean = part.mean()
-            other = torch.tensor(diversity)
-            motion = torch.tensor(0.95)
-            return {
-                "digit_accuracy": Estimate(mean, mean - 0.05, mean + 0.05),
-                "motion_following": Estimate(motion, motion, motion),
-                "diversity": Estimate(other, other, other),
-            }
 
-        chunks = {"digit_accuracy": curve}
-        return Row(frames, {}, chunks, scalars(value[:2]), scalars(value[2:]), scalars(value))
+def test_a_picture_that_fails_is_said_and_the_numbers_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = torch.randint(0, 200, (8, 4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    videos = Videos(["a"] * 8, pixels, torch.randn(8, 4, 4, 4, 4))
+    config = replace(RunConfig(root=str(tmp_path)).located())
+    row = SUITE.measure(SUITE.prepare(config, videos[4:]), videos[:4], chunk=2, trained=2, seed=0)
+    report = Report(
+        config=config, suite=SUITE, reference="held_out", models={}, rows={"real": row}, trained=2, chunk=2,
+        steps=2, samples={"real": pixels[:1]}, sample_prompts=["a"], seconds=0.0,
+    )  # fmt: skip
 
-    def met(distilled: Row) -> list[bool]:
-        rows = {
-            "real": row([1.0, 1.0, 1.0], 1.0),
-            "teacher": row([0.95, 0.95], 0.9, 4),
-            "initial": row([0.8, 0.4, 0.2], 0.9),
-            "distilled": distilled,
-        }
-        report = Report(RunConfig(), {}, rows, 4, 2, 4, {}, [], 0.0)
-        return [verdict.met for verdict in report.verdicts()]
+    def broken(*arguments: object, **options: object) -> None:
+        raise OSError("no font")
 
-    assert met(row([0.9, 0.9, 0.85], 0.7)) == [True] * 8
-    assert met(row([0.9, 0.45, 0.85], 0.5)) == [True, True, False, True, False, False, True, True]
-    assert met(row([0.1, 0.1, 0.1], float("nan"))) == [True, True, False, True, False, False, False, False]
+    monkeypatch.setattr("pipelines.report.plot_curves", broken)
+    write_report(report, None)
+    output = Path(config.evaluate.output)
+    assert "drift.png could not be drawn (no font)" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert json.loads((output / "metrics.json").read_text())["suite"]["name"] == "video"
+    sheet = np.asarray(Image.open(output / "contact_sheet.png").convert("RGB")).astype(int)
+    assert (abs(sheet[..., 0] - sheet[..., 1]) > 20).any()  # in colour
+    assert plots.LOOKS["real"].label in (output / "report.md").read_text()

@@ -11,8 +11,8 @@ from infra import storage
 from infra.registry import Registry
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
-from pipelines import cli
-from pipelines.promote import COMPARED, Refused, gate
+from pipelines import cli, suites
+from pipelines.promote import Refused, gate
 from tests.fixtures import write_model
 from tests.mlflow_server import Server, free_port
 from workers.model_directory import VideoConfig
@@ -98,6 +98,9 @@ def test_a_better_version_is_served_a_worse_one_is_not_and_one_command_goes_back
     assert serving() == 2
     run_data = client.get_run(registry.resolve("models:/gated/2").run_id).data
     assert run_data.metrics == GOOD
+    assert (
+        json.loads(run_data.params.pop("evaluation.suite"))["name"] == "digits"
+    )  # which the shipped file does not say
     assert run_data.params == {
         "recipe": "{}",
         "evaluation.seed": "0",
@@ -219,16 +222,18 @@ def test_bad_input_is_one_sentence(run: Console, tmp_path: Path, capsys: pytest.
 
 
 def test_the_gate_compares_each_metric_in_its_own_direction() -> None:
-    assert GOOD.keys() == COMPARED.keys()
+    compared = suites.find("digits").compared
+    assert GOOD.keys() == compared.keys()
 
-    def passes(values: dict[str, float], margin: float = 0.02, now: dict[str, float] = GOOD) -> bool:
+    def passes(values: dict[str, float], margin: float | None = None, now: dict[str, float] = GOOD) -> bool:
         try:
-            gate(GOOD | values, now, margin=margin, names=("new", "old"))
+            gate(GOOD | values, now, compared=compared, margin=margin, names=("new", "old"))
         except Refused:
             return False
         return True
 
-    for name, sign in COMPARED.items():
+    for name, how in compared.items():
+        sign = how.sign
         assert passes({name: GOOD[name] + sign})
         assert passes({name: GOOD[name] - sign * 0.02})
         assert not passes({name: GOOD[name] - sign * 0.021})

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.digits.digit_reader import DigitReader, load_or_train, read_videos
 from pipelines.digits.moving_digits import sample_videos
-from pipelines.evaluate import READER_SEED
+from pipelines.digits.suite import READER_SEED
 
 
 def test_features_do_not_depend_on_a_shift_that_the_network_can_follow_exactly() -> None:

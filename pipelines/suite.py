@@ -1,0 +1,189 @@
+"""What an evaluation suite is: what it measures by frame index, and which of its numbers a promotion compares.
+
+Generating, storing and resuming videos, intervals, the report and its pictures are common to all suites
+(`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. `docs/adding-a-suite.md` shows how.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from model.metrics import Estimate, difference_of_means, mean_over_videos
+from orchestrator.config import RunConfig
+from workers.model_directory import ModelDirectory
+
+
+@dataclass(frozen=True)
+class Videos:
+    """Videos of one model, or real ones."""
+
+    prompts: Sequence[str]
+    """N prompts."""
+    pixels: Tensor | None = None
+    """uint8 `[N, F, channels, height, width]`; none where there is no codec to make them."""
+    latents: Tensor | None = None
+    """float32 `[N, F, C, H, W]`, where the suite asks for them."""
+
+    def __getitem__(self, part: slice) -> "Videos":
+        pixels, latents = (None if each is None else each[part] for each in (self.pixels, self.latents))
+        return Videos(self.prompts[part], pixels, latents)
+
+    def frames(self) -> Tensor:
+        """float32 pixels in [−1, 1]."""
+        assert self.pixels is not None, "who asks for frames has seen that there are pixels"
+        return self.pixels.float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """The videos of one model, or real ones, measured. Each mapping goes from a metric's name to its estimate,
+    which is NaN where the metric is not defined (such as any beyond the trained length for a teacher)."""
+
+    frames: int
+    """Frames of each video."""
+    by_frame: Mapping[str, Estimate]
+    """`[frames]`."""
+    by_chunk: Mapping[str, Estimate]
+    """`[chunks]`, means over a chunk's frames."""
+    inside: Mapping[str, Estimate]
+    """Scalars: means over the frames of the trained length."""
+    beyond: Mapping[str, Estimate]
+    """Scalars: means over the frames after it."""
+    overall: Mapping[str, Estimate]
+    """Scalars: means over all frames."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown."""
+
+    words: str
+    picture: str
+    """File of its curve; metrics that share one are its panels."""
+    explained: str
+    """One line for the report: what it is, in which unit."""
+    share: bool = False
+    """Whether it lies between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How a promotion compares a number."""
+
+    sign: int
+    """1 where more is better, −1 where less is."""
+    margin: float
+    """By how much it may be worse, in its own unit."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim about the models and whether the numbers support it."""
+
+    claim: str
+    value: float
+    """What was measured; NaN supports no claim."""
+    bound: float
+    """The least that is asked for; a difference, whose bound is 0, must exceed it."""
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.bound if self.bound else self.value > 0
+
+
+class Suite(ABC):
+    """One way to measure videos. It has no state: its methods run in Ray tasks, too."""
+
+    title: str
+    version: int
+    """Raised with every change of what a number means; numbers of two versions are never compared."""
+    metrics: ClassVar[Mapping[str, Metric]]
+    headline: str
+    """The metric that is tabled chunk by chunk."""
+    compared: ClassVar[Mapping[str, Compared]]
+    """What a promotion compares: `METRIC_SPAN`, the span one of inside, beyond and overall."""
+    latents = False
+    """Whether it measures latents beside pixels."""
+    shares: Sequence[str] = ()
+    """Metrics that are also given as shares of the teacher's."""
+    notes: Sequence[str] = ()
+    """Lines for the report's section on how it was measured, beside the metrics' own."""
+
+    @abstractmethod
+    def check(self, config: RunConfig, models: Mapping[str, ModelDirectory]) -> None:
+        """ValueError, in one sentence, where models or settings do not fit; nothing is started yet."""
+
+    @abstractmethod
+    def prompts(self, config: RunConfig) -> list[str]:
+        """What the videos show, one prompt after the other and from the start again."""
+
+    @abstractmethod
+    def held_out(
+        self, config: RunConfig, models: Mapping[str, ModelDirectory]
+    ) -> tuple[Videos, Videos] | None:
+        """Two disjoint sets of real videos: one to measure as if a model had made it, one to compare with.
+
+        None where the recipe has none: then the teacher's samples are the reference. ValueError where they do not fit.
+        """
+
+    @abstractmethod
+    def prepare(self, config: RunConfig, reference: Videos | None) -> Any:
+        """What measuring needs, made once in a Ray task, beside the generation of videos where that can be."""
+
+    @abstractmethod
+    def measure(self, prepared: Any, videos: Videos, *, chunk: int, trained: int, seed: int) -> Row:
+        """A Ray task: every metric of one set of videos; `chunk` and `trained` are in frames."""
+
+    def sheet(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts of the contact sheet."""
+        return list(prompts[:4])
+
+    def verdicts(self, rows: Mapping[str, Row]) -> list[Verdict]:
+        """What is asked of the models whose rows there are."""
+        return []
+
+    def basis(self, config: RunConfig) -> dict[str, str]:
+        """Besides suite and version, what must be equal for two models' numbers to be comparable at all."""
+        return {}
+
+
+def row_of(
+    by_frame: Mapping[str, Estimate],
+    *,
+    values: Mapping[str, Tensor],
+    references: Mapping[str, Tensor],
+    chunk: int,
+    trained: int,
+    seed: int,
+) -> Row:
+    """The row of estimates `[F]`, with averages over chunks and spans.
+
+    What is a mean over videos is averaged video by video, from its `values` `[N, F]` and, if it is a difference, those of
+    the `references` `[M, F]`; any other interval is the mean of the frames' intervals, hence never too narrow.
+    """
+    frames = len(next(iter(by_frame.values())).value)
+    chunks = [slice(first, min(first + chunk, frames)) for first in range(0, frames, chunk)]
+    spans = [*chunks, slice(0, trained), slice(trained, frames), slice(0, frames)]
+
+    def over(part: Tensor) -> Tensor:
+        return torch.stack([part[..., span].nanmean(-1) for span in spans], dim=-1)
+
+    averages = {}
+    for metric, estimate in by_frame.items():
+        if metric in references:
+            averages[metric] = difference_of_means(over(values[metric]), over(references[metric]), seed=seed)
+        elif metric in values:
+            averages[metric] = mean_over_videos(over(values[metric]), seed=seed)
+        else:
+            averages[metric] = Estimate(over(estimate.value), over(estimate.low), over(estimate.high))
+
+    def pick(which: Any) -> dict[str, Estimate]:
+        return {
+            metric: Estimate(e.value[which], e.low[which], e.high[which]) for metric, e in averages.items()
+        }
+
+    return Row(frames, by_frame, pick(slice(0, len(chunks))), pick(-3), pick(-2), pick(-1))
