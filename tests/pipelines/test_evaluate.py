@@ -1,7 +1,10 @@
 """Evaluation with the suite `video`: models that make no digits, in colour, without a codec or without data; and the gate."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,3 +270,13 @@ def test_a_picture_that_fails_is_said_and_the_numbers_are_there(
     sheet = np.asarray(Image.open(output / "contact_sheet.png").convert("RGB")).astype(int)
     assert (abs(sheet[..., 0] - sheet[..., 1]) > 20).any()  # in colour
     assert plots.LOOKS["real"].label in (output / "report.md").read_text()
+
+
+def test_pictures_need_no_display_whatever_backend_the_environment_names(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from pipelines.plots import plot_samples; "
+        "plot_samples(Path(sys.argv[1]), {'real': torch.zeros(1, 4, 1, 8, 8).byte()}, ['a'], trained=2, chunk=2)"
+    )
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.png")], env=environment, check=True)
+    assert min(Image.open(tmp_path / "a.png").size) > 20
