@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -79,3 +80,12 @@ def summary(title: str, rows: Mapping[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(Panel(table, title=title, expand=False))
+
+
+@contextmanager
+def progress(stage: str, total: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """The display of one stage, as what to report to."""
+    if done:
+        say(f"{stage}: resuming from {done}")
+    with Display(stage, total, done=done) as display:
+        yield display.update

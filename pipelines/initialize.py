@@ -22,8 +22,8 @@ from model.sampler import euler_step, guided, ode_grid
 from model.schedule import TIMESTEPS, FlowSchedule
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
+from orchestrator.single_model import Task
 from pipelines.pretrain import export_model
-from pipelines.training import Task
 from workers.dataset import ParquetDataset
 from workers.engine import FrozenEngine, TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory

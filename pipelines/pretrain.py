@@ -18,7 +18,7 @@ from model.score import ScoreConfig, ScorePlan
 from model.text import ByteEncoder
 from model.transformer import WanTransformer
 from orchestrator.config import RunConfig
-from pipelines.training import Task, share
+from orchestrator.single_model import Task, share
 from workers.dataset import ParquetDataset
 from workers.engine import TrainEngine
 from workers.model_directory import ModelCard, ModelWriter

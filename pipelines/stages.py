@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from infra.tracking import Tracker
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from pipelines import cli
-from pipelines.console import console, say, summary
+from pipelines.console import console, progress, say, summary
 
 
 def dispatch(command: str, arguments: Sequence[str]) -> int:
@@ -114,20 +115,26 @@ def run_id_of(newest: str | None) -> str | None:
 
 
 def pretrain(config: RunConfig, cluster: Cluster, resume: bool) -> None:
+    from orchestrator.single_model import Stage, train
     from pipelines import pretrain as module
-    from pipelines.training import Stage, train
 
     stage = Stage("pretrain", config.pretrain, config.seed)
     previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
     with tracking(config, "pretrain", config.pretrain.output, {}, previous) as tracker:
-        path = train(stage, module.Pretrain(config, tracker.run_id), tracker=tracker, resume=resume)
+        path = train(
+            stage,
+            module.Pretrain(config, tracker.run_id),
+            tracker=tracker,
+            resume=resume,
+            progress=partial(progress, stage.name, stage.settings.updates),
+        )
         summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
 
 
 def initialize(config: RunConfig, cluster: Cluster, resume: bool) -> None:
+    from orchestrator.single_model import Stage, train
     from pipelines import initialize as module
     from pipelines.ode_pairs import write_pairs
-    from pipelines.training import Stage, train
 
     teacher = module.check(config)
     if config.initialize.method in ("ode", "causal_ode"):
@@ -140,7 +147,13 @@ def initialize(config: RunConfig, cluster: Cluster, resume: bool) -> None:
         task = module.METHODS[config.initialize.method](
             config, {**parents, "initial_student": tracker.run_id}
         )
-        path = train(stage, task, tracker=tracker, resume=resume)
+        path = train(
+            stage,
+            task,
+            tracker=tracker,
+            resume=resume,
+            progress=partial(progress, stage.name, stage.settings.updates),
+        )
         summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
 
 

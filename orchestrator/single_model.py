@@ -1,13 +1,15 @@
 """Training of one model on Ray Train: what pretraining and initialisation share.
 
-The loop is the same on every rank: seeded batches by position, one engine step, a checkpoint now and then. All that is random is named by
-(seed, update, sample), so any number of ranks computes the same thing and a resumed run goes on with the same numbers.
+The loop is the same on every rank: seeded batches by position, one engine step, a checkpoint now and then. All that
+is random is named by (seed, update, sample), so any number of ranks computes the same thing and a resumed run goes on
+with the same numbers.
 """
 
 import math
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +27,6 @@ from torch import Tensor, nn
 from infra import storage
 from infra.tracking import Tracker
 from orchestrator.config import InitializeConfig, PretrainConfig
-from pipelines.console import Display, say
 from workers.engine import TrainEngine, WeightSource, init_process_group
 
 REPORT_EVERY = 10
@@ -81,8 +82,21 @@ class Stage:
         return settings.role.engine.learning_rate * rise * (1 - update / settings.updates)
 
 
-def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
+Report = Callable[[int, Mapping[str, float]], None]
+"""Takes how many updates are done, and what a person follows of them."""
+
+
+def train(
+    stage: Stage,
+    task: Task,
+    *,
+    tracker: Tracker,
+    resume: bool,
+    progress: Callable[[int], AbstractContextManager[Report]],
+) -> str:
     """Train on the connected cluster until the last update, and return the model directory's path.
+
+    `progress` is told how many updates are done already, and gives what to report the others to.
 
     Raises ValueError where there are checkpoints already and `resume` is false, and FloatingPointError where the loss is not finite.
     """
@@ -92,12 +106,10 @@ def train(stage: Stage, task: Task, *, tracker: Tracker, resume: bool) -> str:
         raise ValueError(
             f"{settings.output} already holds checkpoints; continue with --resume, or choose another output."
         )
-    if newest:
-        say(f"{stage.name}: resuming from {newest}")
     start = int(storage.read_metadata(newest)["update"]) if newest else 0
     reports = Queue(actor_options={"num_cpus": 0})
-    with Display(stage.name, settings.updates, done=start) as display:
-        reader = threading.Thread(target=_read_reports, args=(reports, display, tracker), daemon=True)
+    with progress(start) as report:
+        reader = threading.Thread(target=_read_reports, args=(reports, report, tracker), daemon=True)
         reader.start()
         trainer = TorchTrainer(
             _loop,
@@ -138,10 +150,10 @@ def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
     return error
 
 
-def _read_reports(reports: Queue, display: Display, tracker: Tracker) -> None:
-    while (report := reports.get()) is not None:
-        update, values = report
-        display.update(update, {"loss": values["loss"]})
+def _read_reports(reports: Queue, report: Report, tracker: Tracker) -> None:
+    while (said := reports.get()) is not None:
+        update, values = said
+        report(update, {"loss": values["loss"]})
         tracker.metrics(update, values)
 
 
