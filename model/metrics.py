@@ -16,7 +16,8 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic and its 95 % interval; three tensors of one shape, `[F]` wherever the statistic is by frame."""
+    """A statistic and its 95 % interval; three tensors of one shape, `[F]` wherever the statistic is by
+    frame."""
 
     value: Tensor
     low: Tensor
@@ -57,10 +58,10 @@ def diversity_ratio(
     """How much samples of one prompt differ, as a share of how much real videos of one prompt do; `[F]`.
 
     1 is as varied as the real videos, 0 a single video for each prompt. `features` `[N, F, D]` and
-    `real_features` `[M, F, D]` are a reader's, and should say what is shown and not where; both sets have their
-    prompts as integers (`[N]`, `[M]`), which should occur in equal shares. Two frames are as far apart as their
-    features scaled to unit length: seen on real videos that were spoiled on purpose, pixel distances, aligned or
-    not, call noise diverse and blur uniform.
+    `real_features` `[M, F, D]` are a reader's, and should say what is shown and not where; both sets have
+    their prompts as integers (`[N]`, `[M]`), which should occur in equal shares. Two frames are as far apart
+    as their features scaled to unit length: seen on real videos that were spoiled on purpose, pixel
+    distances, aligned or not, call noise diverse and blur uniform.
 
     Only frames that `correct` `[N, F]` calls right are compared, since one wrong content among equal ones
     would pass for variety; a frame index with no two right ones of a prompt has no diversity: NaN.
@@ -126,8 +127,8 @@ def _same(prompts: Tensor) -> Tensor:
 def _pair_mean(values: Tensor, weights: Tensor, allowed: Tensor) -> Tensor:
     """The mean of `values` `[F, N, N]` over the `allowed` pairs, by weighting `[R, N]` and frame; `[R, F]`.
 
-    A video that a resample drew twice is never paired with its own copy: that pair would be a zero that no two
-    real videos show, and would pull every resample down.
+    A video that a resample drew twice is never paired with its own copy: that pair would be a zero that no
+    two real videos show, and would pull every resample down.
     """
     pairs = allowed * (1 - torch.eye(allowed.shape[-1], dtype=allowed.dtype))
     return _weighted_sum(values * pairs, weights) / _weighted_sum(pairs, weights)

@@ -50,8 +50,8 @@ def sharpness(frames: Tensor) -> Tensor:
 def flicker(frames: Tensor) -> Tensor:
     """Energy of high temporal frequency: mean square of luma under the filter (−1, 2, −1) / 4 over time.
 
-    The filter passes what alternates from frame to frame whole and stops what stands still or changes evenly. NaN for the
-    first and the last frame.
+    The filter passes what alternates from frame to frame whole and stops what stands still or changes evenly.
+    NaN for the first and the last frame.
     """
     grey = luma(frames)
     edge = torch.full((len(frames), 1), math.nan)

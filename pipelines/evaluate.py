@@ -1,7 +1,8 @@
-"""`self-forcing evaluate`: teacher, initial and distilled student, as far as they are there, measured by a suite.
+"""`self-forcing evaluate`: teacher, initial and distilled student, as far as they are there, measured by a
+suite.
 
-All generate videos for the same prompts, the students from the same noise, in Ray tasks; the recipe's suite measures
-them, frame index by frame index, inside the trained length and beyond it.
+All generate videos for the same prompts, the students from the same noise, in Ray tasks; the recipe's
+suite measures them, frame index by frame index, inside the trained length and beyond it.
 """
 
 import json
@@ -40,7 +41,8 @@ class Job:
     videos: int
     frames: int
     sampler: Mapping[str, Any] | None
-    """A teacher's steps, guidance and negative_prompt; none for a student, whose checkpoint says how it generates."""
+    """A teacher's steps, guidance and negative_prompt; none for a student, whose checkpoint says how it
+    generates."""
     prompts: tuple[str, ...]
     """One after the other, and from the start again."""
     latents: bool
@@ -71,9 +73,9 @@ def evaluate(
 ) -> Report:
     """Measure the models that are there on the connected cluster, and write the report to `evaluate.output`.
 
-    With `resume`, videos that a model made with the same weights, settings and seed are not made again. `export` is a
-    directory for the models' videos under the names that VBench expects.
-    Raises ValueError where there is no student, or models, data and suite do not fit each other.
+    With `resume`, videos that a model made with the same weights, settings and seed are not made again.
+    `export` is a directory for the models' videos under the names that VBench expects. Raises ValueError
+    where there is no student, or models, data and suite do not fit each other.
     """
     began = time.monotonic()
     config = config.located()
@@ -164,7 +166,8 @@ def student_of(models: Mapping[str, ModelDirectory]) -> ModelDirectory:
 
 
 def samples(videos: Mapping[str, Videos], prompts: list[str]) -> dict[str, Tensor]:
-    """One video of each of P prompts, uint8 `[P, F, channels, H, W]`; the first one where a set of videos has none.
+    """One video of each of P prompts, uint8 `[P, F, channels, H, W]`; the first one where a set of videos has
+    none.
 
     Where there are no pixels the first channel of the latents stands for them, in grey.
     """
@@ -187,8 +190,8 @@ def samples(videos: Mapping[str, Videos], prompts: list[str]) -> dict[str, Tenso
 
 
 def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> dict[str, Videos]:
-    """The videos of every job, in the order of the jobs: generated in Ray tasks of one batch each, and stored under
-    `evaluate.output` model by model."""
+    """The videos of every job, in the order of the jobs: generated in Ray tasks of one batch each, and stored
+    under `evaluate.output` model by model."""
     settings, roles = config.evaluate, config.distill.roles
     made = _stored(settings.output, jobs) if resume else {}
     parts: dict[str, list[Any]] = {}
@@ -246,21 +249,25 @@ def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
         wanted = "teacher" if name == "teacher" else "student"
         if model.card.kind != wanted:
             raise ValueError(
-                f"{setting}: the model at {path} is a {model.card.kind}, and evaluation needs a {wanted} there."
+                f"{setting}: the model at {path} is a {model.card.kind}, and evaluation needs a {wanted} "
+                "there."
             )
         if model.card.text.encoder != "bytes":
             raise ValueError(
-                f"{setting}: the model at {path} takes embedded prompts, and evaluation writes its prompts as text."
+                f"{setting}: the model at {path} takes embedded prompts, and evaluation writes its prompts "
+                "as text."
             )
         if model.card.video.frames > settings.frames:
             raise ValueError(
-                f"evaluate.frames is {settings.frames}, less than the {model.card.video.frames} frames that the model at "
+                f"evaluate.frames is {settings.frames}, less than the {model.card.video.frames} frames that "
+                "the model at "
                 f"{path} is trained on; use at least {model.card.video.frames}."
             )
     if not models.keys() & {"initial", "distilled"}:
         places = " nor ".join(f"at {path} ({setting})" for setting, path in list(paths.values())[1:])
         raise ValueError(
-            f"there is no student to evaluate, neither {places}; run `self-forcing initialize` or `self-forcing "
+            f"there is no student to evaluate, neither {places}; run `self-forcing initialize` or "
+            "`self-forcing "
             "distill` first, or set either."
         )
     for name, (setting, path) in paths.items():
@@ -338,8 +345,8 @@ def _generator(model: str, manifest: str, threads: int) -> Generator:
 
 
 def generate(job: Job, samples: range) -> dict[str, Tensor]:
-    """A Ray task: some of a job's videos, `[len(samples), F, …]`: `pixels` in 8 bits where there is a codec, and
-    `latents` where the job keeps them."""
+    """A Ray task: some of a job's videos, `[len(samples), F, …]`: `pixels` in 8 bits where there is a codec,
+    and `latents` where the job keeps them."""
     generator = _generator(job.model, job.manifest, torch.get_num_threads())
     prompts, noise = job.prompts_of(samples), [(job.seed, "evaluate", i) for i in samples]
     if job.sampler is None:

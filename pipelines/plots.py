@@ -25,7 +25,8 @@ class Look:
     style: str
 
 
-# Okabe and Ito's palette, which stays apart for colour-blind readers; line styles for those who print in grey.
+# Okabe and Ito's palette, which stays apart for colour-blind readers; line styles for those who print in
+# grey.
 LOOKS = {
     "real": Look("real videos", "#6e6e6e", ":"),
     "teacher": Look("teacher", "#0072B2", "--"),
@@ -46,8 +47,8 @@ class Panel:
 
 
 def _figure(width: float, height: float, dpi: int) -> "Figure":
-    """An empty figure that is drawn in memory, whatever backend the environment names: that of a notebook or a desktop,
-    which may not even be installed, would end the import of matplotlib."""
+    """An empty figure that is drawn in memory, whatever backend the environment names: that of a notebook or
+    a desktop, which may not even be installed, would end the import of matplotlib."""
     named = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -126,8 +127,8 @@ def plot_samples(
 
 
 def _strip(video: Tensor, frames: int) -> np.ndarray:
-    """Frames `[F, channels, H, W]` side by side with grey between and behind them: `[H + 1, frames · (W + 1)]`, and 3
-    colours if there are."""
+    """Frames `[F, channels, H, W]` side by side with grey between and behind them: `[H + 1, frames · (W +
+    1)]`, and 3 colours if there are."""
     padded = torch.nn.functional.pad(video, (0, 1, 0, 1), value=96)
     missing = torch.full((frames - len(padded), *padded.shape[1:]), 96, dtype=padded.dtype)
     strip = torch.cat([padded, missing]).permute(2, 0, 3, 1).flatten(1, 2)

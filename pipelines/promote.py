@@ -1,12 +1,14 @@
 """`self-forcing promote`: moves an alias to another version of a registered model, or back.
 
-The version has to pass the gate: of what `evaluate` measured of the version that the alias names now, and the suite of
-that evaluation compares, nothing may have become worse by more than a margin. Servers that follow the alias load what it names next.
+The version has to pass the gate: of what `evaluate` measured of the version that the alias names now, and
+the suite of that evaluation compares, nothing may have become worse by more than a margin. Servers that
+follow the alias load what it names next.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from infra.registry import Reference, Registry, Version
 from pipelines import cli, suites
@@ -44,7 +46,8 @@ def gate(
         # Rounding must not refuse what is worse by the margin itself.
         if how.sign * (now[name] - new[name]) > allowed + 1e-9:
             raise Refused(
-                f"{name} of {names[0]} is {new[name]:.4g}, worse than {now[name]:.4g} of {names[1]} by more than {allowed:g}."
+                f"{name} of {names[0]} is {new[name]:.4g}, worse than {now[name]:.4g} of {names[1]} by more "
+                f"than {allowed:g}."
             )
 
 
@@ -63,13 +66,14 @@ def compared_by(
     for what, (here, there) in pairs.items():
         if here != there:
             raise Refused(
-                f"there is nothing to compare: {names[0]} was measured with {what} {here} and {names[1]} with {there}; "
+                f"there is nothing to compare: {names[0]} was measured with {what} {here} and {names[1]} "
+                f"with {there}; "
                 "evaluate both alike and register them with --metrics, or promote with --ungated."
             )
     return suites.compared(second)
 
 
-def _suite(params: Mapping[str, str]) -> dict:
+def _suite(params: Mapping[str, str]) -> dict[str, Any]:
     stored = params.get("evaluation.suite")
     return suites.unnamed() if stored is None else json.loads(stored)
 
@@ -99,12 +103,14 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
     names = (str(version), str(before))
     if not new:
         raise Refused(
-            f"{version} was registered without metrics, and {before} serves; register it with --metrics, or promote "
+            f"{version} was registered without metrics, and {before} serves; register it with --metrics, or "
+            "promote "
             "with --ungated."
         )
     if not now:
         say(
-            f"promote: there is nothing to compare {version} with: {before} was registered without metrics; the next "
+            f"promote: there is nothing to compare {version} with: {before} was registered without metrics; "
+            "the next "
             "promotion is compared with what is promoted now"
         )
         return
@@ -112,7 +118,10 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
     gate(new, now, compared=compared, margin=margin, names=names)
     for name in sorted(how.keys() & how_now.keys() - {"evaluation.suite"}):
         if name.startswith("evaluation.") and how[name] != how_now[name]:
-            say(f"promote: the two were measured with {name} {how_now[name]} and {how[name]}")
+            say(
+                f"promote: the two were measured with {name} {how_now[name]} and {how[name]}; "
+                "evaluate both alike to compare like with like"
+            )
     if not compared.keys() & now.keys():
         say(f"promote: there is nothing to compare: no metric that decides is defined for {before}")
     for name in compared:
@@ -121,7 +130,8 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Move an alias or roll it back; ValueError for what cannot be, Refused for a version that does not pass the gate."""
+    """Move an alias or roll it back; ValueError for what cannot be, Refused for a version that does not pass
+    the gate."""
     parser = cli.registry_parser("promote")
     parser.add_argument("name", type=str, help="registered model")
     parser.add_argument("version", type=int, nargs="?", help="version to promote")

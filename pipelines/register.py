@@ -18,7 +18,8 @@ from workers.streamer import check
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Register a model, and perhaps promote it; ValueError where it cannot stream or the metrics are not its own."""
+    """Register a model, and perhaps promote it; ValueError where it cannot stream or the metrics are not its
+    own."""
     parser = cli.registry_parser("register")
     parser.add_argument("model", type=str, help="directory of a student")
     parser.add_argument("--name", type=str, required=True, help="registered model; made if there is none")
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """What an evaluation's `metrics.json` says of the weights at `model`: metrics for the gate, and how they were measured.
+    """What an evaluation's `metrics.json` says of the weights at `model`: metrics for the gate, and how they
+    were measured.
 
     ValueError where the file is no evaluation, or one of other weights.
     """
@@ -90,7 +92,8 @@ def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]
         ) from None
     if not values:
         raise ValueError(
-            f"--metrics: the evaluation at {file} measured other weights than those at {model}; evaluate these first."
+            f"--metrics: the evaluation at {file} measured other weights than those at {model}; evaluate "
+            "these first."
         )
     # One param: a promotion reads it as a whole.
     settings["suite"] = json.dumps(suite)

@@ -30,8 +30,9 @@ SPANS = {"inside": "inside the trained length", "beyond": "beyond it", "overall"
 SHEET = "contact_sheet.png"
 REFERENCES = {
     "held_out": "Reference: held-out videos of data.held_out.",
-    "teacher": "Reference: the teacher's samples, of which its own row has the other half; there are no held-out videos.",
-    "none": "There is no reference: neither held-out videos nor a teacher; what compares with one is not defined.",
+    "teacher": "Reference: the teacher's samples, of which its own row has the other half; there are no held-out "
+    "videos.",
+    "none": "There is no reference: neither held-out videos nor a teacher; what compares with one is undefined.",
 }
 
 
@@ -102,7 +103,8 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
 
 
 def write_pictures(report: Report, output: Path) -> list[str]:
-    """Draw curves and the contact sheet, and return the names of those that could be drawn; the others are said."""
+    """Draw curves and the contact sheet, and return the names of those that could be drawn; the others are
+    said."""
     metrics, drawn = report.suite.metrics, []
     for picture in (*report.pictures(), SHEET):
         try:
@@ -137,7 +139,8 @@ def write_pictures(report: Report, output: Path) -> list[str]:
 
 
 def summary_table(report: Report) -> Table:
-    """The headline's curve for a terminal of 80 columns, chunk by chunk, and half the width of its 95 % interval."""
+    """The headline's curve for a terminal of 80 columns, chunk by chunk, and half the width of its 95 %
+    interval."""
     headline, verdicts = report.suite.headline, report.suite.verdicts(report.rows)
     words = report.suite.metrics[headline].words
     caption = f"{verdicts[-1].claim}: {verdicts[-1].value:+.2f}" if verdicts else None
@@ -253,7 +256,8 @@ def _markdown(report: Report) -> str:
             yield [LOOKS[name].label, *(_show(getattr(row, span)[metric]) for metric in names)]
 
     teacher = (
-        f", the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps at guidance "
+        f", the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps at "
+        "guidance "
         f"{settings.teacher_guidance:g}"
         if "teacher" in rows
         else ""
@@ -264,7 +268,8 @@ def _markdown(report: Report) -> str:
     lines = [
         f"# {suite.title}",
         "",
-        f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of {report.chunk} with "
+        f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of "
+        f"{report.chunk} with "
         f"{report.steps} steps a chunk{teacher}. Brackets hold 95 % bootstrap intervals over videos. "
         + REFERENCES[report.reference],
         "",

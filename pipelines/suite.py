@@ -1,7 +1,9 @@
-"""What an evaluation suite is: what it measures by frame index, and which of its numbers a promotion compares.
+"""What an evaluation suite is: what it measures by frame index, and which of its numbers a promotion
+compares.
 
 Generating, storing and resuming videos, intervals, the report and its pictures are common to all suites
-(`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. `docs/adding-a-suite.md` shows how.
+(`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. `docs/adding-a-suite.md`
+shows how.
 """
 
 from abc import ABC, abstractmethod
@@ -40,8 +42,9 @@ class Videos:
 
 @dataclass(frozen=True)
 class Row:
-    """The videos of one model, or real ones, measured. Each mapping goes from a metric's name to its estimate,
-    which is NaN where the metric is not defined (such as any beyond the trained length for a teacher)."""
+    """The videos of one model, or real ones, measured. Each mapping goes from a metric's name to its
+    estimate, which is NaN where the metric is not defined (such as any beyond the trained length for a
+    teacher)."""
 
     frames: int
     """Frames of each video."""
@@ -127,7 +130,8 @@ class Suite(ABC):
     ) -> tuple[Videos, Videos] | None:
         """Two disjoint sets of real videos: one to measure as if a model had made it, one to compare with.
 
-        None where the recipe has none: then the teacher's samples are the reference. ValueError where they do not fit.
+        None where the recipe has none: then the teacher's samples are the reference. ValueError where they do
+        not fit.
         """
 
     @abstractmethod
@@ -162,8 +166,9 @@ def row_of(
 ) -> Row:
     """The row of estimates `[F]`, with averages over chunks and spans.
 
-    What is a mean over videos is averaged video by video, from its `values` `[N, F]` and, if it is a difference, those of
-    the `references` `[M, F]`; any other interval is the mean of the frames' intervals, hence never too narrow.
+    What is a mean over videos is averaged video by video, from its `values` `[N, F]` and, if it is a
+    difference, those of the `references` `[M, F]`; any other interval is the mean of the frames' intervals,
+    hence never too narrow.
     """
     frames = len(next(iter(by_frame.values())).value)
     chunks = [slice(first, min(first + chunk, frames)) for first in range(0, frames, chunk)]

@@ -31,7 +31,8 @@ def unnamed() -> dict[str, Any]:
 
 
 def compared(stored: Mapping[str, Any]) -> dict[str, Compared]:
-    """What a stored suite says that a promotion compares; KeyError or TypeError where it says nothing of the kind."""
+    """What a stored suite says that a promotion compares; KeyError or TypeError where it says nothing of the
+    kind."""
     return {
         name: Compared(int(each["sign"]), float(each["margin"])) for name, each in stored["compared"].items()
     }

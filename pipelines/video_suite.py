@@ -1,4 +1,6 @@
-"""The suite `video`: what can be measured of any data and any codec, against the first chunk and against a reference."""
+"""The suite `video`: what can be measured of any data and any codec, against the first chunk and against a
+reference.
+"""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +42,8 @@ class Prepared:
     """What videos are compared with."""
 
     network: str | None
-    """TorchScript file of frames `[N, channels, H, W]` in [−1, 1] to features `[N, D]`; none compares latents."""
+    """TorchScript file of frames `[N, channels, H, W]` in [−1, 1] to features `[N, D]`; none compares
+    latents."""
     levels: Mapping[str, Tensor]
     """Of the reference, by level, `[M, F]`; empty where there are no pixels."""
     features: Tensor | None
@@ -60,7 +63,8 @@ class Video(Suite):
             f"{name}_drift": Metric(
                 f"{name}: drift from the first chunk",
                 "drift.png",
-                f"how far {name} ({words}) is from its mean over the same video's first chunk; mean over videos.",
+                f"how far {name} ({words}) is from its mean over the same video's first chunk; mean over "
+                "videos.",
             )
             for name, (_, words) in _LEVELS.items()
         },
@@ -75,7 +79,8 @@ class Video(Suite):
         "flicker": Metric(
             "flicker",
             "motion.png",
-            "energy of high temporal frequency: mean square of luma under the filter (−1, 2, −1) / 4 over time.",
+            "energy of high temporal frequency: mean square of luma under the filter (−1, 2, −1) / 4 over "
+            "time.",
         ),
         "motion": Metric("motion", "motion.png", "mean absolute change of luma from the frame before."),
         "out_of_range": Metric(
@@ -86,8 +91,10 @@ class Video(Suite):
         "kernel_distance": Metric(
             "kernel distance to the reference",
             "latents.png",
-            "unbiased squared maximum mean discrepancy to the reference at the same frame index, of latents normalised "
-            f"by the reference's and pooled to at most {_POOLED} × {_POOLED}, or of the features of evaluate.features.",
+            "unbiased squared maximum mean discrepancy to the reference at the same frame index, of latents "
+            "normalised "
+            f"by the reference's and pooled to at most {_POOLED} × {_POOLED}, or of the features of "
+            "evaluate.features.",
         ),
     }
     headline = "brightness_drift"
@@ -102,7 +109,8 @@ class Video(Suite):
     notes = (
         "Frames after the reference's last are compared with its last frame.",
         "A video that stands still has neither drift nor flicker: read them together with motion.",
-        "Saturation of videos without colour is not defined, and no metric of pixels is where a model has no codec.",
+        "Saturation of videos without colour is not defined, and no metric of pixels is where a model has "
+        "no codec.",
         "Intervals of the kernel distance over several frames are means of the frames' intervals.",
     )
 
@@ -112,8 +120,10 @@ class Video(Suite):
         for name, video in cards.items():
             if (video.shape[1:], video.codec) != (cards[first].shape[1:], cards[first].codec):
                 raise ValueError(
-                    f"the {first} and the {name} model make videos of other shapes: latents of {cards[first].shape[1:]} with "
-                    f"codec {cards[first].codec}, and of {video.shape[1:]} with codec {video.codec}; name models of one."
+                    f"the {first} and the {name} model make videos of other shapes: latents of "
+                    f"{cards[first].shape[1:]} with "
+                    f"codec {cards[first].codec}, and of {video.shape[1:]} with codec {video.codec}; name "
+                    "models of one."
                 )
         if config.evaluate.features is not None:
             codec = cards[first].make_codec()
@@ -123,7 +133,8 @@ class Video(Suite):
         self.prompts(config)
 
     def prompts(self, config: RunConfig) -> list[str]:
-        """Those of `evaluate.prompts`, else of the held-out videos, else of the training data; no more than videos."""
+        """Those of `evaluate.prompts`, else of the held-out videos, else of the training data; no more than
+        videos."""
         settings, data = config.evaluate, config.data
         if settings.prompts is not None:
             try:
@@ -139,7 +150,8 @@ class Video(Suite):
                     found = list(dict.fromkeys(rows.row(i)["prompt"] for i in range(len(rows))))
         if not found:
             raise ValueError(
-                "there are no prompts to evaluate with: evaluate.prompts must name a text file of one prompt a line, or "
+                "there are no prompts to evaluate with: evaluate.prompts must name a text file of one "
+                "prompt a line, or "
                 "data.held_out or data.train a data set with the column prompt."
             )
         return found[: settings.videos]
@@ -156,7 +168,8 @@ class Video(Suite):
         codec = card.make_codec()
         if codec is None and column == "video":
             say(
-                f"evaluate: data.held_out at {path} holds pixels and the models have no codec; they are not compared"
+                f"evaluate: data.held_out at {path} holds pixels and the models have no codec; they are not "
+                "compared"
             )
             return None
         data = ParquetDataset(path, [column])
@@ -172,7 +185,8 @@ class Video(Suite):
         for row in rows:
             if row.shape[1:] != shape or len(row) < frames:
                 raise ValueError(
-                    f"data.held_out at {path} holds a video of shape {tuple(row.shape)} in the column {column}; evaluation "
+                    f"data.held_out at {path} holds a video of shape {tuple(row.shape)} in the column "
+                    f"{column}; evaluation "
                     f"needs at least {frames} frames of {tuple(shape)}."
                 )
         stored = torch.stack([row[:frames].float() for row in rows])
@@ -269,7 +283,8 @@ def _pooled(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _features(path: str, frames: Tensor) -> Tensor:
-    """A network's features `[N, F, D]` of frames `[N, F, channels, H, W]`; ValueError where it is none or gives none."""
+    """A network's features `[N, F, D]` of frames `[N, F, channels, H, W]`; ValueError where it is none or
+    gives none."""
     try:
         network = torch.jit.load(path, map_location="cpu").eval()
         parts = [network(part) for part in frames.flatten(0, 1).split(256)]
@@ -277,11 +292,13 @@ def _features(path: str, frames: Tensor) -> Tensor:
     except (RuntimeError, ValueError, OSError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"evaluate.features: {path} is no TorchScript network that reads frames of {tuple(frames.shape[2:])} ({reason})."
+            f"evaluate.features: {path} is no TorchScript network that reads frames of "
+            f"{tuple(frames.shape[2:])} ({reason})."
         ) from None
     if features.ndim != 2:
         raise ValueError(
-            f"evaluate.features: the network at {path} gives {tuple(features.shape)} for {len(features)} frames; it must "
+            f"evaluate.features: the network at {path} gives {tuple(features.shape)} for {len(features)} "
+            "frames; it must "
             "give one vector a frame."
         )
     return features.unflatten(0, frames.shape[:2])

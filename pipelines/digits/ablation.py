@@ -1,7 +1,7 @@
 """What an experiment found, as a table, drift curves and a contact sheet.
 
-Numbers are means over seeds; what follows ± is the standard deviation between seeds, and bands in the pictures go from the lowest to the
-highest seed.
+Numbers are means over seeds; what follows ± is the standard deviation between seeds, and bands in the
+pictures go from the lowest to the highest seed.
 """
 
 import json
@@ -142,8 +142,10 @@ def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mappi
     lines = [
         f"# {experiment.title}",
         "",
-        f"`{command}` ({count} of {every} cells, seeds {', '.join(map(str, experiment.seeds))}; {found.total / 60:.0f} minutes in all). "
-        f"{config.evaluate.videos} videos of each model, in chunks of {config.rollout.chunk} frames; the trained length is "
+        f"`{command}` ({count} of {every} cells, seeds {', '.join(map(str, experiment.seeds))}; "
+        f"{found.total / 60:.0f} minutes in all). "
+        f"{config.evaluate.videos} videos of each model, in chunks of {config.rollout.chunk} frames; the "
+        "trained length is "
         f"{config.video.frames} frames. Numbers are means over seeds ± their standard deviation.",
         "",
         _kept(report),
@@ -186,7 +188,8 @@ def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mappi
         ),
         f"![samples]({folder}/contact_sheet.png)",
         "",
-        f"Bands go from the lowest to the highest seed. Every cell's numbers, versions and commit are in `{folder}/cells/`. "
+        "Bands go from the lowest to the highest seed. Every cell's numbers, versions and commit are in "
+        f"`{folder}/cells/`. "
         "[The evaluation of one run](digits/report.md) says how each number is measured.",
         "",
     ]

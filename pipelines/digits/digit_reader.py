@@ -51,7 +51,8 @@ class DigitReader(nn.Module):
 
 
 def train(seed: int) -> DigitReader:
-    """A reader trained from scratch: about 20 seconds on one idle core; the same `seed` gives the same reader."""
+    """A reader trained from scratch: about 20 seconds on one idle core; the same `seed` gives the same
+    reader."""
     numpy_generator = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

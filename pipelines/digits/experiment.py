@@ -1,8 +1,9 @@
 """`self-forcing experiment NAME`: many trainings that differ in little, measured alike, in one table.
 
-An experiment is a YAML file: a recipe, settings that all cells share, seeds, and cells with their own settings. Cell by cell a model is trained
-(on from where it was stopped) and measured; a cell's measurements are published whole, so what is there is not done again, and the report is
-written anew after each.
+An experiment is a YAML file: a recipe, settings that all cells share, seeds, and cells with their own
+settings. Cell by cell a model is trained (on from where it was stopped) and measured; a cell's
+measurements are published whole, so what is there is not done again, and the report is written anew after
+each.
 """
 
 import json
@@ -81,7 +82,8 @@ def options(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: Sequence[str]) -> RunConfig:
-    """The resolved config of one cell, or of what all of them share; settings are checked as those of any command."""
+    """The resolved config of one cell, or of what all of them share; settings are checked as those of any
+    command."""
     place = f"outputs/{experiment.name}"
     arguments = [experiment.recipe, *options(experiment.settings), f"--tracking.experiment={experiment.name}"]
     arguments += [f"--initialize.output={place}/initial", f"--distill.student={place}/initial/model"]
@@ -127,7 +129,8 @@ def run(
 ) -> None:
     """Every cell that is not there yet, seed by seed, so that what is there compares like with like.
 
-    `make` trains one stage (and `prepare` writes the data sets) where there is no model yet; `track` opens a tracker.
+    `make` trains one stage (and `prepare` writes the data sets) where there is no model yet; `track` opens a
+    tracker.
     """
     from pipelines.digits.ablation import write_report
 

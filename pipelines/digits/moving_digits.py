@@ -48,11 +48,13 @@ PROMPTS = tuple(make_prompt(digit, direction) for digit in range(10) for directi
 
 
 def parse_prompt(prompt: str) -> tuple[int, Direction]:
-    """The digit and direction that `prompt` names; `ValueError` unless it has the form "a seven drifting left"."""
+    """The digit and direction that `prompt` names; `ValueError` unless it has the form "a seven drifting
+    left"."""
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(
-            f"the prompt {prompt!r} is not of the form 'a seven drifting left', with a digit from zero to nine "
+            f"the prompt {prompt!r} is not of the form 'a seven drifting left', with a digit from zero to "
+            "nine "
             f"and one of {', '.join(DIRECTIONS)}"
         )
     word, direction = match.groups()
@@ -60,7 +62,8 @@ def parse_prompt(prompt: str) -> tuple[int, Direction]:
 
 
 def expected_shift(direction: Direction) -> tuple[int, int]:
-    """Pixels `(dy, dx)` by which the content moves from one frame to the next; y grows downwards, x to the right."""
+    """Pixels `(dy, dx)` by which the content moves from one frame to the next; y grows downwards, x to the
+    right."""
     return _SHIFTS[direction]
 
 
@@ -98,7 +101,8 @@ def render(
     canvas[:, :SCAN, :SCAN] = images
     shifts = np.array([expected_shift(direction) for direction in directions]).reshape(-1, 1, 2)
     corners = np.asarray(starts)[:, None] + shifts * np.arange(frames)[:, None]
-    # Source row and column of every pixel: the content sits at `corner`, so pixel y shows source row y − corner.
+    # Source row and column of every pixel: the content sits at `corner`, so pixel y shows source row y −
+    # corner.
     source = (np.arange(CANVAS) - corners[..., None]) % CANVAS
     rows, columns = source[:, :, 0, :, None], source[:, :, 1, None, :]
     return canvas[np.arange(len(images))[:, None, None, None], rows, columns][:, :, None]
@@ -171,7 +175,8 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
         for shard in range(shard_count):
             groups = -(-min(_ROWS_PER_SHARD, videos - shard * _ROWS_PER_SHARD) // _ROWS_PER_GROUP)
             file = aside / f"{shard:05d}-of-{shard_count:05d}.parquet"
-            # A dictionary of whole videos would only cost memory; checksums let a reader tell damage from data.
+            # A dictionary of whole videos would only cost memory; checksums let a reader tell damage from
+            # data.
             with pq.ParquetWriter(
                 file,
                 schema,

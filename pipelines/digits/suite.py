@@ -1,4 +1,6 @@
-"""The suite `digits`: a classifier reads the digit in every frame, and the content must move as the prompt says."""
+"""The suite `digits`: a classifier reads the digit in every frame, and the content must move as the prompt
+says.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -63,13 +65,15 @@ class Digits(Suite):
         "diversity": Metric(
             "diversity within a prompt, real = 1",
             "diversity.png",
-            "how far apart the correctly read frames of one prompt are in the classifier's features, as a share of how "
+            "how far apart the correctly read frames of one prompt are in the classifier's features, as a "
+            "share of how "
             "far apart real ones are.",
         ),
         "kernel_distance": Metric(
             "kernel distance to real videos",
             "distance.png",
-            "unbiased squared maximum mean discrepancy between the classifier's features of generated and real "
+            "unbiased squared maximum mean discrepancy between the classifier's features of generated and "
+            "real "
             "frames of one index; the real videos' row compares two disjoint sets of real videos.",
         ),
     }
@@ -84,7 +88,8 @@ class Digits(Suite):
     }
     shares = ("digit_accuracy", "diversity")
     notes = (
-        "Intervals of diversity and distance over several frames are means of the frames' intervals, hence never "
+        "Intervals of diversity and distance over several frames are means of the frames' intervals, hence "
+        "never "
         "too narrow.",
     )
 
@@ -99,7 +104,8 @@ class Digits(Suite):
             one = torch.zeros(1, 1, *video.shape[1:])
             if codec is None or codec.decode(one).shape[2:] != (1, CANVAS, CANVAS):
                 raise ValueError(
-                    f"the {name} model at {model.path} makes no frames of 1×{CANVAS}×{CANVAS}, which moving digits "
+                    f"the {name} model at {model.path} makes no frames of 1×{CANVAS}×{CANVAS}, which moving "
+                    "digits "
                     "have; evaluate.suite video measures any."
                 )
 
@@ -114,7 +120,8 @@ class Digits(Suite):
         frames = len(data.row(0)["video"])
         if frames < settings.frames:
             raise ValueError(
-                f"evaluate.frames is {settings.frames}, and the videos of data.held_out at {path} have {frames}; "
+                f"evaluate.frames is {settings.frames}, and the videos of data.held_out at {path} have "
+                f"{frames}; "
                 f"use at most {frames}, or prepare longer ones with data.held_out_frames."
             )
         count = min(settings.videos, len(data) // 2)
@@ -161,7 +168,8 @@ class Digits(Suite):
         return list(SHEET)
 
     def verdicts(self, rows: Mapping[str, Row]) -> list[Verdict]:
-        """What a distillation is asked for: quality, motion, diversity, and no drift. Asked of all three models only."""
+        """What a distillation is asked for: quality, motion, diversity, and no drift. Asked of all three
+        models only."""
         if not {"teacher", "initial", "distilled"} <= rows.keys():
             return []
         real, teacher, initial, distilled = (
@@ -192,11 +200,13 @@ class Digits(Suite):
                 share("diversity"),
                 0.7,
             ),
-            "digit accuracy, distilled above initial: the smallest gap between 95 % intervals from the second chunk on": (
+            "digit accuracy, distilled above initial: the smallest gap between 95 % intervals from the "
+            "second chunk on": (
                 gaps.min() if len(gaps) else torch.tensor(math.nan),
                 0.0,
             ),
-            "digit accuracy, distilled above initial: the gap between 95 % intervals beyond the trained length": (
+            "digit accuracy, distilled above initial: the gap between 95 % intervals beyond the trained "
+            "length": (
                 gap(distilled.beyond[accuracy], initial.beyond[accuracy]),
                 0.0,
             ),

@@ -1,4 +1,6 @@
-"""Evaluation with the suite `video`: models that make no digits, in colour, without a codec or without data; and the gate."""
+"""Evaluation with the suite `video`: models that make no digits, in colour, without a codec or without
+data; and the gate.
+"""
 
 import json
 import os
@@ -275,7 +277,8 @@ def test_a_picture_that_fails_is_said_and_the_numbers_are_there(
 def test_pictures_need_no_display_whatever_backend_the_environment_names(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from pipelines.plots import plot_samples; "
-        "plot_samples(Path(sys.argv[1]), {'real': torch.zeros(1, 4, 1, 8, 8).byte()}, ['a'], trained=2, chunk=2)"
+        "plot_samples(Path(sys.argv[1]), {'real': torch.zeros(1, 4, 1, 8, 8).byte()}, ['a'], trained=2, "
+        "chunk=2)"
     )
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.png")], env=environment, check=True)

@@ -1,4 +1,6 @@
-"""`register` and `promote`, from the command line to a served alias: what is worse, unmeasured or wrong does not get there."""
+"""`register` and `promote`, from the command line to a served alias: what is worse, unmeasured or wrong
+does not get there.
+"""
 
 import json
 import socket
@@ -12,7 +14,7 @@ from infra.registry import Registry
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from pipelines import cli, suites
-from pipelines.promote import Refused, gate
+from pipelines.promote import Refused, compared_by, gate
 from tests.fixtures import write_model
 from tests.mlflow_server import Server, free_port
 from workers.model_directory import VideoConfig
@@ -243,3 +245,21 @@ def test_the_gate_compares_each_metric_in_its_own_direction() -> None:
             now={other: value for other, value in GOOD.items() if other != name},
         )
     assert passes({}, margin=0) and passes({}, now={})
+
+
+def test_numbers_that_do_not_mean_the_same_are_not_compared() -> None:
+    def params(name: str, **basis: str) -> dict[str, str]:
+        return {"evaluation.suite": json.dumps(suites.described(name, suites.find(name), basis))}
+
+    video = params("video", features="none", reference="held_out")
+    names = ("new", "old")
+    assert compared_by(video, video, names) == suites.find("video").compared
+    # A version that was registered before suites had names.
+    assert compared_by(params("digits", reference="held_out"), {}, names) == suites.find("digits").compared
+    for new, now, what in (
+        (video, {}, "evaluate.suite video and old with digits"),
+        (params("video", features="abc"), video, "features of the suite abc and old with none"),
+        (params("video", reference="teacher"), video, "reference of the suite teacher and old with held_out"),
+    ):
+        with pytest.raises(Refused, match=f"there is nothing to compare: .*{what}; evaluate both alike"):
+            compared_by(new, now, names)

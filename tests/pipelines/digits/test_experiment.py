@@ -1,4 +1,6 @@
-"""An experiment of tiny cells: measured once each, on from where it was stopped, with a report of all of them."""
+"""An experiment of tiny cells: measured once each, on from where it was stopped, with a report of all of
+them.
+"""
 
 import re
 import shutil
@@ -64,7 +66,8 @@ def test_cells_are_measured_once_and_reported(
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     stages = [run.data.tags["stage"] for run in runs]
-    # Of the first seed a distillation and a forced model, and the initial student; each cell and the references are measured.
+    # Of the first seed a distillation and a forced model, and the initial student; each cell and the
+    # references are measured.
     assert {stage: stages.count(stage) for stage in set(stages)} == {
         "distill": 1, "initialize": 2, "evaluate": 5, "report": 1,
     }  # fmt: skip

@@ -66,7 +66,8 @@ def write_model(path: str, kind: str, seed: int) -> None:
     with storage.writing(staging) as directory:
         writer = ModelWriter(directory)
         for name, tensor in transformer.state_dict().items():
-            # A fresh transformer's last layer is zero, and it would make the same videos whatever its other weights are.
+            # A fresh transformer's last layer is zero, and it would make the same videos whatever its other
+            # weights are.
             writer.write(name, tensor + 0.1 * torch.randn_like(tensor))
         writer.finish(ModelCard(kind, SIZES, VIDEO, TextConfig(), rollout=rollout), text.state_dict())
     storage.publish(staging, path, {})
