@@ -42,6 +42,8 @@ class ScorePlan:
 
     noise: Key
     """(run seed, update, purpose); the sample index is appended."""
+    gradient: bool = False
+    """Whether gradient will flow back through the score, so that the scorer keeps its graph."""
 
     def draw(self, video: Tensor, samples: list[int], config: ScoreConfig) -> tuple[Tensor, Tensor]:
         """Noise like `video` [B, F, C, H, W] and timesteps [B], for the samples with these indices."""

@@ -15,6 +15,7 @@ from model.score import ScoreConfig
 from model.transformer import TransformerConfig
 from workers.engine import EngineConfig
 from workers.model_directory import TextConfig, VideoConfig
+from workers.teacher import TeacherWorker
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,11 @@ class DistillConfig:
         """Whether the student needs real videos to make its own."""
         return self.inputs != "rollout" or self.given_frames > 0
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective reads the teacher; an adversarial one alone does not."""
+        return any(name.removeprefix("data_") in TeacherWorker.makes for name in self.objective.reads)
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -290,7 +296,9 @@ class RunConfig:
             raise ValueError(
                 "teacher and student must have the same text_len and text_dim, for they read the same prompts."
             )
-        if (self.text.encoder == "embedded") != (self.distill.roles.teacher.negative_embedding is not None):
+        embedded = self.text.encoder == "embedded"
+        named = self.distill.roles.teacher.negative_embedding is not None
+        if named != embedded and (named or self.distill.needs_teacher):
             raise ValueError(
                 "distill.roles.teacher.negative_embedding must name a file where text.encoder is embedded, and only there."
             )
@@ -300,7 +308,10 @@ class RunConfig:
         _check_batch("distill", self.distill.batch, roles.student, "roles.student.")
         _check_batch("distill", self.distill.batch, roles.critic, "roles.critic.")
         scored = self.distill.batch // roles.student.engine.accumulation
-        for name, ranks in (("teacher", roles.teacher.ranks), ("critic", roles.critic.ranks)):
+        scorers = {"critic": roles.critic.ranks}
+        if self.distill.needs_teacher:
+            scorers = {"teacher": roles.teacher.ranks, **scorers}
+        for name, ranks in scorers.items():
             if scored % ranks:
                 raise ValueError(
                     f"distill.roles.{name}.ranks of {ranks} does not divide the {scored} videos scored at once "

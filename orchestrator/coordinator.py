@@ -1,58 +1,55 @@
 """Self Forcing across actors (arXiv 2506.08009, algorithm 1): who does what when. It moves references, never tensors.
 
-In every iteration: if it is a fifth, the student rolls out, is scored by the teacher and the current critic, pulls the gradient back and
-steps. Then, every iteration, the critic trains on a fresh rollout of the student as it now is.
+In every iteration: if it is a fifth, the student rolls out, is scored by the teacher and the current critic, pulls the
+gradient back and steps. Then, every iteration, the critic trains on a fresh rollout of the student as it now is.
 
-Between two student updates the student's weights stand still, so whatever rollout comes next is requested before the critic is waited for.
-What is computed is the same to the bit; only when it is computed changes.
+Asking returns at once: a group works through what it was asked in order, as soon as what that refers to is there. The
+only places that wait are the calls of `wait`. Between two student updates the student's weights stand still, so whatever
+rollout comes next is requested before the critic is waited for. What is computed is the same to the bit; only when it is
+computed changes.
 """
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from ray import ObjectRef
-from ray.actor import ActorHandle
-
-from model.objectives import Prediction
-from model.score import ScorePlan
 from orchestrator.config import RunConfig
 from orchestrator.update_plan import Purpose, UpdatePlan
-from orchestrator.worker_group import WorkerGroup
+from orchestrator.worker_group import Request, WorkerGroup
+from workers.batch import Batch
 
 Metrics = dict[str, float]
-Answers = tuple[str, WorkerGroup, list[ObjectRef]]
-"""A verb, who was asked, and the references to what its ranks measured."""
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """References to a batch of videos and what they were made from."""
-
-    samples: list[int]
-    contexts: list[ObjectRef]
-    videos: list[ObjectRef]
-    stats: list[ObjectRef]
+Asked = tuple[Batch, list[Request]]
+"""References to what will be there, and the requests that make it, in the order in which they were made."""
 
 
 @dataclass
 class Coordinator:
-    """The actors of one run, and what is asked of them."""
+    """The groups of one run, and what is asked of them."""
 
     config: RunConfig
-    student: WorkerGroup
-    teacher: WorkerGroup
-    critic: WorkerGroup
-    prompts: ActorHandle
-    uncond: ObjectRef
-    ahead: dict[tuple[int, Purpose, int], Rollouts] = field(default_factory=dict)
+    groups: Mapping[str, WorkerGroup]
+    """`student`, `critic`, `prompts`, and `teacher` where the objective reads what it makes."""
+    ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
 
     @property
     def plan(self) -> UpdatePlan:
         return UpdatePlan(self.config)
+
+    @property
+    def student(self) -> WorkerGroup:
+        return self.groups["student"]
+
+    @property
+    def critic(self) -> WorkerGroup:
+        return self.groups["critic"]
+
+    @property
+    def scorers(self) -> list[WorkerGroup]:
+        """In this order their gradients are added up."""
+        return [self.groups[role] for role in ("teacher", "critic") if role in self.groups]
 
     def run(self, start: int) -> Iterator[tuple[int, Metrics]]:
         """Iterations from `start` on, yielding how many are done and what was measured.
@@ -61,114 +58,74 @@ class Coordinator:
         """
         for iteration in range(start, self.config.distill.iterations):
             began = time.perf_counter()
-            timer = Timer()
+            timer = Timer(group.role for group in (self.student, *self.scorers))
             if self.plan.updates_student(iteration):
                 self.update_student(iteration, timer)
             self.update_critic(iteration, timer)
             yield iteration + 1, timer.metrics(time.perf_counter() - began)
 
     def update_student(self, iteration: int, timer: "Timer") -> None:
-        plan = self.plan.score(iteration, "score")
-        objective = self.config.distill.objective
         for part in range(self.plan.parts):
-            made = self.rollout(iteration, "student", part)
-            predictions, scored = self.score(made, plan, iteration, part)
-            judged, *cotangents = self.student.scatter(
-                "judge",
-                made.samples,
-                *(predictions[name] for name in objective.reads),
-                results=len(objective.flows),
-            )
-            gradients, returned = self.pull_back(
-                made.samples, dict(zip(objective.flows, cotangents, strict=True))
-            )
-            (pulled,) = self.student.scatter("pullback", made.samples, *gradients, results=0)
-            timer.add("rollout", "student", self.student.stats(made.stats))
-            for verb, scorer, stats in [*scored, *returned]:
-                timer.add(verb, scorer.role, scorer.stats(stats))
-            timer.add("judge", "student", self.finite("student", iteration, self.student.stats(judged)))
-            timer.add("pullback", "student", self.student.stats(pulled))
-        stepped = self.student.stats(self.student.broadcast("step"))
-        timer.add("step", "student", self.finite("student", iteration, stepped))
+            made, rolled_out = self.rollout(iteration, "student", part)
+            predictions, scored = self.score(made, iteration, part)
+            flows = self.config.distill.objective.flows
+            judged, cotangents = self.student.scatter("judge", None, predictions, makes=flows)
+            gradients, returned = self.pull_back(cotangents)
+            pulled, _ = self.student.scatter("pullback", None, gradients)
+            requests = [*rolled_out, *scored, judged, *returned, pulled]
+            self.wait(requests, timer, iteration=iteration, purpose="student")
+        # Asked for only now: weights that are not finite never reach the next rollout or a checkpoint.
+        stepped, _ = self.student.scatter("step", None, Batch())
+        self.wait([stepped], timer, iteration=iteration, purpose="student")
 
-    def score(
-        self, made: Rollouts, plan: ScorePlan, iteration: int, part: int
-    ) -> tuple[dict[Prediction, list[ObjectRef]], list[Answers]]:
+    def score(self, made: Batch, iteration: int, part: int) -> Asked:
         """The predictions that the objective reads. A scorer keeps its graph where gradient will flow back."""
         objective = self.config.distill.objective
-        predictions: dict[Prediction, list[ObjectRef]] = {}
-        answers: list[Answers] = []
+        predictions, requests = Batch(made.samples), []
+        for scorer in self.scorers:
+            if names := [name for name in scorer.makes if name in objective.reads]:
+                gradient = any(name in objective.flows for name in names)
+                plan = self.plan.score(iteration, "score", gradient=gradient)
+                request, answer = scorer.scatter("score", plan, made, makes=names)
+                predictions |= answer
+                requests.append(request)
+            if names := [name for name in scorer.makes if f"data_{name}" in objective.reads]:
+                data, read = self.data(self.plan.position(iteration, "student", part), made.samples)
+                plan = self.plan.score(iteration, "score-data")
+                request, answer = scorer.scatter("score", plan, data, makes=names)
+                predictions |= answer.prefixed("data_")
+                requests += [read, request]
+        return predictions, requests
 
-        def ask(
-            scorer: WorkerGroup, inputs: Any, plan: ScorePlan, *more: Any, keep: bool, results: int
-        ) -> Any:
-            stats, *columns = scorer.scatter("score", *inputs, head=(keep, plan, *more), results=results)
-            answers.append(("score", scorer, stats))
-            return columns
-
-        inputs = (made.samples, made.videos, made.contexts)
-        if "real" in objective.reads:
-            keep = "real" in objective.flows
-            (predictions["real"],) = ask(self.teacher, inputs, plan, self.uncond, keep=keep, results=1)
-        names: tuple[Prediction, ...] = (
-            ("fake", "logits") if self.config.distill.discriminator.taps else ("fake",)
-        )
-        keep = any(name in objective.flows for name in names)
-        predictions |= zip(names, ask(self.critic, inputs, plan, keep=keep, results=len(names)), strict=True)
-        if "data_logits" in objective.reads:
-            data = self.data(self.plan.position(iteration, "student", part), len(made.samples))
-            apart = self.plan.score(iteration, "score-data")
-            _, predictions["data_logits"] = ask(
-                self.critic, (made.samples, *data), apart, keep=False, results=2
-            )
-        return predictions, answers
-
-    def pull_back(
-        self, samples: list[int], cotangents: dict[Prediction, list[ObjectRef]]
-    ) -> tuple[list[list[ObjectRef]], list[Answers]]:
+    def pull_back(self, cotangents: Batch) -> Asked:
         """What gradients with respect to predictions are with respect to the videos, from each scorer that made any."""
-        gradients, answers = [], []
-        makers: list[tuple[WorkerGroup, tuple[Prediction, ...]]] = [
-            (self.teacher, ("real",)),
-            (self.critic, ("fake", "logits")),
-        ]
-        for scorer, made in makers:
-            names = [name for name in made if name in cotangents]
-            if names:
-                stats, gradient = scorer.scatter(
-                    "pullback", samples, *(cotangents[name] for name in names), head=(names,)
-                )
-                gradients.append(gradient)
-                answers.append(("pullback", scorer, stats))
-        return gradients, answers
+        gradients, requests = Batch(cotangents.samples), []
+        for scorer in self.scorers:
+            if names := [name for name in scorer.makes if name in cotangents.columns]:
+                own = cotangents.select(*names)
+                request, gradient = scorer.scatter("pullback", None, own, makes=("gradient",))
+                gradients |= gradient.prefixed(f"{scorer.role}_")
+                requests.append(request)
+        return gradients, requests
 
     def update_critic(self, iteration: int, timer: "Timer") -> None:
-        plan = self.plan.score(iteration, "critic-score")
-        made, columns = [], []
+        parts, requests = [], []
         for part in range(self.plan.parts):
-            rollouts = self.rollout(iteration, "critic", part)
-            made.append(rollouts)
-            data: Any = ()
+            made, rolled_out = self.rollout(iteration, "critic", part)
+            requests += rolled_out
             if self.config.distill.discriminator.taps:
-                data = self.data(self.plan.position(iteration, "critic", part), len(rollouts.samples))
-            columns.append((rollouts.samples, rollouts.videos, rollouts.contexts, *data))
-        samples, *tensors = (
-            [each for column in parts for each in column] for parts in zip(*columns, strict=True)
-        )
-        size = len(samples) // self.config.distill.roles.critic.engine.accumulation
-        updates = []
-        for first in range(0, len(samples), size):
-            part_of = slice(first, first + size)
-            (stats,) = self.critic.scatter(
-                "update", samples[part_of], *(column[part_of] for column in tensors), head=(plan,), results=0
-            )
-            updates.append(stats)
+                data, read = self.data(self.plan.position(iteration, "critic", part), made.samples)
+                made |= data.prefixed("data_")
+                requests.append(read)
+            parts.append(made)
+        batch, plan = Batch.joined(parts), self.plan.score(iteration, "critic-score")
+        size = len(batch) // self.config.distill.roles.critic.engine.accumulation
+        for start in range(0, len(batch), size):
+            updated, _ = self.critic.scatter("update", plan, batch.rows(start, start + size))
+            requests.append(updated)
         if self.config.distill.overlap:
             self.look_ahead(iteration + 1)
-        for rollouts in made:
-            timer.add("rollout", "student", self.student.stats(rollouts.stats))
-        for stats in updates:
-            timer.add("update", "critic", self.finite("critic", iteration, self.critic.stats(stats)))
+        self.wait(requests, timer, iteration=iteration, purpose="critic")
 
     def look_ahead(self, iteration: int) -> None:
         """Request the first rollout of a coming iteration; its weights are those of now."""
@@ -176,56 +133,59 @@ class Coordinator:
             purpose: Purpose = "student" if self.plan.updates_student(iteration) else "critic"
             self.ahead[iteration, purpose, 0] = self.rollout(iteration, purpose, 0)
 
-    def rollout(self, iteration: int, purpose: Purpose, part: int) -> Rollouts:
-        """The videos of one micro-batch, unless they were requested already."""
+    def rollout(self, iteration: int, purpose: Purpose, part: int) -> Asked:
+        """`video` and `context` of one micro-batch, unless they were requested already."""
         if (iteration, purpose, part) in self.ahead:
             return self.ahead.pop((iteration, purpose, part))
-        size = self.plan.size
-        samples = list(range(part * size, (part + 1) * size))
-        contexts, *data = self.inputs(self.plan.position(iteration, purpose, part), size)
+        samples = list(range(part * self.plan.size, (part + 1) * self.plan.size))
+        inputs, read = self.inputs(self.plan.position(iteration, purpose, part), samples)
         verb, plan = self.plan.videos(iteration, purpose)
-        stats, videos = self.student.scatter(verb, samples, contexts, *data, head=(plan,))
-        return Rollouts(samples, contexts, videos, stats)
+        request, videos = self.student.scatter(verb, plan, inputs, makes=("video",))
+        return videos | inputs.select("context"), [read, request]
 
-    def inputs(self, position: int, size: int) -> list[list[ObjectRef]]:
-        """Prompt embeddings of a batch, and videos of the data where the student starts from those."""
-        if not self.config.distill.starts_from_data:
-            return [self.contexts(position, size)]
-        latents, contexts = self.data(position, size)
-        return [contexts, latents]
+    def inputs(self, position: int, samples: list[int]) -> tuple[Batch, Request]:
+        """What the student makes videos from: `context`, and `data_video` where it starts from those."""
+        if self.config.distill.starts_from_data:
+            data, read = self.data(position, samples)
+            return data.select("context") | data.select("video").prefixed("data_"), read
+        read, contexts = self.groups["prompts"].scatter(
+            "prompts", position, Batch(samples), makes=("context",)
+        )
+        return contexts, read
 
-    def data(self, position: int, size: int) -> tuple[list[ObjectRef], list[ObjectRef]]:
-        """References to latents of the data and to the embeddings of their prompts."""
-        both: Any = self.prompts.data.options(num_returns=2 * size).remote(position, size)
-        return list(both[:size]), list(both[size:])
+    def data(self, position: int, samples: list[int]) -> tuple[Batch, Request]:
+        """`video` and `context` of the data."""
+        prompts, makes = self.groups["prompts"], ("video", "context")
+        read, data = prompts.scatter("videos", position, Batch(samples), makes=makes)
+        return data, read
 
-    def contexts(self, position: int, size: int) -> list[ObjectRef]:
-        """References to the embeddings of `size` prompts."""
-        references: Any = self.prompts.batch.options(num_returns=size).remote(position, size)
-        return [references] if size == 1 else list(references)
-
-    def finite(self, role: Purpose, iteration: int, stats: Metrics) -> Metrics:
-        for name, value in stats.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{role} {name} is {value} in iteration {iteration} (prompt batch {self.plan.batch_index(iteration, role)}); "
-                    "the newest whole checkpoint is kept: lower the learning rate and --resume."
-                )
-        return stats
+    def wait(self, requests: Iterable[Request], timer: "Timer", *, iteration: int, purpose: Purpose) -> None:
+        """Wait for requests in the order in which they were made, so that the first failure is the one that is told."""
+        for request in requests:
+            stats, role = request.wait(), request.group.role
+            for name, value in stats.items():
+                if not math.isfinite(value):
+                    batch = self.plan.batch_index(iteration, purpose)
+                    raise FloatingPointError(
+                        f"{role} {name} is {value} in iteration {iteration} (prompt batch {batch}); "
+                        "the newest whole checkpoint is kept: lower the learning rate and --resume."
+                    )
+            timer.add(request.verb, role, stats)
 
 
 class Timer:
-    """Adds up what the roles report within one iteration."""
+    """Adds up what the groups report within one iteration."""
 
-    def __init__(self) -> None:
+    def __init__(self, roles: Iterable[str]) -> None:
+        """`roles` are those that are to be kept busy."""
         self.values: dict[str, list[float]] = defaultdict(list)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.busy: dict[str, float] = {"student": 0.0, "teacher": 0.0, "critic": 0.0}
+        self.busy = dict.fromkeys(roles, 0.0)
 
     def add(self, verb: str, role: str, stats: Metrics) -> None:
-        seconds = stats["seconds"]
-        self.seconds[f"seconds/{role}_{verb}"] += seconds
-        self.busy[role] += seconds
+        self.seconds[f"seconds/{role}_{verb}"] += stats["seconds"]
+        if role in self.busy:
+            self.busy[role] += stats["seconds"]
         for name, value in stats.items():
             if name != "seconds":
                 self.values[f"{role}/{name}"].append(value)
@@ -233,7 +193,8 @@ class Timer:
     def metrics(self, wall: float) -> Metrics:
         """Means of values, sums of seconds, and the share of the iteration in which a role had nothing to do.
 
-        A rollout requested ahead counts in the iteration that uses it, so a single iteration's idle share may be off; their mean is not.
+        A rollout requested ahead counts in the iteration that uses it, so a single iteration's idle share may be off;
+        their mean is not.
         """
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
         idle = {f"idle/{role}": max(0.0, 1 - busy / wall) for role, busy in self.busy.items()}

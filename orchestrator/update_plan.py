@@ -44,9 +44,9 @@ class UpdatePlan:
         """Where a micro-batch starts in the seeded order of the data."""
         return self.batch_index(iteration, purpose) * self.config.distill.batch + part * self.size
 
-    def score(self, iteration: int, purpose: str) -> ScorePlan:
+    def score(self, iteration: int, purpose: str, *, gradient: bool = False) -> ScorePlan:
         """How noisy videos are when they are scored, or when the critic learns from them."""
-        return ScorePlan((self.config.seed, iteration, purpose))
+        return ScorePlan((self.config.seed, iteration, purpose), gradient)
 
     def videos(self, iteration: int, purpose: Purpose) -> tuple[str, RolloutPlan | ForcedPlan]:
         """How the student makes its videos: the verb, and all that is random about it."""

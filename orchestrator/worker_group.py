@@ -1,9 +1,10 @@
-"""N ranks of a role as one handle: say a verb to all of them, or share samples out over them.
+"""N ranks of a role as one handle: say the same to all of them, or share samples out over them.
 
 Tensors go from worker to worker through the object store; this module holds references and reads `Stats` only.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from workers.actor import Stats
+from workers.batch import Batch
 
 CONNECT_TIMEOUT_S = 600.0
 
@@ -19,48 +21,44 @@ CONNECT_TIMEOUT_S = 600.0
 class WorkerGroup:
     """The actors of one role, rank by rank."""
 
-    def __init__(self, role: str, actors: Sequence[ActorHandle]):
+    def __init__(self, role: str, actors: Sequence[ActorHandle], makes: Sequence[str] = ()):
+        """`makes` are the predictions that they can be asked for, if they are scorers."""
         self.role = role
         self.actors = list(actors)
+        self.makes = tuple(makes)
 
     def start(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         """Form the process group and build the models."""
         address, port = self.wait(self.actors[0].address.remote())
         self.wait(self.broadcast("start", address, port, timeout_s))
 
-    def broadcast(self, verb: str, *arguments: Any) -> list[ObjectRef]:
+    def broadcast(self, method: str, *arguments: Any) -> list[ObjectRef]:
         """The same call on every rank."""
-        return [getattr(actor, verb).remote(*arguments) for actor in self.actors]
+        return [getattr(actor, method).remote(*arguments) for actor in self.actors]
 
     def scatter(
-        self,
-        verb: str,
-        samples: Sequence[int],
-        *columns: Sequence[ObjectRef],
-        head: Sequence[Any] = (),
-        results: int = 1,
-    ) -> tuple[list[ObjectRef], ...]:
-        """Share samples out evenly: a rank is called with `head`, its samples' indices, and its part of every column.
+        self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()
+    ) -> tuple["Request", Batch]:
+        """Ask for a verb, with the samples shared out evenly: each rank gets the plan and its part of every column.
 
-        Returns the ranks' `Stats`, then as many columns as the verb has `results`, one reference a sample in the order of `samples`.
+        Returns what to wait for, and the columns `makes` of what the verb makes, in the order of the samples; what
+        nobody names is neither sent nor kept. `Worker.answer` is the other half.
         """
-        share = len(samples) // len(self.actors)
-        if share * len(self.actors) != len(samples):
-            raise ValueError(
-                f"{len(samples)} samples do not divide over {len(self.actors)} {self.role} ranks."
-            )
+        share = len(batch) // len(self.actors)
+        if share * len(self.actors) != len(batch):
+            raise ValueError(f"{len(batch)} samples do not divide over {len(self.actors)} {self.role} ranks.")
         stats: list[ObjectRef] = []
-        made: list[list[ObjectRef]] = [[] for _ in range(results)]
+        made: dict[str, list[ObjectRef]] = {name: [] for name in makes}
         for rank, actor in enumerate(self.actors):
-            part = slice(rank * share, (rank + 1) * share)
-            tensors = [reference for column in columns for reference in column[part]]
-            call = getattr(actor, verb).options(num_returns=1 + results * share)
-            answer = call.remote(*head, list(samples[part]), *tensors)
-            first, *rest = answer if results else [answer]
+            part = batch.rows(rank * share, (rank + 1) * share)
+            references = [reference for column in part.columns.values() for reference in column]
+            ask: Any = actor.answer.options(name=f"{self.role}.{verb}", num_returns=1 + len(made) * share)
+            answer = ask.remote(verb, plan, part.samples, list(part.columns), list(made), *references)
+            first, *rest = answer if made else [answer]
             stats.append(first)
-            for index, column in enumerate(made):
+            for index, column in enumerate(made.values()):
                 column += rest[index * share : (index + 1) * share]
-        return stats, *made
+        return Request(self, verb, stats), Batch(batch.samples, made)
 
     def wait(self, references: Any) -> Any:
         """`ray.get`, with a worker's own failure raised as what it was."""
@@ -78,7 +76,17 @@ class WorkerGroup:
                 f"a {self.role} rank was lost ({reason}); --resume continues from the newest checkpoint."
             ) from None
 
-    def stats(self, references: Sequence[ObjectRef]) -> Stats:
-        """The mean of the ranks' numbers."""
-        answers: list[Mapping[str, float]] = self.wait(list(references))
+
+@dataclass(frozen=True)
+class Request:
+    """A verb that a group was asked for."""
+
+    group: WorkerGroup
+    verb: str
+    stats: list[ObjectRef]
+    """What each rank will have measured."""
+
+    def wait(self) -> Stats:
+        """Wait until every rank is done: the mean of their numbers."""
+        answers: list[Mapping[str, float]] = self.group.wait(self.stats)
         return {name: fmean(answer[name] for answer in answers) for name in answers[0]}

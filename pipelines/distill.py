@@ -1,7 +1,6 @@
 """`self-forcing distill`: Self Forcing with a student, a teacher and a critic, each a group of Ray actors."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,13 @@ from infra import storage
 from infra.tracking import Tracker
 from model.rollout_plan import RolloutPlan
 from orchestrator import checkpoint
-from orchestrator.cluster import release
-from orchestrator.config import RunConfig, TeacherRole, TrainRole
+from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.placement import place
-from orchestrator.worker_group import WorkerGroup
+from orchestrator.roles import placed_roles
 from pipelines.console import Display, say
 from pipelines.media import contact_sheet, grid, write_video
-from workers.critic import CriticWorker
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
-from workers.prompts import LatentDataset, Prompts, PromptWorker
-from workers.scorers import TeacherWorker
-from workers.student import StudentWorker
+from workers.prompts import LatentDataset, Prompts
 
 SAMPLES = 8
 MAY_CHANGE = (
@@ -50,14 +44,17 @@ def numbers(config: RunConfig) -> dict[str, Any]:
 
 
 def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
-    """The three models that the roles start from; ValueError, naming the setting, where one is missing or does not fit."""
+    """The models that the roles start from; ValueError, naming the setting, where one is missing or does not fit."""
     paths = {
-        "teacher": config.distill.teacher,
         "student": config.distill.student,
         "critic": config.distill.critic or config.distill.teacher,
     }
+    sizes_of = {"student": config.student, "critic": config.student}
+    if config.distill.needs_teacher:
+        paths = {"teacher": config.distill.teacher, **paths}
+        sizes_of = {"teacher": config.teacher, **sizes_of}
     models = {role: ModelDirectory(path) for role, path in paths.items()}
-    for role, sizes in (("teacher", config.teacher), ("student", config.student), ("critic", config.student)):
+    for role, sizes in sizes_of.items():
         card = models[role].card
         if card.transformer != sizes:
             name = "teacher" if role == "teacher" else "student"
@@ -68,9 +65,9 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
             raise ValueError(
                 f"distill.{role} at {paths[role]} makes latents of {card.video.shape[1:]}, and `video` says {config.video.shape[1:]}."
             )
-    if models["teacher"].card.video.frames < config.video.frames:
+    if "teacher" in models and (frames := models["teacher"].card.video.frames) < config.video.frames:
         raise ValueError(
-            f"distill.teacher at {paths['teacher']} is trained on {models['teacher'].card.video.frames} frames, too short for the "
+            f"distill.teacher at {paths['teacher']} is trained on {frames} frames, too short for the "
             f"{config.video.frames} video.frames that it would score."
         )
     if config.data.real is not None:
@@ -79,85 +76,6 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
         if data.skipped:
             say(f"distill: left out {data.skipped} damaged shards of data.real at {config.data.real}")
     return models
-
-
-WORKERS: dict[str, type] = {"student": StudentWorker, "teacher": TeacherWorker, "critic": CriticWorker}
-
-
-def worker_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """What the workers of each role are made with, beside their rank."""
-    distill, roles = config.distill, config.distill.roles
-
-    def learning(role: TrainRole) -> dict[str, Any]:
-        return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
-
-    return {
-        "student": {
-            "model": distill.student,
-            "rollout": config.rollout,
-            "objective": distill.objective,
-            **learning(roles.student),
-        },
-        "teacher": {
-            "model": distill.teacher,
-            "score": config.score,
-            "zero_stage": roles.teacher.zero_stage,
-            "dtype": roles.teacher.dtype,
-            "guidance": roles.teacher.guidance,
-        },
-        "critic": {
-            "model": distill.critic or distill.teacher,
-            "score": config.score,
-            "discriminator": distill.discriminator,
-            "relativistic": "data_logits" in distill.objective.reads,
-            **learning(roles.critic),
-        },
-    }
-
-
-@contextmanager
-def actors(config: RunConfig, *, grows: bool) -> Iterator[Coordinator]:
-    """All roles, placed, started and connected to a coordinator; they end with the block."""
-    roles: dict[str, TrainRole | TeacherRole] = {
-        name: getattr(config.distill.roles, name) for name in WORKERS
-    }
-    settings = worker_settings(config)
-    placed, options = place(roles, config.placement, grows=grows)
-    try:
-        groups = {}
-        for name, role in roles.items():
-            make: Any = ray.remote(WORKERS[name])
-            groups[name] = WorkerGroup(
-                name,
-                [
-                    make.options(**option).remote(
-                        rank=rank, ranks=role.ranks, threads=role.threads, **settings[name]
-                    )
-                    for rank, option in enumerate(options[name])
-                ],
-            )
-        prompts: Any = (
-            ray.remote(PromptWorker)
-            .options(num_cpus=0)
-            .remote(
-                config.data.train,
-                config.seed,
-                config.distill.student,
-                config.data.real,
-                skip_damaged=config.data.skip_damaged,
-            )
-        )
-        for group in groups.values():
-            group.start()
-            nodes = dict.fromkeys(group.wait(group.broadcast("node")))
-            say(f"distill: {group.role} on node {', '.join(nodes)}")
-        teacher = config.distill.roles.teacher
-        uncond = prompts.unconditional.remote(teacher.negative_prompt, teacher.negative_embedding)
-        yield Coordinator(
-            config, groups["student"], groups["teacher"], groups["critic"], prompts=prompts, uncond=uncond
-        )
-    finally:
-        release(placed)
 
 
 def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -> str:
@@ -180,7 +98,12 @@ def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -
         start = metadata["iteration"]
         say(f"distill: resuming from iteration {start} ({path})")
     settings = config.distill
-    with actors(config, grows=grows) as coordinator:
+    with placed_roles(config, grows=grows) as roles:
+        for role, group in roles.groups.items():
+            roles.start(role)
+            nodes = dict.fromkeys(group.wait(group.broadcast("node")))
+            say(f"distill: {role} on node {', '.join(nodes)}")
+        coordinator = Coordinator(config, roles.groups)
         groups = {"student": coordinator.student, "critic": coordinator.critic}
         if found:
             checkpoint.load(found[0], groups)
@@ -210,12 +133,12 @@ def sample(config: RunConfig, coordinator: Coordinator, student: ModelDirectory,
         return []
     ranks = len(coordinator.student.actors)
     count = max(SAMPLES // ranks, 1) * ranks
-    inputs = coordinator.inputs(0, count)
+    inputs, _ = coordinator.inputs(0, list(range(count)))
     given = config.distill.given_frames
     plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed, given_frames=given)
-    _, videos = coordinator.student.scatter("rollout", list(range(count)), *inputs, head=(plan,))
+    _, videos = coordinator.student.scatter("rollout", plan, inputs, makes=("video",))
     stem = f"{config.distill.output}/samples/{done:07d}"
-    files = ray.get(write_samples.remote(stem, config.video, *videos))
+    files = ray.get(write_samples.remote(stem, config.video, *videos["video"]))
     return [Path(file) for file in files]
 
 
@@ -242,7 +165,11 @@ def export(
         models["student"].card.text,
         rollout=config.rollout,
         shift=config.rollout.shift,
-        lineage={**models["teacher"].card.lineage, **models["student"].card.lineage, "distilled": run_id},
+        lineage={
+            **models.get("teacher", models["critic"]).card.lineage,
+            **models["student"].card.lineage,
+            "distilled": run_id,
+        },
         recipe=config.portable(),
     )
     staging = storage.begin(path)

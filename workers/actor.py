@@ -1,41 +1,63 @@
-"""What every rank of a role has in common: its process group, its graphs in flight, and its clock.
+"""What actors have in common: how they answer, and what every rank of a role is.
 
-A verb takes and returns tensors one per sample, so groups of different sizes re-shard by reference; its first result is always a small
-`Stats`, the only thing that the coordinator reads.
+A verb is a method `verb(plan, batch) → (Stats, Batch)`. The plan holds all that is random or variable (None where
+nothing is), and `Stats` are the only thing that the coordinator reads.
 """
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import ray
 import torch
 from torch import Tensor
 
 from infra import storage
+from workers.batch import Batch
 from workers.engine import TrainEngine, free_port, init_process_group
 
 Stats = dict[str, float]
 """What a verb measured, `seconds` among it."""
 
 
-def verb(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the seconds that a verb took to the `Stats` that it returns alone or first."""
+class Worker:
+    """An actor that answers verbs."""
 
-    @wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    makes: ClassVar[tuple[str, ...]] = ()
+    """Predictions of a noisy video that it can be asked for; those of one of the data are called `data_…`."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def node(self) -> str:
+        """Id of the node that it runs on."""
+        import ray  # only in an actor, so that what a scorer makes is known without
+
+        return ray.get_runtime_context().get_node_id()
+
+    def answer(
+        self,
+        verb: str,
+        plan: Any,
+        samples: list[int],
+        columns: Sequence[str],
+        makes: Sequence[str],
+        *tensors: Tensor,
+    ) -> Any:
+        """The worker's half of `WorkerGroup.scatter`: the verb's `Stats`, then what it made of `makes`, sample by sample.
+
+        `tensors` are one a sample, column after column of `columns`. Without `makes` the `Stats` come bare, as Ray
+        wants an answer of one value.
+        """
         began = time.perf_counter()
-        answer = function(*args, **kwargs)
-        stats = answer[0] if isinstance(answer, tuple) else answer
+        stats, made = getattr(self, verb)(plan, Batch.stacked(samples, columns, tensors, self.device))
+        tensors_made = made.unstacked(makes)
         stats["seconds"] = time.perf_counter() - began
-        return answer
-
-    return timed
+        return (stats, *tensors_made) if makes else stats
 
 
-class Rank(ABC):
+class Rank(Worker, ABC):
     """One rank of a role: a process with its own devices."""
 
     engine: Any  # a FrozenEngine or a TrainEngine
@@ -45,13 +67,15 @@ class Rank(ABC):
         self.rank = rank
         self.ranks = ranks
 
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
     def address(self) -> tuple[str, int]:
         """Where this process can be met, for rank 0 to lead its group."""
-        return ray.util.get_node_ip_address(), free_port()
+        import ray
 
-    def node(self) -> str:
-        """Id of the node that this rank runs on."""
-        return ray.get_runtime_context().get_node_id()
+        return ray.util.get_node_ip_address(), free_port()
 
     def start(self, address: str, port: int, timeout_s: float) -> None:
         """Join the group and build the model; on all ranks at once."""
@@ -63,15 +87,6 @@ class Rank(ABC):
     @abstractmethod
     def build(self) -> None:
         """Make the model; its process group is there."""
-
-    def columns(self, samples: list[int], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """Batches [B, …], one for each column of `tensors`, which has one tensor a sample.
-
-        What comes out of the object store is read-only until it is copied.
-        """
-        count = len(samples)
-        starts = range(0, len(tensors), count)
-        return [torch.stack(tensors[first : first + count]).to(self.engine.device) for first in starts]
 
 
 class TrainedRank(Rank):
@@ -88,8 +103,3 @@ class TrainedRank(Rank):
         """Read what `save` wrote."""
         with storage.reading(checkpoint) as directory:
             self.engine.load(directory / role)
-
-
-def samples_out(tensor: Tensor) -> list[Tensor]:
-    """A batch [B, …] as B tensors of their own, on the CPU: a view would carry the whole batch into the object store."""
-    return [sample.clone() for sample in tensor.detach().cpu()]

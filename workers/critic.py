@@ -1,7 +1,5 @@
 """The critic: learns the score of the student's videos, and perhaps to tell them from data."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,10 +14,11 @@ from model.objectives.gan import (
 )
 from model.score import ScoreConfig, ScorePlan
 from model.transformer import WanTransformer
-from workers.actor import Stats, TrainedRank, verb
+from workers.actor import Stats, TrainedRank
+from workers.batch import Batch
 from workers.engine import EngineConfig, TrainEngine
 from workers.model_directory import ModelDirectory
-from workers.scorers import Predictions, Scorer
+from workers.scorer import Predictions, Scorer
 
 
 class _WithBranch:
@@ -41,6 +40,8 @@ class _WithBranch:
 
 class CriticWorker(Scorer, TrainedRank):
     """One rank of the critic, the score of what the student generates, and perhaps a judge of it."""
+
+    makes = ("fake", "logits")
 
     def __init__(
         self,
@@ -77,74 +78,62 @@ class CriticWorker(Scorer, TrainedRank):
             weights=_WithBranch(self.source, branch),
         )
 
-    def _predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _answer(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
         """Velocity and, where there is a branch, logits."""
         answer = self.engine.module(noisy, timestep, context)
         return answer if self.discriminator.taps else (answer, None)
 
-    @verb
-    def score(self, keep: bool, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
-        """x0 [F, C, H, W], one a sample, as `TeacherWorker.score` without guidance, and logits [classes] where there is a branch."""
+    def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
+        """`fake`: x0, without guidance; and `logits` where there is a branch."""
+        velocity, logits = self._answer(noisy, timestep, context)
+        fake = {"fake": self.schedule.x0(velocity, noisy, timestep)}
+        return fake if logits is None else {**fake, "logits": logits}
 
-        def predict(noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
-            velocity, logits = self._predict(noisy, timestep, context)
-            fake: Predictions = {"fake": self.schedule.x0(velocity, noisy, timestep)}
-            return fake if logits is None else {**fake, "logits": logits}
-
-        return self._answer(keep, plan, samples, tensors, predict)
-
-    @verb
-    def update(self, plan: ScorePlan, samples: list[int], *tensors: Tensor) -> Stats:
-        """One micro-batch of flow matching on the student's videos, and of telling them from data where there is a branch; the last one of
-        an update also steps.
-
-        `tensors` are videos and contexts, then (with a branch) videos of the data and their contexts.
+    def update(self, plan: ScorePlan, batch: Batch) -> tuple[Stats, Batch]:
+        """One micro-batch of flow matching on the student's `video`s for their `context`s, and of telling them from
+        data (`data_video`, `data_context`) where there is a branch; the last one of an update also steps.
         """
         if self._graph is not None:
             raise RuntimeError("update was called while the graph of a score is alive; pull it back first.")
-        video, context, *data = self.columns(samples, tensors)
-        noise, timestep = plan.draw(video, samples, self.config)
+        video, context = batch["video"], batch["context"]
+        noise, timestep = plan.draw(video, batch.samples, self.config)
         noisy = self.schedule.add_noise(video, noise, timestep)
-        if data:
-            velocity, losses = self._judge(plan, samples, noisy, context, noise, timestep, *data)
+        if self.discriminator.taps:
+            velocity, losses = self._judge(plan, batch, noisy, noise, timestep)
+            flow_weight = self.discriminator.flow_weight
         else:
             velocity, losses = self.engine.module(noisy, timestep, context), {}
+            flow_weight = 1.0
         flow = flow_matching_loss(velocity.float(), noise, video)
-        loss = sum(losses.values(), start=flow * (self.discriminator.flow_weight if data else 1.0))
+        loss = sum(losses.values(), start=flow * flow_weight)
         self.engine.backward(loss)
         result = self.engine.step()
         # Left out of the other micro-batches, whose zeros the mean over an update would take for norms.
         norm = {"grad_norm": result.grad_norm} if result.stepped or result.grad_norm else {}
-        return {"loss": flow.item(), **{name: value.item() for name, value in losses.items()}, **norm}
+        values = {name: value.item() for name, value in losses.items()}
+        return {"loss": flow.item(), **values, **norm}, Batch(batch.samples)
 
     def _judge(
-        self,
-        plan: ScorePlan,
-        samples: list[int],
-        noisy: Tensor,
-        context: Tensor,
-        noise: Tensor,
-        timestep: Tensor,
-        data: Tensor,
-        data_context: Tensor,
+        self, plan: ScorePlan, batch: Batch, noisy: Tensor, noise: Tensor, timestep: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The velocity of the student's noisy videos, and the weighted losses of the branch."""
         settings = self.discriminator
-        noisy_data = self.schedule.add_noise(data, noise, timestep)
-        velocity, logits = self._predict(
+        context, data_context = batch["context"], batch["data_context"]
+        noisy_data = self.schedule.add_noise(batch["data_video"], noise, timestep)
+        velocity, logits = self._answer(
             torch.cat([noisy, noisy_data]), timestep.repeat(2), torch.cat([context, data_context])
         )
-        assert logits is not None, "data is sent to a critic with a branch"
+        assert logits is not None, "only a branch judges"
         fake, real = logits.chunk(2)
         judge = relativistic_discriminator_loss if self.relativistic else discriminator_loss
         losses = {"discriminator": settings.weight * judge(fake, real)}
-        sources = SampleNoise([(*plan.noise, sample) for sample in samples], noisy.device)
+        sources = SampleNoise([(*plan.noise, sample) for sample in batch.samples], noisy.device)
         for name, weight, sigma, x_t, prompt, before, step in (
             ("r1", settings.r1_weight, settings.r1_sigma, noisy_data, data_context, real, 1),
             ("r2", settings.r2_weight, settings.r2_sigma, noisy, context, fake, 2),
         ):
             if weight:
-                _, perturbed = self._predict(x_t + sigma * sources.draw(x_t.shape, 0, step), timestep, prompt)
+                _, perturbed = self._answer(x_t + sigma * sources.draw(x_t.shape, 0, step), timestep, prompt)
                 assert perturbed is not None
                 losses[name] = 0.5 * weight * gradient_penalty(perturbed, before, sigma)
         return velocity[: len(noisy)], losses

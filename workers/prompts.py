@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from workers.actor import Stats, Worker
+from workers.batch import Batch
 from workers.dataset import ParquetDataset, Row
 from workers.model_directory import ModelDirectory, VideoConfig
 
@@ -39,8 +41,8 @@ class Prompts:
         return self.embed([prompt])[0]
 
 
-class PromptWorker:
-    """An actor that reads prompts and hands out their embeddings, one reference a sample."""
+class PromptWorker(Worker):
+    """An actor that reads prompts and hands out their embeddings, and videos of the data."""
 
     def __init__(
         self, path: str, seed: int, model: str, real: str | None = None, *, skip_damaged: bool = False
@@ -48,29 +50,36 @@ class PromptWorker:
         """`model` names the directory whose encoder embeds prompts, unless the data sets hold an `embedding` column; `real` is a data
         set of videos, if any are asked for.
         """
-        source = ModelDirectory(model)
+        self._path, self._real_path, self._skip_damaged = path, real, skip_damaged
+        self._seed, self._model = seed, model
+
+    def open(self) -> None:
+        """Load the encoder and look at the data sets; ValueError where something is missing or damaged."""
+        source, skip = ModelDirectory(self._model), self._skip_damaged
         self._prompts = Prompts(source)
-        self._data = ParquetDataset(path, [self._prompts.column], skip_damaged=skip_damaged)
-        self._seed = seed
+        column = self._prompts.column
+        self._data = ParquetDataset(self._path, [column], skip_damaged=skip)
         self._real = None
-        if real is not None:
-            self._real = LatentDataset(
-                real, source.card.video, self._prompts.column, skip_damaged=skip_damaged
-            )
+        if self._real_path is not None:
+            self._real = LatentDataset(self._real_path, source.card.video, column, skip_damaged=skip)
 
-    def batch(self, position: int, size: int) -> list[Tensor] | Tensor:
-        """Embeddings [text_len, text_dim] of samples `position …`, in the seeded order."""
-        rows = self._data.batch(position, size, self._seed)
-        return unwrapped(self._prompts.embed([row[self._prompts.column] for row in rows]))
+    def prompts(self, position: int, batch: Batch) -> tuple[Stats, Batch]:
+        """The `context` [text_len, text_dim] of as many prompts as the batch has samples, from `position` of the seeded
+        order on.
+        """
+        rows = self._data.batch(position, len(batch), self._seed)
+        contexts = self._prompts.embed([row[self._prompts.column] for row in rows])
+        return {}, Batch(batch.samples, {"context": torch.stack(contexts)})
 
-    def data(self, position: int, size: int) -> list[Tensor]:
-        """Latents [F, C, H, W] of samples `position …`, in the seeded order, then their embeddings."""
+    def videos(self, position: int, batch: Batch) -> tuple[Stats, Batch]:
+        """The `video` [F, C, H, W] and `context` of as many videos of the data, likewise."""
         if self._real is None:
             raise ValueError("there are no real videos: data.real must name a data set of them.")
-        latents, prompts = self._real.batch(position, size, self._seed)
-        return [*latents, *self._prompts.embed(prompts)]
+        latents, prompts = self._real.batch(position, len(batch), self._seed)
+        contexts = self._prompts.embed(prompts)
+        return {}, Batch(batch.samples, {"video": torch.stack(latents), "context": torch.stack(contexts)})
 
-    def unconditional(self, prompt: str, file: str | None) -> Tensor:
+    def negative(self, prompt: str, file: str | None) -> Tensor:
         """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
         return self._prompts.negative(prompt, file)
 
@@ -109,8 +118,3 @@ class LatentDataset:
     def _latents(self, rows: list[Row]) -> list[Tensor]:
         videos = torch.stack([row[self._video] for row in rows])
         return [latent.clone() for latent in (videos if self._codec is None else self._codec.encode(videos))]
-
-
-def unwrapped(embeddings: list[Tensor]) -> list[Tensor] | Tensor:
-    """Ray splits a list over several references, but hands a list of one over as it is."""
-    return embeddings if len(embeddings) > 1 else embeddings[0]

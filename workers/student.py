@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from model.objectives import ObjectiveConfig
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.transformer import WanTransformer
-from workers.actor import Stats, TrainedRank, samples_out, verb
+from workers.actor import Stats, TrainedRank
+from workers.batch import Batch
 from workers.engine import EngineConfig, TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
 
@@ -60,26 +60,24 @@ class StudentWorker(TrainedRank):
             weights=self.source,
         )
 
-    @verb
-    def rollout(self, plan: RolloutPlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
-        """Videos [F, C, H, W], one a sample, for prompt embeddings [text_len, text_dim], which `tensors` are.
+    def rollout(self, plan: RolloutPlan, batch: Batch) -> tuple[Stats, Batch]:
+        """A `video` [F, C, H, W] for each prompt embedding `context` [text_len, text_dim].
 
-        Where the plan has given frames, videos of the data to start with follow in `tensors`. If the plan carries a gradient its graph is
-        kept, to be consumed by `pullback`; RuntimeError if one is alive already.
+        Where the plan has given frames, it starts with those of the data's `data_video`. If the plan carries a gradient
+        the graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
         """
-        return self._made(
-            plan.grad_frames > 0, lambda: self._generate(plan, samples, *self.columns(samples, tensors))
-        )
+        return self._made(batch, plan.grad_frames > 0, lambda: self._generate(plan, batch))
 
-    @verb
-    def predict(self, plan: ForcedPlan, samples: list[int], *tensors: Tensor) -> tuple[Any, ...]:
-        """What `rollout` answers, predicted on noisy data instead: `tensors` are prompt embeddings, then videos of the data."""
-        context, data = self.columns(samples, tensors)
-        return self._made(
-            plan.gradient, lambda: plan.predict(self.engine.module, self.config, data, context, samples)
-        )
+    def predict(self, plan: ForcedPlan, batch: Batch) -> tuple[Stats, Batch]:
+        """What `rollout` answers, predicted on the data's noised `data_video` instead."""
 
-    def _made(self, gradient: bool, make: Callable[[], Tensor]) -> tuple[Any, ...]:
+        def make() -> Tensor:
+            data, context = batch["data_video"], batch["context"]
+            return plan.predict(self.engine.module, self.config, data, context, batch.samples)
+
+        return self._made(batch, plan.gradient, make)
+
+    def _made(self, batch: Batch, gradient: bool, make: Callable[[], Tensor]) -> tuple[Stats, Batch]:
         if gradient and self._graph is not None:
             raise RuntimeError(
                 "a video with gradient was asked for while the graph of the last one is alive; pull it back first."
@@ -87,25 +85,23 @@ class StudentWorker(TrainedRank):
         video = make()
         if gradient:
             self._graph = _Graph(video, self.engine.version)
-        return {}, *samples_out(video)
+        return {}, Batch(batch.samples, {"video": video})
 
-    def _generate(
-        self, plan: RolloutPlan, samples: list[int], context: Tensor, data: Tensor | None = None
-    ) -> Tensor:
+    def _generate(self, plan: RolloutPlan, batch: Batch) -> Tensor:
         sizes, shape = self.source.card.transformer, self.source.card.video
         device = self.engine.device
-        given = None if data is None else data[:, : plan.given_frames]
+        given = batch["data_video"][:, : plan.given_frames] if plan.given_frames else None
         rollout = Rollout(
             self.config,
             plan,
-            noise=SampleNoise([(*plan.noise, sample) for sample in samples], device),
+            noise=SampleNoise([(*plan.noise, sample) for sample in batch.samples], device),
             cache=BlockCache(
                 self.config.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim, device
             ),
-            shape=(len(samples), shape.channels, shape.height, shape.width),
+            shape=(len(batch), shape.channels, shape.height, shape.width),
             initial=given,
         )
-        chunks = list(generate(self.engine.module, rollout, context))
+        chunks = list(generate(self.engine.module, rollout, batch["context"]))
         return self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
 
     def _last(self, video: Tensor) -> Tensor:
@@ -123,31 +119,28 @@ class StudentWorker(TrainedRank):
         first = codec.encode(codec.decode(past.detach())[:, -1:])
         return torch.cat([first, rest], dim=1)
 
-    @verb
-    def judge(self, samples: list[int], *predictions: Tensor) -> Stats | tuple[Any, ...]:
-        """The objective of the kept rollout: `predictions` are those that it reads, each with one a sample.
+    def judge(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
+        """The objective of the kept video, from the predictions that it reads, which are the batch's columns.
 
-        It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with respect to the video is kept for
-        `pullback`; those with respect to the predictions through which it flows are returned. RuntimeError if there is no graph.
+        It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with respect to the
+        video is kept for `pullback`; those with respect to the predictions through which it flows are returned under
+        their names. RuntimeError if there is no graph.
         """
         if self._graph is None:
             raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
-        reads, flows = self.objective.reads, self.objective.flows
-        leaves: dict[Any, Tensor] = dict(zip(reads, self.columns(samples, predictions), strict=True))
-        leaves["video"] = self._graph.video.detach()
+        flows = self.objective.flows
+        leaves: dict[str, Tensor] = {**batch.columns, "video": self._graph.video.detach()}
         wanted = [leaves[name].requires_grad_() for name in ("video", *flows)]
         loss = self.objective(leaves)
         # A loss that does not look at the video itself, such as the adversarial one, sends it nothing directly.
         gradient, *cotangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
         self._graph = replace(self._graph, gradient=gradient)
         stats = {"loss": loss.item(), **self.objective.statistics(leaves)}
-        # Ray hands an answer of one value over as it is, and a tuple of one as a tuple.
-        return (stats, *(sample for each in cotangents for sample in samples_out(each))) if flows else stats
+        return stats, Batch(batch.samples, dict(zip(flows, cotangents, strict=True)))
 
-    @verb
-    def pullback(self, samples: list[int], *gradients: Tensor) -> Stats:
-        """Backward through the kept rollout. `gradients` with respect to the video, one a sample from each scorer that the objective
-        flows through, add to what `judge` kept.
+    def pullback(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
+        """Backward through the kept video. The batch's columns are gradients with respect to it, one from each scorer
+        that the objective flows through; they add to what `judge` kept.
 
         RuntimeError if nothing was judged, or if the weights have changed since the rollout.
         """
@@ -158,17 +151,16 @@ class StudentWorker(TrainedRank):
             raise RuntimeError(
                 f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
             )
-        gradient = sum(self.columns(samples, gradients), start=graph.gradient)
+        gradient = sum(batch.columns.values(), start=graph.gradient)
         self.engine.backward((graph.video * gradient).sum())
-        return {}
+        return {}, Batch(batch.samples)
 
-    @verb
-    def step(self) -> Stats:
+    def step(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
         """One optimizer step once all micro-batches are pulled back; RuntimeError while a graph is alive."""
         if self._graph is not None:
             raise RuntimeError("step was called while the graph of a rollout is alive; pull it back first.")
         result = self.engine.step()
-        return {"grad_norm": result.grad_norm}
+        return {"grad_norm": result.grad_norm}, batch
 
     def export(self, staging: str, card: ModelCard) -> None:
         """Write the averaged weights (the current ones where none are kept) into a model's staging location; on all ranks."""

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from model.objectives.loss import Leaves, Loss
+
 
 def dmd_loss(video: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """DMD loss `½ mean(g²)`, `g = (fake − real) / mean|video − real|`; its gradient is `g / numel`.
@@ -14,6 +16,15 @@ def dmd_loss(video: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (video - (video - g).detach()).square().mean()
 
 
-def score_gap(real: Tensor, fake: Tensor) -> Tensor:
+def score_gap(leaves: Leaves) -> Tensor:
     """`mean|fake − real|`: how far teacher and critic are apart on the student's videos."""
-    return (fake - real).detach().abs().mean()
+    return (leaves["fake"] - leaves["real"]).detach().abs().mean()
+
+
+LOSSES = {
+    "dmd": Loss(
+        lambda leaves, _: dmd_loss(leaves["video"], leaves["real"], leaves["fake"]),
+        reads=("real", "fake"),
+        statistics={"score_gap": score_gap},
+    )
+}

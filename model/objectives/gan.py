@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from model.discriminator import BranchConfig
+from model.objectives.loss import Loss
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,13 @@ def gradient_penalty(perturbed: Tensor, logit: Tensor, sigma: float) -> Tensor:
     `perturbed` is the logit of the same noisy video plus `sigma` times fresh noise. Both carry a gradient.
     """
     return ((perturbed - logit) / sigma).square().mean()
+
+
+LOSSES = {
+    "gan": Loss(lambda leaves, _: generator_loss(leaves["logits"]), reads=("logits",), flows=("logits",)),
+    "relativistic_gan": Loss(
+        lambda leaves, _: relativistic_generator_loss(leaves["logits"], leaves["data_logits"]),
+        reads=("logits", "data_logits"),
+        flows=("logits",),
+    ),
+}

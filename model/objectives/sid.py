@@ -2,6 +2,9 @@
 
 from torch import Tensor
 
+from model.objectives.dmd import score_gap
+from model.objectives.loss import Loss
+
 
 def sid_loss(video: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
     """SiD loss `mean((real − fake) · ((real − video) − alpha (real − fake)) / mean|video − real|)`.
@@ -12,3 +15,13 @@ def sid_loss(video: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
     normaliser = (video - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach()
     gap = real - fake
     return (gap * ((real - video) - alpha * gap) / normaliser).mean()
+
+
+LOSSES = {
+    "sid": Loss(
+        lambda leaves, config: sid_loss(leaves["video"], leaves["real"], leaves["fake"], config.sid_alpha),
+        reads=("real", "fake"),
+        flows=("real", "fake"),
+        statistics={"score_gap": score_gap},
+    )
+}

@@ -12,24 +12,27 @@ import ray
 from torch import Tensor
 
 from orchestrator.config import RunConfig
-from orchestrator.coordinator import Coordinator
+from orchestrator.coordinator import Coordinator, Metrics
+from orchestrator.roles import Roles, ranks_of, settings_of
 from orchestrator.worker_group import WorkerGroup
-from pipelines.distill import worker_settings
-from workers.actor import Rank
+from workers.actor import Rank, Worker
 from workers.critic import CriticWorker
 from workers.prompts import PromptWorker
-from workers.scorers import TeacherWorker
 from workers.student import StudentWorker
+from workers.teacher import TeacherWorker
 
 
 class _Reusable(Rank):
     """A rank that becomes a worker with other settings, and notes the first gradients it makes."""
 
-    def __init__(self, *, rank: int, ranks: int):
-        Rank.__init__(self, rank=rank, ranks=ranks, threads=1)
+    def __init__(self, *, rank: int, ranks: int, threads: int, **settings: Any):
+        Rank.__init__(self, rank=rank, ranks=ranks, threads=threads)
+        self._settings = settings
 
     def build(self) -> None:
-        """Nothing yet: `become` builds."""
+        """What it is made with, if anything; else `become` builds."""
+        if self._settings:
+            self.become(self._settings)
 
     def become(self, settings: dict[str, Any]) -> None:
         self.__dict__.pop("engine", None)
@@ -75,25 +78,32 @@ class ReusablePrompts(PromptWorker):
     def __init__(self) -> None:
         pass
 
-    def become(self, *arguments: Any) -> None:
-        PromptWorker.__init__(self, *arguments)
+    def become(self, settings: dict[str, Any]) -> None:
+        PromptWorker.__init__(self, **settings)
+        self.open()
 
 
-KINDS = {"student": ReusableStudent, "teacher": ReusableTeacher, "critic": ReusableCritic}
+KINDS: dict[str, type[Worker]] = {
+    "student": ReusableStudent,
+    "teacher": ReusableTeacher,
+    "critic": ReusableCritic,
+}
 
 
 class Groups:
     """Groups of one and of two ranks of every role."""
 
     def __init__(self) -> None:
-        self.prompts = ray.remote(ReusablePrompts).options(num_cpus=0).remote()
+        prompts = ray.remote(ReusablePrompts).options(num_cpus=0).remote()
+        self.prompts = WorkerGroup("prompts", [prompts])
         self.made = {
             (role, ranks): WorkerGroup(
                 role,
                 [
-                    ray.remote(kind).options(num_cpus=0).remote(rank=rank, ranks=ranks)
+                    ray.remote(kind).options(num_cpus=0).remote(rank=rank, ranks=ranks, threads=1)
                     for rank in range(ranks)
                 ],
+                kind.makes,
             )
             for role, kind in KINDS.items()
             for ranks in (1, 2)
@@ -102,23 +112,28 @@ class Groups:
             group.start(timeout_s=120)
 
     def close(self) -> None:
-        for actor in [self.prompts, *(actor for group in self.made.values() for actor in group.actors)]:
-            ray.kill(actor)
+        for group in (self.prompts, *self.made.values()):
+            for actor in group.actors:
+                ray.kill(actor)
 
-    def coordinator(self, config: RunConfig) -> Coordinator:
-        """A coordinator of freshly built roles; its predecessor's are gone."""
-        distill, roles = config.distill, config.distill.roles
-        settings = worker_settings(config)
-        ranks = {"student": roles.student.ranks, "teacher": roles.teacher.ranks, "critic": roles.critic.ranks}
-        groups = {role: self.made[role, ranks[role]] for role in KINDS}
+    def roles(self, config: RunConfig) -> Roles:
+        """Freshly built roles; their predecessors are gone."""
+        ranks, settings = ranks_of(config), settings_of(config)
+        groups = {
+            "prompts": self.prompts,
+            **{role: self.made[role, each.ranks] for role, each in ranks.items()},
+        }
+        options = {role: [{"num_cpus": 0}] * len(group.actors) for role, group in groups.items()}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}
-        ray.get(self.prompts.become.remote(config.data.train, config.seed, distill.student, config.data.real))
         for role, group in groups.items():
             group.wait(pending[role])
-        uncond = self.prompts.unconditional.remote(
-            roles.teacher.negative_prompt, roles.teacher.negative_embedding
-        )
-        return Coordinator(config, **groups, prompts=self.prompts, uncond=uncond)
+        roles = Roles(config, options, workers=KINDS, groups=groups)
+        if "teacher" in groups:
+            roles.guide()
+        return roles
+
+    def coordinator(self, config: RunConfig) -> Coordinator:
+        return Coordinator(config, self.roles(config).groups)
 
 
 @contextmanager
@@ -138,3 +153,8 @@ def weights_of(group: WorkerGroup, *, ema: bool = False) -> dict[str, Tensor]:
 def first_gradients_of(group: WorkerGroup) -> dict[str, Tensor]:
     """The whole gradients of the group's first update, from rank 0."""
     return ray.get(group.actors[0].first_gradients.remote())
+
+
+def measured(metrics: Metrics) -> Metrics:
+    """What a run measured, without timings."""
+    return {name: value for name, value in metrics.items() if not name.startswith(("seconds/", "idle/"))}

@@ -12,9 +12,12 @@ from ray import ObjectRef
 from ray._private import tensor_serialization_utils
 
 from orchestrator import checkpoint
+from orchestrator.coordinator import Coordinator
+from orchestrator.worker_group import Request
 from pipelines.distill import check_models, export, sample
 from tests.fixtures import furnished
-from tests.orchestrator.groups import Groups
+from tests.orchestrator.groups import Groups, measured, weights_of
+from workers.batch import Batch
 from workers.model_directory import ModelDirectory
 
 pytestmark = pytest.mark.slow
@@ -48,8 +51,10 @@ def leaves(value: object) -> Iterator[object]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from leaves(item)
-    elif hasattr(value, "samples"):
-        yield from leaves([value.samples, value.contexts, value.videos, value.stats])
+    elif isinstance(value, Batch):
+        yield from leaves([value.samples, value.columns])
+    elif isinstance(value, Request):
+        yield from leaves([value.group.role, value.verb, value.stats])
     else:
         yield value
 
@@ -74,11 +79,42 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
         path = export(config, coordinator, models, "run")
 
         # The guard works: fetching what the coordinator only refers to trips it.
-        made = coordinator.rollout(4, "critic", 0)
-        for reference in (made.videos[0], made.contexts[0], coordinator.uncond):
+        made, _ = coordinator.rollout(4, "critic", 0)
+        for reference in (made["video"][0], made["context"][0]):
             with pytest.raises(Exception) as caught:
                 ray.get(reference)
             assert "TensorArrived" in repr(caught.value) + str(caught.value)
     assert all(file.stat().st_size for file in files) and len(files) == 2
-    assert ray.get(made.videos[0]).shape == config.video.shape
+    assert ray.get(made["video"][0]).shape == config.video.shape
     assert asdict(ModelDirectory(path).card)["lineage"] == {"distilled": "run"}
+
+
+def test_a_group_that_lost_a_rank_is_made_anew_and_goes_on_with_the_same_numbers(
+    groups: Groups, tmp_path: Path
+) -> None:
+    config = furnished(tmp_path, overrides=["--distill.iterations=4", "--distill.student_every=2"])
+    critic = replace(config.distill.roles.critic, ranks=2)
+    config = replace(
+        config, distill=replace(config.distill, roles=replace(config.distill.roles, critic=critic))
+    )
+    roles = groups.roles(config)
+    trained = {role: roles.groups[role] for role in ("student", "critic")}
+    expected = []
+    for done, metrics in Coordinator(config, roles.groups).run(0):
+        expected.append(measured(metrics))
+        if done == 2:
+            saved = checkpoint.save(f"{tmp_path}/checkpoints", done, trained, {}, keep=1)
+    weights = {role: weights_of(group) for role, group in trained.items()}
+
+    held, lost = roles.groups["critic"], roles.groups["critic"].actors[1]
+    ray.kill(lost)
+    with pytest.raises(RuntimeError, match="a critic rank was lost"):
+        list(Coordinator(config, roles.groups).run(0))
+    roles.rebuild("critic")
+    assert roles.groups["critic"] is held and lost not in held.actors
+    checkpoint.load(saved, trained)
+    again = [measured(metrics) for _, metrics in Coordinator(config, roles.groups).run(2)]
+    assert again == expected[2:]
+    for role, group in trained.items():
+        found = weights_of(group)
+        assert all(torch.equal(found[name], weights[role][name]) for name in found)

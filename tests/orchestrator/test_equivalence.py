@@ -21,7 +21,7 @@ from model.score import ScorePlan, guided_x0, predict_x0
 from orchestrator.config import DataConfig, RunConfig
 from orchestrator.coordinator import Metrics
 from tests.fixtures import furnished, write_real
-from tests.orchestrator.groups import Groups, first_gradients_of, weights_of
+from tests.orchestrator.groups import Groups, first_gradients_of, measured, weights_of
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
 from workers.prompts import LatentDataset
@@ -41,10 +41,6 @@ class Outcome:
     metrics: list[Metrics]
     student: dict[str, Tensor]
     critic: dict[str, Tensor]
-
-
-def measured(metrics: Metrics) -> Metrics:
-    return {name: value for name, value in metrics.items() if not name.startswith(("seconds/", "idle/"))}
 
 
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -258,8 +254,8 @@ def check(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> None:
     for role in ("student", "critic"):
         errors = relative(getattr(found, role), getattr(expected, role))
         assert max(errors.values()) < tolerance, (role, {n: e for n, e in errors.items() if e > tolerance})
-    for measured, wanted in zip(found.metrics, expected.metrics, strict=True):
-        assert measured == pytest.approx(wanted, rel=1e-4)
+    for values, wanted in zip(found.metrics, expected.metrics, strict=True):
+        assert values == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_first_update_is_the_published_algorithm(base: Outcome, config: RunConfig) -> None:

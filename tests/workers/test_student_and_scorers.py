@@ -1,6 +1,6 @@
 """A kept graph is used once, at the weights it was made with; and what a worker refuses is readable where the driver stands."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,7 @@ from model.score import ScorePlan
 from orchestrator.config import RunConfig
 from orchestrator.worker_group import WorkerGroup
 from tests.fixtures import furnished
+from workers.batch import Batch
 from workers.critic import CriticWorker
 from workers.student import StudentWorker
 
@@ -68,9 +69,13 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         ray.kill(each.actors[0])
 
 
-def contexts(config: RunConfig) -> list[ray.ObjectRef]:
+def column(name: str, tensor: Callable[[int], torch.Tensor]) -> Batch:
+    return Batch(SAMPLES, {name: [ray.put(tensor(sample)) for sample in SAMPLES]})
+
+
+def contexts(config: RunConfig) -> Batch:
     sizes = config.student
-    return [ray.put(torch.full((sizes.text_len, sizes.text_dim), 0.1 * sample)) for sample in SAMPLES]
+    return column("context", lambda sample: torch.full((sizes.text_len, sizes.text_dim), 0.1 * sample))
 
 
 def test_a_graph_is_pulled_back_once_at_its_own_weights(
@@ -79,7 +84,7 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
     student, critic = roles
     prompts = contexts(config)
 
-    def rollout(*, gradient: bool) -> list[ray.ObjectRef]:
+    def rollout(*, gradient: bool) -> Batch:
         plan = RolloutPlan.draw(
             config.rollout,
             config.video.frames,
@@ -88,20 +93,20 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
             purpose="student",
             grad_frames=config.video.frames if gradient else 0,
         )
-        stats, videos = student.scatter("rollout", SAMPLES, prompts, head=(plan,))
-        assert student.stats(stats)["seconds"] > 0
+        request, videos = student.scatter("rollout", plan, prompts, makes=("video",))
+        assert request.wait()["seconds"] > 0
         return videos
 
-    def pullback(videos: list[ray.ObjectRef]) -> dict[str, float]:
-        # The critic's answer against the video itself: some gradient, which is all that is needed here.
-        _, fake = critic.scatter("score", SAMPLES, videos, prompts, head=(False, ScorePlan((0, 0, "score"))))
-        (stats,) = student.scatter("judge", SAMPLES, fake, prompts_like(videos), results=0)
-        loss = student.stats(stats)
-        (stats,) = student.scatter("pullback", SAMPLES, results=0)
-        return loss | student.stats(stats)
+    def pullback(videos: Batch) -> dict[str, float]:
+        # The critic's answer against nothing: some gradient, which is all that is needed here.
+        plan = ScorePlan((0, 0, "score"))
+        _, fake = critic.scatter("score", plan, videos | prompts, makes=("fake",))
+        real = Batch(SAMPLES, {"real": [zeros_like.remote(video) for video in videos["video"]]})
+        judged, _ = student.scatter("judge", None, fake | real)
+        return judged.wait() | student.scatter("pullback", None, Batch(SAMPLES))[0].wait()
 
-    def prompts_like(videos: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
-        return [zeros_like.remote(video) for video in videos]
+    def step() -> dict[str, float]:
+        return student.scatter("step", None, Batch())[0].wait()
 
     def refused(call: object, message: str) -> None:
         with pytest.raises(RuntimeError) as caught:
@@ -118,47 +123,44 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
         "a video with gradient was asked for while the graph of the last one is alive; pull it back first.",
     )
     refused(
-        lambda: student.stats(student.broadcast("step")),
+        step,
         "step was called while the graph of a rollout is alive; pull it back first.",
     )
     rollout(gradient=False)  # evaluation in between is fine
     assert pullback(videos)["loss"] > 0
     refused(lambda: pullback(videos), no_graph)
-    assert student.stats(student.broadcast("step"))["grad_norm"] > 0
+    assert step()["grad_norm"] > 0
 
     videos = rollout(gradient=True)
     assert ray.get(student.actors[0].force_step.remote()) == 2
     refused(lambda: pullback(videos), "the graph was made with weights 1, and they are now 2.")
     # And the worker is whole: the next update goes through.
     pullback(rollout(gradient=True))
-    assert student.stats(student.broadcast("step"))["grad_norm"] > 0
+    assert step()["grad_norm"] > 0
 
 
 def test_a_score_is_pulled_back_once_at_its_own_weights(
     roles: tuple[WorkerGroup, WorkerGroup], config: RunConfig
 ) -> None:
     _, critic = roles
-    prompts = contexts(config)
-    videos = [ray.put(torch.ones(config.video.shape) * (sample + 1)) for sample in SAMPLES]
-    plan = ScorePlan((0, 0, "score"))
+    videos = column("video", lambda sample: torch.ones(config.video.shape) * (sample + 1))
+    cotangents = column("fake", lambda sample: torch.ones(config.video.shape) * (sample + 1))
+    inputs, kept = videos | contexts(config), ScorePlan((0, 0, "score"), gradient=True)
+    no_graph = "pullback needs the graph of a score, and none is alive."
 
-    def refused(verb: str, *columns: list[ray.ObjectRef], head: tuple, says: str) -> None:
+    def refused(verb: str, plan: object, batch: Batch, says: str) -> None:
         with pytest.raises(RuntimeError) as caught:
-            critic.stats(critic.scatter(verb, SAMPLES, *columns, head=head)[0])
+            critic.scatter(verb, plan, batch)[0].wait()
         assert str(caught.value).startswith(f"critic: {says}")
 
-    refused(
-        "pullback", videos, head=(["fake"],), says="pullback needs the graph of a score, and none is alive."
-    )
-    critic.scatter("score", SAMPLES, videos, prompts, head=(True, plan))
-    refused("score", videos, prompts, head=(True, plan), says="a score to be pulled back was asked for while")
-    with pytest.raises(RuntimeError, match="update was called while the graph of a score is alive"):
-        critic.stats(critic.scatter("update", SAMPLES, videos, prompts, head=(plan,), results=0)[0])
-    _, gradients = critic.scatter("pullback", SAMPLES, videos, head=(["fake"],))
-    assert all(gradient.shape == config.video.shape and gradient.any() for gradient in ray.get(gradients))
-    refused(
-        "pullback", videos, head=(["fake"],), says="pullback needs the graph of a score, and none is alive."
-    )
+    refused("pullback", None, cotangents, no_graph)
+    critic.scatter("score", kept, inputs)
+    refused("score", kept, inputs, "a score to be pulled back was asked for while")
+    refused("update", kept, inputs, "update was called while the graph of a score is alive")
+    _, made = critic.scatter("pullback", None, cotangents, makes=("gradient",))
+    gradients = ray.get(made["gradient"])
+    assert all(gradient.shape == config.video.shape and gradient.any() for gradient in gradients)
+    refused("pullback", None, cotangents, no_graph)
 
 
 @ray.remote(num_cpus=0)
@@ -170,11 +172,9 @@ def test_a_workers_defect_keeps_its_own_trace(
     roles: tuple[WorkerGroup, WorkerGroup], config: RunConfig
 ) -> None:
     _, critic = roles
-    videos = [ray.put(torch.zeros(config.video.shape))] * 2
+    inputs = column("video", lambda _: torch.zeros(config.video.shape)) | column(
+        "context", lambda _: torch.zeros(1)
+    )
     with pytest.raises(RuntimeError, match=r"^critic: ") as caught:
-        critic.stats(
-            critic.scatter(
-                "update", SAMPLES, videos, [ray.put(torch.zeros(1))] * 2, head=(ScorePlan(()),), results=0
-            )[0]
-        )
+        critic.scatter("update", ScorePlan(()), inputs)[0].wait()
     assert "critic.py" in str(caught.value.__cause__)

@@ -1,0 +1,58 @@
+"""The teacher: the frozen scorer, whose guided prediction the student is drawn to."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from model.score import ScoreConfig, guided_x0
+from model.transformer import WanTransformer
+from workers.engine import FrozenEngine
+from workers.scorer import Predictions, Scorer
+
+
+class TeacherWorker(Scorer):
+    """One rank of the frozen teacher, replicated or sharded."""
+
+    makes = ("real",)
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        ranks: int,
+        threads: int,
+        model: str,
+        score: ScoreConfig,
+        zero_stage: int,
+        dtype: Literal["fp32", "bf16"],
+        guidance: float,
+    ):
+        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
+        self.zero_stage, self.dtype, self.guidance = zero_stage, dtype, guidance
+
+    def build(self) -> None:
+        sizes = self.source.card.transformer
+        # Recomputing happens under a gradient only, which a score has where the objective flows through it.
+        self.engine = FrozenEngine(
+            lambda: WanTransformer(sizes, activation_checkpointing=True),
+            weights=self.source,
+            zero_stage=self.zero_stage,
+            dtype=self.dtype,
+        )
+
+    def guide(self, negative: Tensor) -> None:
+        """Take the embedding [text_len, text_dim] of the negative prompt, which every score is guided away from."""
+        self.negative = negative.to(self.engine.device)
+
+    def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
+        """`real`: the guided x0."""
+        real = guided_x0(
+            self.engine.module,
+            noisy,
+            timestep,
+            cond=context,
+            uncond=self.negative,
+            guidance=self.guidance,
+            schedule=self.schedule,
+        )
+        return {"real": real}
