@@ -6,9 +6,11 @@ here may fail for want of a server, and every one may be repeated: repetitions c
 
 import importlib
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +26,7 @@ _POINTS_PER_REQUEST = 1000  # the most that log_batch takes
 _NAMES_PER_REQUEST = 100  # the same for params and tags
 _LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones
 _ARTIFACT_ATTEMPTS = 3
+_SLOWEST_UPLOAD = 1e6  # bytes a second, of an artifact and of what a server does with it
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # repeating the request would not help
 _ENVIRONMENT = {
     # Left alone, MLflow repeats a request for minutes. The tracker repeats, so each request may fail early.
@@ -168,7 +171,8 @@ class MlflowRun:
             return [f"the artifact {path} is gone"]
         log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         try:
-            log(self.run_id, str(path), record["folder"])
+            with _patience(path):
+                log(self.run_id, str(path), record["folder"])
         except Exception as error:
             self.client.get_run(
                 self.run_id
@@ -180,6 +184,24 @@ class MlflowRun:
             return [f"the artifact {path}: {error}"]
         self._artifact_attempts = 0
         return []
+
+
+def upload_seconds(path: Path) -> float:
+    """How long the upload of a file, or of a directory's files, may take on a slow line."""
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.exists()) / _SLOWEST_UPLOAD
+
+
+@contextmanager
+def _patience(path: Path) -> Iterator[None]:
+    """MLflow's limit on a request plus the time for these files: a server answers when it has stored a file elsewhere."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    usual = os.environ.setdefault(name, _ENVIRONMENT[name])
+    os.environ[name] = str(int(usual) + math.ceil(upload_seconds(path)))
+    try:
+        yield
+    finally:
+        os.environ[name] = usual
 
 
 def system_monitors() -> list[Any]:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from infra.mlflow_run import MlflowRun
 from infra.spool import Spool
 from infra.tracking import Tracker, TrackingConfig, sqlite_uri
 from tests.mlflow_server import Server, free_port, wait_for
@@ -248,3 +249,30 @@ def test_wrong_uri_is_one_clear_sentence(tmp_path: Path, uri: str | None) -> Non
 def test_importing_does_not_import_mlflow() -> None:
     code = "import sys, infra.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_server_may_take_as_long_as_an_artifacts_size_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import environment_variables
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    allowed: list[int] = []
+
+    class Client:
+        """Asks MLflow what it would ask before a request."""
+
+        def log_artifact(self, *_: object) -> None:
+            allowed.append(environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get())
+
+        log_artifacts = log_artifact
+
+    for name, size in (("small", 10), ("large", 2_000_000_000)):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "file", "wb") as file:
+            file.truncate(size)
+    run = MlflowRun(cast(Any, Client()), "run", "experiment", created=True)
+    for path in (tmp_path / "small" / "file", tmp_path / "large" / "file", tmp_path / "large"):
+        assert run.deliver([{"kind": "artifact", "path": str(path), "folder": None}]) == []
+    assert allowed == [16, 2015, 2015]
+    assert environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 15
