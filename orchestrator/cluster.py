@@ -7,9 +7,10 @@ stopped at the end), on a running cluster (`--address` or `RAY_ADDRESS`), and in
 `RAY_AUTH_TOKEN`, then in the file that `RAY_AUTH_TOKEN_PATH` names, then in `~/.ray/auth_token`, and sends it only if
 `RAY_AUTH_MODE` is `token`. Given an explicit address, Ray leaves an unset `RAY_AUTH_MODE` unset, and so sends nothing;
 `use_token` sets it wherever a token can be found. A Ray started here always has tokens on, and writes a new one to
-`~/.ray/auth_token` if there is none. Workers and jobs inherit the token from the node that they run on.
+`~/.ray/auth_token` if there is none (into its own environment where that cannot be written). Workers and jobs inherit the token from the node that they run on.
 """
 
+import logging
 import math
 import os
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import grpc
 import ray
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+from ray._private.authentication.authentication_token_setup import generate_and_save_token
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import (  # type: ignore[attr-defined]  # compiled, without stubs
@@ -90,6 +93,7 @@ def connect(
 
 def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) -> None:
     _set_token_mode(os.environ.get("RAY_AUTH_MODE", "token"))
+    _ensure_token()
     # Inherited by the node and its workers. A runtime environment would do as well, but every worker would then
     # start from cold.
     paths = [str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -102,6 +106,8 @@ def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) 
             include_dashboard=False,
             **options,
         )
+    except OSError as error:
+        raise RuntimeError(f"Ray did not start on this machine: {error}.") from error
     except Exception as error:  # Ray raises a bare Exception where its node does not answer in time
         reason = str(error).strip().splitlines()[0]
         raise RuntimeError(
@@ -155,6 +161,19 @@ def use_token() -> None:
     if mode == "token" and not found:
         raise ValueError(f"RAY_AUTH_MODE is token, but there is no token: {TOKEN_ADVICE}.")
     _set_token_mode(mode or ("token" if found else "disabled"))
+
+
+def _ensure_token() -> None:
+    """Make the token of a Ray started here; where the home directory cannot be written, for this process and its own."""
+    logging.getLogger(generate_and_save_token.__module__).setLevel(logging.WARNING)
+    tokens = AuthenticationTokenLoader.instance()
+    if os.environ["RAY_AUTH_MODE"] != "token" or tokens.has_token(ignore_auth_mode=True):
+        return
+    try:
+        generate_and_save_token()
+    except OSError:
+        os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
+    tokens.reset_cache()
 
 
 def _set_token_mode(mode: str) -> None:
