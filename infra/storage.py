@@ -14,6 +14,7 @@ directories to rename, can be put behind the same functions. This module knows l
 It does not know what the files mean.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -115,6 +116,32 @@ def reading(path: Location) -> Iterator[Path]:
     target = _local(path)
     _check_complete(target)
     yield target
+
+
+def write_file(path: Location, content: bytes) -> None:
+    """Writes a file, whole or not at all, and makes the directories above it.
+
+    Raises:
+        StorageError: the file system does not take it; nothing is left behind, and what was there stays.
+    """
+    target = _local(path)
+    aside = _aside(target)
+    try:
+        if target.is_dir():  # which `os.replace` would report of the name aside
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{target} cannot be written: {error.strerror or error}; name another place, or make room."
+        ) from error
 
 
 def is_complete(path: Location) -> bool:

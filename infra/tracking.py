@@ -12,6 +12,7 @@ What is MLflow's own is in `infra/mlflow_run.py`. Importing this module does not
 import json
 import logging
 import math
+import os
 import queue
 import re
 import shlex
@@ -26,9 +27,10 @@ from typing import Any, Literal, Self
 
 import yaml
 
-from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file, system_monitors
+from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file, system_monitors, upload_seconds
 from infra.provenance import git_commit, versions
 from infra.redaction import Redactor
+from infra.settings import at_least
 from infra.spool import Record, Spool, find_spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -47,7 +49,8 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     uri: str | None = None
-    """Tracking URI: `sqlite:///path/to/mlflow.db` or `http(s)://host:port`. Unset: an sqlite file with the runs."""
+    """Tracking URI: `sqlite:///path/to/mlflow.db` or `http(s)://host:port`. Unset: MLFLOW_TRACKING_URI, or an sqlite
+    file with the runs."""
 
     experiment: str = "self-forcing"
     """Name of the MLflow experiment, created if absent."""
@@ -55,10 +58,18 @@ class TrackingConfig:
     system_metrics_every_s: float = 10.0
     """Seconds between samples of this machine's CPU, memory, disk, network and GPU use; 0 for none."""
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, "system_metrics_every_s")
+
 
 def sqlite_uri(database: Path) -> str:
     """The tracking URI of an sqlite file."""
     return f"sqlite:///{database.absolute()}"
+
+
+def tracking_uri(uri: str | None, root: str | Path) -> str:
+    """`uri` where it is set, else `MLFLOW_TRACKING_URI`, else `outputs/mlflow.db` below `root`."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path(root) / "outputs" / "mlflow.db")
 
 
 class Tracker:
@@ -175,7 +186,9 @@ class Tracker:
         self._collect()
         self._deadline = time.monotonic() + timeout_s
         self._wake.set()
-        self._thread.join(timeout_s)
+        # The thread moves the deadline while it uploads, as far as the size of the files asks for.
+        while self._thread.is_alive() and (left := self._deadline - time.monotonic()) > 0:
+            self._thread.join(left)
         missing = self._missing()
         if missing:
             _log.warning(missing)
@@ -307,12 +320,27 @@ class Tracker:
             self._spool.arrived(0 if run.created else self._spool.offset, run.run_id)
             self._run = run
         while batch := self._next_batch():
-            refused = self._run.deliver([record for record, _ in batch])
+            refused = self._deliver(self._run, [record for record, _ in batch])
             self._refused += [self._one_line(reason) for reason in refused]
             self._spool.arrived(batch[-1][1], self._run.run_id)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise TimeoutError("the time to finish was too short for everything to arrive")
             self._collect()
+
+    def _deliver(self, run: MlflowRun, records: list[Record]) -> list[str]:
+        """`run.deliver`; a finishing run waits longer for artifacts, unless they do not arrive."""
+        before = self._deadline
+        if before is None or records[0]["kind"] != "artifact":
+            return run.deliver(records)
+        began, extra = time.monotonic(), upload_seconds(Path(records[0]["path"]))
+        self._deadline = before + extra
+        try:
+            refused = run.deliver(records)
+        except Exception:
+            self._deadline = before
+            raise
+        self._deadline = before + min(extra, time.monotonic() - began)
+        return refused
 
     def _next_batch(self) -> list[tuple[Record, int]]:
         """Consecutive metrics up to what one request takes, or one record of another kind; each with its end."""

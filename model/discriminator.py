@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from infra.settings import at_least
 from model.transformer import CrossAttention, Tapped, TransformerConfig, WanTransformer
 
 TIME_SCALE = 10.0
@@ -28,8 +29,7 @@ class BranchConfig:
     """Whether the branch is told the timestep."""
 
     def __post_init__(self) -> None:
-        if self.num_class < 1:
-            raise ValueError(f"num_class must be at least 1, not {self.num_class}.")
+        at_least(self, 1, "num_class")
 
 
 class RegisterTokens(nn.Module):

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from infra.settings import part
 from model.noise import Key, SampleNoise, generator
 from model.rollout_plan import RolloutConfig
 from model.schedule import FlowSchedule
@@ -23,7 +24,8 @@ Module = Callable[..., Tensor]
 
 def per_chunk(high: int, config: RolloutConfig, frames: int, keys: Sequence[Key]) -> Tensor:
     """Uniform integers in [0, high), one a chunk of each sample, repeated over its frames: [B, F]."""
-    config.check_frames(frames)
+    with part("rollout"):
+        config.check_frames(frames)
     chunks = frames // config.chunk
     drawn = [torch.randint(high, (chunks,), generator=generator(*key, "chunk")) for key in keys]
     return torch.stack(drawn).repeat_interleave(config.chunk, dim=1)

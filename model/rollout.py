@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.settings import part
 from model.kv_cache import Cache, History, KeyValue
 from model.noise import NoiseSource
 from model.rollout_plan import RolloutConfig, RolloutPlan
@@ -77,7 +78,8 @@ class Rollout:
             raise ValueError(
                 f"an initial latent of {given} frames does not fit rollout.window of {config.window}."
             )
-        config.check_frames(plan.frames - given)
+        with part("rollout"):
+            config.check_frames(plan.frames - given)
         self.config = config
         self.plan = plan
         self.schedule = FlowSchedule(config.shift)

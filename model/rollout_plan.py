@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from infra.settings import Invalid, at_least, positive
 from model.kv_cache import Window
 from model.noise import Key, integer
 
@@ -31,33 +32,30 @@ class RolloutConfig:
     """From one step to the next by noising the predicted x0 anew, as few-step students do, or along the ODE, for many steps."""
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"rollout.shift must be positive, not {self.shift}; Wan uses 5, no warp is 1.")
-        if self.chunk < 1:
-            raise ValueError(f"rollout.chunk must be at least 1 frame, not {self.chunk}.")
+        positive(self, "shift")
+        at_least(self, 1, "chunk")
         for name, steps in (("steps", self.steps), ("first_steps", self.first_steps)):
             if steps is None:
                 continue
             if not steps or list(steps) != sorted(set(steps), reverse=True):
-                raise ValueError(
-                    f"rollout.{name} {list(steps)} must fall strictly, for example [1000, 750, 500, 250]."
-                )
+                raise Invalid(name, f"{list(steps)} must fall strictly, for example [1000, 750, 500, 250].")
             if not all(0 < step <= 1000 for step in steps):
-                raise ValueError(f"rollout.{name} {list(steps)} must lie in (0, 1000].")
-        if self.sink < 0:
-            raise ValueError(f"rollout.sink must not be negative, not {self.sink}; 0 keeps no sink.")
+                raise Invalid(name, f"{list(steps)} must lie in (0, 1000].")
+        at_least(self, 0, "sink")
         if self.window is not None and self.window < self.chunk + self.sink:
-            raise ValueError(
-                f"rollout.window of {self.window} frames is smaller than the chunk of {self.chunk} plus the "
-                f"sink of {self.sink}; use at least {self.chunk + self.sink}."
+            raise Invalid(
+                "window",
+                f"of {self.window} frames is smaller than the chunk of {self.chunk} plus the sink of {self.sink}; "
+                f"use at least {self.chunk + self.sink}.",
             )
 
     def check_frames(self, frames: int) -> None:
         """Raise unless chunks divide a video of `frames` latent frames."""
         if frames < 1 or frames % self.chunk:
-            raise ValueError(
-                f"rollout.chunk of {self.chunk} does not divide {frames} frames; "
-                f"use {max(1, frames // self.chunk) * self.chunk} frames or another chunk."
+            raise Invalid(
+                "chunk",
+                f"of {self.chunk} does not divide {frames} frames; "
+                f"use {max(1, frames // self.chunk) * self.chunk} frames or another chunk.",
             )
 
     @property

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from infra.settings import Invalid, positive
 from model.noise import Key, SampleNoise, generator
 from model.sampler import guided
 from model.schedule import TIMESTEPS, FlowSchedule
@@ -27,12 +28,11 @@ class ScoreConfig:
     """Highest score timestep, 0..1000."""
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"score.shift must be positive, not {self.shift}; Wan uses 5, no warp is 1.")
+        positive(self, "shift")
         if not 0 <= self.minimum < self.maximum <= 1000:
-            raise ValueError(
-                f"score.minimum {self.minimum} and score.maximum {self.maximum} must satisfy "
-                "0 <= minimum < maximum <= 1000."
+            raise Invalid(
+                "minimum",
+                f"{self.minimum} and maximum {self.maximum} must satisfy 0 <= minimum < maximum <= 1000.",
             )
 
 

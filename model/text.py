@@ -6,6 +6,7 @@ classifier-free guidance calls unconditional) is all zeros.
 """
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class ByteEncoder(nn.Module):
             ]
             if len(words) > self.text_len:
                 raise ValueError(
-                    f"the prompt {prompt!r} has {len(words)} words, more than the {self.text_len} that this "
+                    f"the prompt {shorten(prompt, 60)!r} has {len(words)} words, more than the {self.text_len} that this "
                     "model reads; shorten it."
                 )
             for column, word in enumerate(words):

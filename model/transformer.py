@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infra.settings import Invalid, at_least, positive
 from model import rope
 from model.chunk_view import ChunkView, chunk_views
 from model.kv_cache import History, KeyValue, Window
@@ -56,16 +57,22 @@ class TransformerConfig:
     """Epsilon of every norm."""
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"dim {self.dim} does not give {self.num_heads} heads of an even size; "
-                "choose num_heads so that it does."
+        at_least(
+            self, 1, "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_len", "text_dim"
+        )
+        positive(self, "freq_dim", "eps")
+        if min(self.patch_size) < 1:
+            raise Invalid("patch_size", f"is {self.patch_size}; each entry must be at least 1.")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise Invalid(
+                "dim",
+                f"{self.dim} does not give {self.num_heads} heads of an even size; choose num_heads so that it does.",
             )
         if self.freq_dim % 2:
-            raise ValueError(f"freq_dim {self.freq_dim} must be even: half are cosines, half are sines.")
+            raise Invalid("freq_dim", f"{self.freq_dim} must be even: half are cosines, half are sines.")
         if self.patch_size[0] != 1:
-            raise ValueError(
-                f"patch_size {self.patch_size} must not span frames: its first entry has to be 1."
+            raise Invalid(
+                "patch_size", f"{self.patch_size} must not span frames: its first entry has to be 1."
             )
 
     @property
@@ -76,8 +83,8 @@ class TransformerConfig:
         """Rows and columns of patches in a latent frame; raises where the patch does not divide it."""
         rows, columns = self.patch_size[1:]
         if height % rows or width % columns:
-            raise ValueError(
-                f"latent frames of {height}x{width} are not divisible by patch_size {self.patch_size}."
+            raise Invalid(
+                "patch_size", f"{self.patch_size} does not divide latent frames of {height}x{width}."
             )
         return height // rows, width // columns
 

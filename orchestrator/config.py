@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from infra.tracking import TrackingConfig, sqlite_uri
+from infra.settings import Invalid, at_least, local, part, positive, share
+from infra.tracking import TrackingConfig, tracking_uri
+from model.codec import Codec
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
 from model.rollout_plan import RolloutConfig
@@ -38,6 +40,10 @@ class DataConfig:
     held_out_frames: int = 27
     """Frames of each evaluation video."""
 
+    def __post_init__(self) -> None:
+        local(self, "train", "held_out", "real")
+        at_least(self, 1, "videos", "held_out_videos", "held_out_frames")
+
 
 @dataclass(frozen=True)
 class RanksConfig:
@@ -53,8 +59,8 @@ class RanksConfig:
     """Threads that torch uses in each rank."""
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or self.threads < 1 or self.cpus < 0 or self.gpus < 0:
-            raise ValueError("ranks and threads of a role must be at least 1, its cpus and gpus at least 0.")
+        at_least(self, 1, "ranks", "threads")
+        at_least(self, 0, "cpus", "gpus")
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class TeacherRole(RanksConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.zero_stage not in (0, 3):
-            raise ValueError(f"zero_stage is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
+            raise Invalid("zero_stage", f"is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
+        at_least(self, -1, "guidance")
+        local(self, "negative_embedding")
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,9 @@ class PlacementConfig:
     """Colocated packs the roles together on as few nodes as possible; disaggregated gives each role nodes of its own where it can."""
     timeout_s: float = 120.0
     """Seconds to wait for the cluster to have room."""
+
+    def __post_init__(self) -> None:
+        positive(self, "timeout_s")
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,13 @@ class PretrainConfig:
     """Compile the model with TorchInductor, which needs a C++ compiler on a CPU."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        local(self, "output")
+        at_least(self, 1, "updates", "batch", "checkpoint_every")
+        at_least(self, 0, "warmup")
+        positive(self, "shift")
+        share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -158,6 +176,13 @@ class InitializeConfig:
     """Ranks, optimizer and sharding."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        local(self, "output", "teacher", "pairs_path")
+        at_least(self, 1, "pairs", "ode_steps", "samplers", "updates", "batch", "checkpoint_every")
+        at_least(self, 0, "warmup")
+        at_least(self, -1, "guidance")
+        share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -210,6 +235,13 @@ class DistillConfig:
     sample_every: int = 100
     """Iterations between sample videos; 0 makes none."""
 
+    def __post_init__(self) -> None:
+        local(self, "output", "teacher", "student", "critic")
+        at_least(
+            self, 1, "iterations", "student_every", "batch", "checkpoint_every", "keep", "rollout_frames"
+        )
+        at_least(self, 0, "given_frames", "sample_every")
+
     @property
     def starts_from_data(self) -> bool:
         """Whether the student needs real videos to make its own."""
@@ -246,6 +278,11 @@ class EvaluateConfig:
     """Classifier-free guidance of the teacher's sampler, in the form cond + guidance · (cond − uncond)."""
     threads: int = 1
     """Threads that torch uses in each actor."""
+
+    def __post_init__(self) -> None:
+        local(self, "output", "prompts", "features")
+        at_least(self, 1, "videos", "frames", "batch", "teacher_steps", "threads")
+        at_least(self, -1, "teacher_guidance")
 
 
 @dataclass(frozen=True)
@@ -284,14 +321,20 @@ class RunConfig:
     """MLflow."""
 
     def __post_init__(self) -> None:
+        local(self, "root")
+        at_least(self, 0, "seed")
         frames, channels, height, width = self.video.shape
-        self.rollout.check_frames(frames - self.distill.given_frames)
+        with part("video"):
+            codec = self.video.make_codec()
+        with part("rollout"):
+            self.rollout.check_frames(frames - self.distill.given_frames)
         for name, sizes in (("teacher", self.teacher), ("student", self.student)):
             if (sizes.in_dim, sizes.out_dim) != (channels, channels):
                 raise ValueError(
                     f"{name}.in_dim {sizes.in_dim} and {name}.out_dim {sizes.out_dim} must be the {channels} video.channels."
                 )
-            sizes.grid(height, width)
+            with part(name):
+                sizes.grid(height, width)
         if (self.teacher.text_len, self.teacher.text_dim) != (self.student.text_len, self.student.text_dim):
             raise ValueError(
                 "teacher and student must have the same text_len and text_dim, for they read the same prompts."
@@ -328,13 +371,13 @@ class RunConfig:
                 f"distill.discriminator.taps {list(discriminator.taps)} must lie between 0 and {self.student.num_layers - 1}, "
                 "the critic's last block."
             )
-        self._check_data()
+        self._check_data(codec)
         if self.pretrain.compile and self.pretrain.role.engine.zero_stage == 3:
             raise ValueError(
                 "pretrain.compile does not work with zero_stage 3; use zero_stage 2, or compile: false."
             )
 
-    def _check_data(self) -> None:
+    def _check_data(self, codec: Codec | None) -> None:
         """What starts from real videos, or goes beyond their length."""
         distill, frames = self.distill, self.video.frames
         needs = {
@@ -362,7 +405,7 @@ class RunConfig:
                 f"distill.rollout_frames of {longest} must be the {frames} video.frames and any number of chunks of "
                 f"{self.rollout.chunk} more."
             )
-        if longest > frames and self.video.make_codec() is None:
+        if longest > frames and codec is None:
             raise ValueError(
                 "distill.rollout_frames beyond video.frames needs a video.codec, to make the scored window's first frame anew."
             )
@@ -427,9 +470,7 @@ class RunConfig:
                 prompts=None if self.evaluate.prompts is None else model(self.evaluate.prompts),
                 features=None if self.evaluate.features is None else model(self.evaluate.features),
             ),
-            tracking=replace(
-                self.tracking, uri=self.tracking.uri or sqlite_uri(root / "outputs" / "mlflow.db")
-            ),
+            tracking=replace(self.tracking, uri=tracking_uri(self.tracking.uri, root)),
         )
 
 

@@ -1,17 +1,16 @@
 """The command line: `self-forcing COMMAND [RECIPE] [--dotted.overrides …]`.
 
-A recipe is a YAML file, or the name of one that ships with the package, and may start from another one, its `base`; every setting of the run config can be overridden with a dotted option.
-A user's mistake is one sentence and exit code 2; a run that had to stop (a loss that is not finite, a lost actor) is one sentence and exit code 1.
+A user's mistake is one sentence and exit code 2; a run that had to stop (a loss that is not finite, a lost actor) is
+one sentence and exit code 1. Names of settings and options are looked up here, before the parser, which then only
+reads values: so the nearest name can be given, and a command refuses settings that it does not use.
 """
 
-import difflib
+import importlib
 import os
-import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 # Before Ray or DeepSpeed are imported, by this process or by one that it starts.
@@ -19,193 +18,153 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-import yaml  # noqa: E402
-from jsonargparse import ArgumentError, ArgumentParser  # noqa: E402
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings  # noqa: E402
 
-from infra.tracking import TrackingConfig  # noqa: E402
-from orchestrator.config import RunConfig  # noqa: E402
+from infra.settings import check_local, part  # noqa: E402
+from pipelines.commands import COMMANDS, RESUME, TRACEBACK, Command  # noqa: E402
+from pipelines.recipe import (  # noqa: E402
+    check_names,
+    fields_of,
+    find,
+    is_part,
+    parse_yaml,
+    recipe_arguments,
+    settings,
+    unknown,
+)
 
-RECIPES = Path(__file__).parent / "recipes"
-EXPERIMENTS = Path(__file__).parent / "experiments"
-COMMANDS = {
-    "prepare": "write the moving-digit data sets",
-    "pretrain": "train the bidirectional teacher",
-    "initialize": "make the initial student from the teacher's ODE pairs",
-    "distill": "Self Forcing: distil the student from teacher and critic",
-    "generate": "make a video from a prompt",
-    "evaluate": "measure teacher, initial and distilled student, as far as they are there",
-    "run": "all stages that are not done yet, then evaluate",
-    "experiment": "train and measure every cell of an experiment, such as exposure-bias",
-    "serve": "stream a student to many viewers at once",
-    "register": "make a student the next version of a registered model",
-    "promote": "move an alias to a version that is no worse than the one it names, or roll back",
-    "submit": "run a command as a Ray job on a cluster",
-}
+HELP = ("-h", "--help", "--print_config")
 
 
-def shipped(name: str, folder: Path = RECIPES) -> Path:
-    """A recipe or experiment by path, or by the name of one that ships with the package; ValueError where there is none."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    if (folder / f"{name}.yaml").is_file():
-        return folder / f"{name}.yaml"
-    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-    raise ValueError(f"there is no {folder.name[:-1]} {name!r}; name a YAML file or one of {names}.")
-
-
-def recipe_arguments(name: str, seen: tuple[Path, ...] = ()) -> list[str]:
-    """Options that read a recipe, after the one that it names as its `base`."""
-    path = shipped(name)
-    body = yaml.safe_load(path.read_text())
-    if not isinstance(body, dict) or "base" not in body:
-        return ["--config", str(path)]
-    if path in seen:
-        raise ValueError(f"the recipe {path} is its own base.")
-    base = recipe_arguments(body.pop("base"), (*seen, path))
-    return [*base, "--config", yaml.safe_dump(body)]
-
-
-def config_parser(command: str) -> ArgumentParser:
-    """A parser of every setting of the run config, plus what concerns this call alone."""
-    parser = ArgumentParser(
-        prog=f"self-forcing {command}", description=COMMANDS[command].capitalize() + ".", exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="recipe file")
-    parser.add_class_arguments(RunConfig, None, sub_configs=False)
-    call = parser.add_argument_group("this call")
-    call.add_argument(
-        "--address",
-        type=str | None,
-        default=None,
-        help="Ray cluster; RAY_ADDRESS, or this machine, by default",
-    )
-    call.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
-    call.add_argument("--traceback", action="store_true", help="show stack traces of errors")
-    if command == "evaluate":
-        call.add_argument(
-            "--export-vbench",
-            type=str | None,
-            default=None,
-            help="directory for MP4s under the names that VBench expects",
-        )
-    if command == "generate":
-        call.add_argument("--model", type=str, help="directory of a student")
-        call.add_argument("--prompt", type=str, help="what the video shows")
-        call.add_argument(
-            "--frames", type=int | None, default=None, help="latent frames; the trained length by default"
-        )
-        call.add_argument(
-            "--image", type=str | None, default=None, help="file of the first frame, for image-to-video"
-        )
-        call.add_argument(
-            "--output", type=str, default="outputs/sample.mp4", help="path ending in .mp4 or .gif"
-        )
-    return parser
-
-
-def registry_parser(command: str) -> ArgumentParser:
-    """A parser of where the model registry is, for commands that take no recipe."""
-    parser = ArgumentParser(
-        prog=f"self-forcing {command}", description=COMMANDS[command].capitalize() + ".", exit_on_error=False
-    )
-    parser.add_argument(
-        "--tracking.uri",
-        type=str | None,
-        default=None,
-        help="MLflow: sqlite:///path/to/mlflow.db or http://host:port",
-    )
-    parser.add_argument(
-        "--root", type=str, default=".", help="directory whose outputs/mlflow.db it is where no URI is given"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
-    return parser
-
-
-def parse_registry(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[str | None, Any]:
-    """The tracking URI, chosen as for any other command, and the call's own options."""
-    try:
-        options = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise ValueError(explain(str(error), list(parser.get_defaults().keys()))) from None
-    return RunConfig(
-        root=options.root, tracking=TrackingConfig(options.tracking.uri)
-    ).located().tracking.uri, options
-
-
-def parse(command: str, arguments: Sequence[str]) -> tuple[RunConfig, Any]:
-    """The run config and the call's own options."""
+def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
+    """The config of the command `name`, if it has one, and the call's own options; ValueError for a user's mistake."""
+    command = COMMANDS[name]
+    kind = _imported(command.config) if command.config else None
     arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = recipe_arguments(arguments[0])
-    parser = config_parser(command)
+    if command.recipe and arguments and not arguments[0].startswith("-"):
+        arguments[:1] = ["--config", arguments[0]]
+    own, overrides = _checked(name, arguments, kind)
+    if set(own) & set(HELP):  # what each field's docstring says, which takes a second to read
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        options = parser.parse_args(arguments)
+        options = _parser({name: _command_parser(command, kind)}).parse_args([name, *own])[name]
     except ArgumentError as error:
-        raise ValueError(explain(str(error), settings(RunConfig))) from None
-    return compose(RunConfig, options), options
+        raise ValueError(f"{' '.join(str(error).split()).rstrip('.')}.") from None
+    for option in command.options:
+        if option.path and options[option.key] is not None:
+            check_local(options[option.key], option.name)
+    if command.passes_on:
+        options["overrides"] = overrides
+    return (compose(kind, options) if kind else None), options
 
 
-def compose(kind: Any, values: Any, prefix: str = "") -> Any:
+def compose(kind: Any, values: Any) -> Any:
     """The config of type `kind` from parsed values; a part that refuses its values says so under its dotted name."""
-    nested = {f.name: type(f.default) for f in fields(kind) if is_dataclass(f.default)}
-    arguments = {
-        f.name: compose(nested[f.name], values[f.name], f"{prefix}{f.name}.")
-        if f.name in nested
-        else values[f.name]
-        for f in fields(kind)
-    }
-    try:
-        return kind(**arguments)
-    except ValueError as error:
-        named = str(error).split()[0] in arguments
-        raise ValueError(f"{prefix}{error}" if named else str(error)) from error
+    arguments = {}
+    for name, hint in fields_of(kind).items():
+        if is_part(hint):
+            with part(name):
+                arguments[name] = compose(hint, values[name])
+        else:
+            arguments[name] = values[name]
+    return kind(**arguments)
 
 
-def explain(message: str, known: Sequence[str]) -> str:
-    """The parser's complaint as one sentence, with the nearest of the `known` settings where a key is unknown."""
-    message = re.sub(r"\s+", " ", message).strip().rstrip(".")
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
-        r"Group '([\w.]+)' does not accept option '([\w.]+)'", message
+def _parser(made: dict[str, ArgumentParser]) -> ArgumentParser:
+    """The parser of all commands; those that are not `made` are only listed."""
+    parser = ArgumentParser(
+        prog="self-forcing",
+        description="Train and serve real-time autoregressive video generators by Self Forcing.",
+        exit_on_error=False,
     )
-    unknown = unknown or re.search(
-        r"[Kk]ey '([\w.]+)' is not expected|option '([\w.]+)' is not accepted", message
-    )
-    if unknown is None:
-        wrong = re.match(r'Parser key "([\w.]+)": (.*)', message)
-        return f"{wrong[1]}: {wrong[2]}." if wrong else f"{message}."
-    key = ".".join(part for part in unknown.groups() if part)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"there is no setting {key}; the nearest is {close[0]}."
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(
+            name, made.get(name) or ArgumentParser(exit_on_error=False), help=command.help
+        )
+    return parser
 
 
-def settings(kind: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings of a config type."""
-    names = []
-    for f in fields(kind):
-        nested = f.default if is_dataclass(f.default) else None
-        names += settings(type(nested), f"{prefix}{f.name}.") if nested is not None else [prefix + f.name]
-    return names
+def _command_parser(command: Command, kind: type | None) -> ArgumentParser:
+    """A parser of one command. It reads every setting of the config, and shows those that the command uses."""
+    parser = ArgumentParser(description=f"{command.help[0].upper()}{command.help[1:]}.", exit_on_error=False)
+    if kind is not None:
+        if command.recipe:
+            parser.add_argument("--config", action="config", help="recipe, which may also come first")
+        parser.add_class_arguments(kind, None, sub_configs=False)
+        for action in parser._actions:
+            if find(kind, action.dest) is not None and not command.takes(action.dest):
+                action.help = SUPPRESS
+    call = parser.add_argument_group("this call")
+    for option in (*command.options, TRACEBACK):
+        call.add_argument(option.name, **option.how)
+    return parser
+
+
+def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[str], list[str]]:
+    """The command's own arguments, with recipes read, and those that it passes on; ValueError where a name is wrong."""
+    command = COMMANDS[name]
+    options = {option.name: option for option in (*command.options, TRACEBACK)}
+    own: list[str] = []
+    overrides: list[str] = []
+    given: set[str] = set()
+    positionals = [each for each in options if not each.startswith("-")]
+    rest = list(arguments)
+    while rest:
+        words = [rest.pop(0)]
+        key, equals, value = words[0].partition("=")
+        setting = key.removeprefix("--").removesuffix("+")
+        bare = key in HELP or (key in options and options[key].is_flag)
+        if key.startswith("--") and not (equals or bare) and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+            words.append(value)
+        if not key.startswith("-"):
+            given |= {positionals.pop(0)} if positionals else set()
+            own += words
+        elif key in options or key in HELP:
+            given.add(key)
+            own += words
+        elif key == "--config" and command.recipe and kind is not None:
+            own += recipe_arguments(value, kind)
+        elif command.passes_on:
+            overrides += words
+        elif kind is None or (hint := find(kind, setting)) is None:
+            known = [each for each in settings(kind) if command.takes(each)] if kind else []
+            raise unknown(setting, [*known, *(each.lstrip("-") for each in options)])
+        elif not command.takes(setting):
+            raise ValueError(f"{name} does not use {setting}; leave it out, or set it in the recipe.")
+        else:
+            if is_part(hint):
+                check_names({setting: parse_yaml(value, f"--{setting}")}, kind)
+            own += words
+    missing = [option for option in command.options if option.is_required and option.name not in given]
+    if missing and not given & set(HELP):
+        raise ValueError(f"{name} needs {missing[0].name}: {missing[0].how['help']}.")
+    return own, overrides
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments and RESUME in getattr(COMMANDS.get(arguments[0]), "options", ()):
+            # A run outlives the terminal that it was started from; what it starts inherits that.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print("usage: self-forcing COMMAND [RECIPE] [--dotted.setting VALUE …]\n\ncommands:")
-        print("\n".join(f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()))
-        print("\n`self-forcing COMMAND --help` lists every setting.")
+        _parser({}).print_help()
         return 0
-    command, rest = arguments[0], arguments[1:]
+    name, rest = arguments[0], list(arguments[1:])
     try:
-        if command not in COMMANDS:
-            raise ValueError(f"there is no command {command!r}; use one of {', '.join(COMMANDS)}.")
-        from pipelines import stages
-
-        return stages.dispatch(command, rest)
+        if name not in COMMANDS:
+            raise ValueError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}.")
+        return _imported(COMMANDS[name].function)(*parse(name, rest)) or 0
     except (ValueError, FileNotFoundError) as error:
         return _fail(error, 2, rest)
-    except (FloatingPointError, RuntimeError) as error:
+    except (FloatingPointError, RuntimeError, OSError) as error:
         return _fail(error, 1, rest)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,11 +1,12 @@
 """What a person sees while a stage runs: progress with time left, the losses, and a summary."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import IO, Self, cast
 
 from rich.console import Console
 from rich.panel import Panel
@@ -20,7 +21,46 @@ from rich.progress import (
 from rich.table import Table
 
 LOG_EVERY_S = 10.0
-console = Console(highlight=False)
+
+
+class Output:
+    """Standard output, as long as there is somebody who reads it.
+
+    A closed pipe (`| head`) or terminal is no reason to end a run: what comes after goes nowhere.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stdout.write(text)
+        except OSError:
+            return self._go_on(text)
+
+    def flush(self) -> None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            self._go_on("")
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return sys.stdout.encoding
+
+    def _go_on(self, text: str) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return len(text)
+
+
+output = Output()
+# What is printed holds paths and names of users, in which [brackets] and :colons: mean themselves.
+console = Console(file=cast(IO[str], output), highlight=False, markup=False, emoji=False)
 
 
 def losses(values: Mapping[str, float]) -> str:
@@ -34,15 +74,15 @@ class Display:
         self.stage, self.total, self.done = stage, total, done
         self._first, self._began, self._said = done, time.monotonic(), 0.0
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", markup=False),
             console=console,
-            disable=not sys.stdout.isatty(),
+            disable=not output.isatty(),
         )
         self._task = self._bar.add_task(stage, total=total, completed=done, losses="")
 
@@ -64,14 +104,12 @@ class Display:
             self._said = now
             speed = (done - self._first) / max(now - self._began, 1e-9)
             left = (self.total - done) / speed if speed else 0.0
-            print(
-                f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses(values)}", flush=True
-            )
+            say(f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses(values)}")
 
 
 def say(text: str) -> None:
     """One line, printed above a running progress bar."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def summary(title: str, rows: Mapping[str, str]) -> None:

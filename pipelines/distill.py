@@ -12,11 +12,13 @@ from infra import storage
 from infra.tracking import Tracker
 from model.rollout_plan import RolloutPlan
 from orchestrator import checkpoint
+from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.roles import placed_roles
-from pipelines.console import Display, say
+from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_video
+from pipelines.tracked import located, run_id_of, tracking
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
 from workers.prompts import LatentDataset, Prompts
 
@@ -193,3 +195,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def plain(value: Any) -> Any:
     """As JSON gives it back."""
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def make_student(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
+    """Distil the student, with its own tracking run."""
+    models = check_models(config)
+    parents = {**models["teacher"].card.lineage, **models["student"].card.lineage}
+    newest = storage.newest_complete(f"{config.distill.output}/checkpoints") if resume else None
+    with tracking(config, "distill", config.distill.output, parents, run_id_of(newest)) as tracker:
+        path = distill(config, tracker=tracker, resume=resume, grows=not cluster.started_here)
+        samples = sorted(Path(config.distill.output).glob("samples/*.mp4"))
+        rows = {"model": path, "tracking": tracker.how_to_open()}
+        summary("Distilled student", rows | ({"sample video": str(samples[-1])} if samples else {}))
+
+
+def command(config: RunConfig, options: Any) -> None:
+    config = located("distill", config)
+    with connect(options.address) as cluster:
+        make_student(config, cluster, resume=options.resume)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
-from orchestrator.cluster import release, reserve
+from orchestrator.cluster import connect, release, reserve
 from orchestrator.config import RunConfig
 from pipelines import suites, vbench
-from pipelines.console import Display, say
-from pipelines.report import Report, write_report
+from pipelines.console import Display, console, say, summary
+from pipelines.report import SHEET, Report, summary_table, write_report
 from pipelines.suite import Row, Suite, Videos
+from pipelines.tracked import located, tracking
 from workers.generator import Generator
 from workers.model_directory import ModelDirectory
 
@@ -360,3 +361,20 @@ def generate(job: Job, samples: range) -> dict[str, Tensor]:
     if job.latents:
         made["latents"] = latents[:, : job.frames].float().contiguous()
     return made
+
+
+def make_report(config: RunConfig, *, resume: bool, export: str | None = None) -> None:
+    """Measure the models that are there, with a tracking run, and show the table."""
+    student = student_of(open_models(config))
+    with tracking(config, "evaluate", config.evaluate.output, dict(student.card.lineage)) as tracker:
+        report = evaluate(config, tracker=tracker, resume=resume, export=export)
+        console.print(summary_table(report))
+        output = config.evaluate.output
+        rows = {"report": f"{output}/report.md", "samples": f"{output}/{SHEET}"}
+        summary("Evaluation", rows | {"tracking": tracker.how_to_open()})
+
+
+def command(config: RunConfig, options: Any) -> None:
+    config = located("evaluate", config)
+    with connect(options.address):
+        make_report(config, resume=options.resume, export=options.export_vbench)

@@ -1,35 +1,46 @@
 """`self-forcing generate`: a video from a prompt, of any length."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pipelines.console import say
+from pipelines.media import check_output, read_image, write_video
 from workers.generator import Generator
 
 
-def generate_video(
-    *, model: str, prompt: str, frames: int | None, seed: int, output: str, image: str | None = None
-) -> Path:
-    """Write one video, `image` its first frame if there is one.
+def command(_: None, options: Any) -> None:
+    """Write one video.
 
-    ValueError for an empty prompt, another ending than .mp4 or .gif, an image that cannot be read, or a model that cannot do it.
+    ValueError for an empty prompt, a place that cannot be written to, an image that cannot be read, or a model that
+    cannot do it.
     """
-    from pipelines.media import check_suffix, read_image, write_video
-
-    path = check_suffix(output)
-    if not prompt.strip():
+    path = check_output(options.output)
+    if not options.prompt.strip():
         raise ValueError("--prompt is empty; say what the video shows, for example 'a seven drifting left'.")
-    generator = Generator(model)
-    wanted = generator.card.video.frames if frames is None else frames
-    if wanted < 1:
-        raise ValueError(f"--frames must be at least 1, not {wanted}.")
+    if options.frames is not None and options.frames < 1:
+        raise ValueError(f"--frames must be at least 1, not {options.frames}.")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {options.seed}.")
+    if options.image is not None and not Path(options.image).is_file():
+        raise ValueError(f"--image: there is no file {options.image}.")
+    generator = Generator(options.model)
+    wanted = generator.card.video.frames if options.frames is None else options.frames
     initial, given = None, 0
-    if image is not None:
+    if options.image is not None:
+        if not generator.card.recipe.get("distill", {}).get("given_frames"):
+            raise ValueError(
+                f"--image: the model at {options.model} was not trained to go on from an image; leave it out, or name a"
+                " student that was distilled with distill.given_frames."
+            )
         shape = generator.decode(torch.zeros(1, 1, *generator.card.video.shape[1:])).shape[2:]
         assert generator.codec is not None, "decoding has shown that there is one"
-        initial = generator.codec.encode(read_image(image, (shape[0], shape[1], shape[2]))[None, None])
+        initial = generator.codec.encode(
+            read_image(options.image, (shape[0], shape[1], shape[2]))[None, None]
+        )
         given = initial.shape[1]
     length = generator.frames_of_chunks(max(wanted, given + 1), given)
-    latents = generator.student([prompt], [(seed, "generate", 0)], length, initial)
+    latents = generator.student([options.prompt], [(options.seed, "generate", 0)], length, initial)
     write_video(path, generator.decode(latents)[0, :wanted], generator.card.video.fps)
-    return path
+    say(f"wrote {path}")

@@ -8,10 +8,14 @@ Everything has one schedule, the student's.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from infra import storage
+from infra.settings import part
 from model.forcing import forced, per_chunk
 from model.initialization.consistency import consistency_target
 from model.initialization.regression import regression_terms, trajectory_inputs
@@ -21,9 +25,13 @@ from model.rollout_plan import RolloutConfig
 from model.sampler import euler_step, guided, ode_grid
 from model.schedule import TIMESTEPS, FlowSchedule
 from model.transformer import WanTransformer
+from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
-from orchestrator.single_model import Task
+from orchestrator.single_model import Stage, Task, train
+from pipelines.console import progress, say, summary
+from pipelines.ode_pairs import write_pairs
 from pipelines.pretrain import export_model
+from pipelines.tracked import located, run_id_of, tracking
 from workers.dataset import ParquetDataset
 from workers.engine import FrozenEngine, TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory
@@ -224,7 +232,8 @@ def check(config: RunConfig) -> ModelDirectory:
         raise ValueError(
             f"the model at {settings.teacher} makes latents of {source.card.video.shape}, `video` says {config.video.shape}."
         )
-    config.rollout.check_frames(config.video.frames)
+    with part("rollout"):
+        config.rollout.check_frames(config.video.frames)
     causal = settings.method in ("causal_ode", "causal_consistency")
     if causal and source.card.kind != "student":
         raise ValueError(
@@ -236,3 +245,30 @@ def check(config: RunConfig) -> ModelDirectory:
             f"initialize.method ode needs a bidirectional teacher, and the model at {settings.teacher} is causal; use causal_ode."
         )
     return source
+
+
+def make_initial(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
+    """Make the ODE pairs where the method needs them, and train the initial student, with its own tracking run."""
+    teacher = check(config)
+    if config.initialize.method in ("ode", "causal_ode"):
+        say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
+        write_pairs(config)
+    stage = Stage("initialize", config.initialize, config.seed)
+    parents = dict(teacher.card.lineage)
+    previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
+    with tracking(config, "initialize", config.initialize.output, parents, previous) as tracker:
+        task = METHODS[config.initialize.method](config, {**parents, "initial_student": tracker.run_id})
+        path = train(
+            stage,
+            task,
+            tracker=tracker,
+            resume=resume,
+            progress=partial(progress, stage.name, stage.settings.updates),
+        )
+        summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
+
+
+def command(config: RunConfig, options: Any) -> None:
+    config = located("initialize", config)
+    with connect(options.address) as cluster:
+        make_initial(config, cluster, resume=options.resume)

@@ -2,6 +2,8 @@
 
 import os
 from fractions import Fraction
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -11,55 +13,81 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from infra import storage
 from model.codec import enlarge, to_uint8
 
 SUFFIXES = (".mp4", ".gif")
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """An image file as one frame [channels, height, width] of that shape in [−1, 1], scaled to fill it and cut at the longer side."""
+    """An image file, turned as its camera says, as one frame [channels, height, width] of that shape in [−1, 1].
+
+    It is scaled to fill the frame and cut at the longer side. ValueError where it cannot be read.
+    """
     channels, height, width = shape
     try:
         with Image.open(path) as file:
-            image = ImageOps.fit(file.convert("L" if channels == 1 else "RGB"), (width, height))
-    except OSError as error:
-        raise ValueError(f"--image {path} cannot be read as an image: {error}.") from None
+            image = ImageOps.fit(_eight_bits(ImageOps.exif_transpose(file), channels), (width, height))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path} cannot be read as an image: {str(error).rstrip('.')}.") from None
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).reshape(height, width, channels)
     return rearrange(pixels / 127.5 - 1, "h w c -> c h w")
 
 
-def check_suffix(path: str | Path) -> Path:
-    if Path(path).suffix not in SUFFIXES:
+def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        image = Image.fromarray(
+            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        )
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def check_output(path: str | Path) -> Path:
+    """The path of a video to be written; ValueError where its ending or its place cannot be."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"the output {path} must end in {' or '.join(SUFFIXES)}.")
-    return Path(path)
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a directory; name a file.")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(
+            f"the output {path} cannot be written: {above} is no directory that can be written to."
+        )
+    return path
 
 
 def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
     """Write frames [T, channels, height, width] in [−1, 1] as MP4 or GIF, whole or not at all."""
-    path = check_suffix(path)
+    path = check_output(path)
     pixels = enlarge(to_uint8(frames))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    content = BytesIO()
     if path.suffix == ".gif":
         first, *rest = [Image.fromarray(frame) for frame in pixels]
-        first.save(aside, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        # A GIF counts hundredths of a second: rounded where each frame ends, so that they add up.
+        ends = [round(100 * frame / fps) for frame in range(len(pixels) + 1)]
+        durations = [10 * (end - start) for start, end in pairwise(ends)]
+        first.save(content, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
     else:
-        with av.open(aside, "w") as container:
+        with av.open(content, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps))
             stream.height, stream.width = pixels.shape[1:3]
             stream.pix_fmt = "yuv420p"
             for frame in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
-    os.replace(aside, path)
+    storage.write_file(path, content.getvalue())
 
 
 def contact_sheet(path: str | Path, videos: list[Tensor], scale: int = 3) -> None:
     """One row of frames a video, each [T, channels, height, width] in [−1, 1], as PNG."""
     rows = [rearrange(to_uint8(video), "t h w c -> h (t w) c") for video in videos]
     sheet = np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    content = BytesIO()
+    Image.fromarray(sheet).save(content, "PNG")
+    storage.write_file(path, content.getvalue())
 
 
 def grid(videos: list[Tensor]) -> Tensor:

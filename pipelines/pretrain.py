@@ -5,6 +5,8 @@ A byte encoder of prompts, where there is one, is trained with the teacher and f
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,11 @@ from model.schedule import FlowSchedule
 from model.score import ScoreConfig, ScorePlan
 from model.text import ByteEncoder
 from model.transformer import WanTransformer
+from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
-from orchestrator.single_model import Task, share
+from orchestrator.single_model import Stage, Task, share, train
+from pipelines.console import progress, summary
+from pipelines.tracked import located, run_id_of, tracking
 from workers.dataset import ParquetDataset
 from workers.engine import TrainEngine
 from workers.model_directory import ModelCard, ModelWriter
@@ -122,3 +127,24 @@ def export_model(
     if dist.get_rank() == 0:
         storage.publish(staging, path, {"kind": card.kind})
     dist.barrier()
+
+
+def make_teacher(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
+    """Train the teacher, with its own tracking run."""
+    stage = Stage("pretrain", config.pretrain, config.seed)
+    previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
+    with tracking(config, "pretrain", config.pretrain.output, {}, previous) as tracker:
+        path = train(
+            stage,
+            Pretrain(config, tracker.run_id),
+            tracker=tracker,
+            resume=resume,
+            progress=partial(progress, stage.name, stage.settings.updates),
+        )
+        summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
+
+
+def command(config: RunConfig, options: Any) -> None:
+    config = located("pretrain", config)
+    with connect(options.address) as cluster:
+        make_teacher(config, cluster, resume=options.resume)

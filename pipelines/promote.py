@@ -7,11 +7,12 @@ follow the alias load what it names next.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from infra.registry import Reference, Registry, Version
-from pipelines import cli, suites
+from infra.tracking import tracking_uri
+from pipelines import suites
 from pipelines.console import say
 from pipelines.suite import Compared
 
@@ -129,25 +130,9 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
             say(f"promote: {name} {now[name]:.4g} -> {new[name]:.4g}")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Move an alias or roll it back; ValueError for what cannot be, Refused for a version that does not pass
-    the gate."""
-    parser = cli.registry_parser("promote")
-    parser.add_argument("name", type=str, help="registered model")
-    parser.add_argument("version", type=int, nargs="?", help="version to promote")
-    parser.add_argument("--alias", type=str, default="serving", help="alias to move")
-    parser.add_argument(
-        "--margin",
-        type=float | None,
-        default=None,
-        help="by how much each metric may be worse; null takes the suite's own margins",
-    )
-    parser.add_argument("--ungated", action="store_true", help="promote without comparing any metric")
-    parser.add_argument(
-        "--rollback", action="store_true", help="return to the version before the last promotion"
-    )
-    uri, options = cli.parse_registry(parser, arguments)
-    registry = Registry(uri)
+def command(_: None, options: Any) -> None:
+    """Move an alias or roll it back; ValueError for what cannot be, Refused by the gate."""
+    registry = Registry(tracking_uri(options.tracking.uri, options.root))
     if options.rollback == (options.version is not None):
         raise ValueError("promote needs the number of a version, or --rollback, and not both.")
     if options.rollback:
@@ -156,4 +141,3 @@ def main(arguments: Sequence[str]) -> int:
     else:
         version = registry.resolve(f"models:/{options.name}/{options.version}")
         promote(registry, version, options.alias, margin=options.margin, gated=not options.ungated)
-    return 0

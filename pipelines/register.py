@@ -4,44 +4,20 @@ With it go its recipe, its lineage, and what `evaluate` measured of it.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from infra import storage
 from infra.registry import Reference, Registry
-from infra.tracking import TrackingConfig
-from pipelines import cli, suites
+from infra.tracking import tracking_uri
+from pipelines import suites
 from pipelines.console import say
 from pipelines.promote import promote
 from workers.streamer import check
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Register a model, and perhaps promote it; ValueError where it cannot stream or the metrics are not its
-    own."""
-    parser = cli.registry_parser("register")
-    parser.add_argument("model", type=str, help="directory of a student")
-    parser.add_argument("--name", type=str, required=True, help="registered model; made if there is none")
-    parser.add_argument(
-        "--metrics",
-        type=str | None,
-        default=None,
-        help="evaluate.output, or its metrics.json, of this student",
-    )
-    parser.add_argument(
-        "--alias",
-        type=str | None,
-        default=None,
-        help="promote the version to this alias, through the same gate",
-    )
-    parser.add_argument(
-        "--tracking.experiment",
-        type=str,
-        default=TrackingConfig().experiment,
-        help="MLflow experiment of its run",
-    )
-    uri, options = cli.parse_registry(parser, arguments)
+def command(_: None, options: Any) -> None:
+    """Register a model, and perhaps promote it; ValueError if it cannot stream or the metrics are another's."""
     Reference(options.name, alias=options.alias)
     model = Path(options.model).absolute()
     card = check(str(model))[0].card
@@ -53,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         file = (file / "metrics.json" if file.is_dir() else file).absolute()
         metrics, params["evaluation"] = measured(file, model)
         files.append(file)
-    registry = Registry(uri)
+    registry = Registry(tracking_uri(options.tracking.uri, options.root))
     version = registry.register(
         options.name,
         model,
@@ -66,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     say(f"register: {options.model} is {version} in the registry at {registry.where}")
     if options.alias is not None:
         promote(registry, version, options.alias)
-    return 0
 
 
 def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]:

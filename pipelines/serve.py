@@ -2,14 +2,15 @@
 
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
 from ray import serve
 
 from infra.files import Files
+from infra.settings import check_local
+from infra.tracking import tracking_uri
 from orchestrator.cluster import connect
 from orchestrator.serving.access import check_exposure
 from orchestrator.serving.app import application
@@ -19,28 +20,8 @@ from pipelines.console import say
 from workers.streamer import check
 
 
-def main(arguments: Sequence[str]) -> int:
+def command(config: ServeConfig, options: Any) -> None:
     """Serve until interrupted; ValueError for settings that cannot work or a model that cannot stream."""
-    parser = ArgumentParser(
-        prog="self-forcing serve", description="Stream from a student.", exit_on_error=False
-    )
-    parser.add_class_arguments(ServeConfig, None)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; others than this machine's need tokens"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument("--certificate", type=str | None, default=None, help="PEM file, for HTTPS")
-    parser.add_argument("--key", type=str | None, default=None, help="PEM file of the certificate's key")
-    parser.add_argument(
-        "--address", type=str | None, default=None, help="Ray cluster; this machine by default"
-    )
-    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
-    try:
-        options = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise ValueError(str(error)) from None
-    settings = parser.instantiate_classes(options)
-    config = ServeConfig(**{each.name: settings[each.name] for each in fields(ServeConfig)})
     if (options.certificate is None) != (options.key is None):
         raise ValueError("certificate and key belong together; give both or neither.")
     if options.certificate is not None and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
@@ -48,7 +29,10 @@ def main(arguments: Sequence[str]) -> int:
             "with RAY_SERVE_ENABLE_HA_PROXY=1 there is no HTTPS: leave out certificate and key and let a proxy in front end TLS."
         )
     check_exposure(config.access, options.host)
-    if not config.registered:
+    if config.registered:
+        config = replace(config, registry=tracking_uri(config.registry, "."))
+    else:
+        check_local(config.model, "model")
         config = replace(config, model=str(Path(config.model).absolute()))
     check(str(locate(config)[1]))
     config = replace(config, videos=replace(config.videos, storage=_storage(config.videos.storage)))
@@ -70,7 +54,6 @@ def main(arguments: Sequence[str]) -> int:
             threading.Event().wait()
         finally:
             serve.shutdown()
-    return 0
 
 
 def _storage(location: str) -> str:

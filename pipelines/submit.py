@@ -6,7 +6,6 @@ the cluster is the job server's address. What it deliberately does not know is w
 Ray runs a job once. So it is this process that hands a failed job in again, with `--resume`.
 """
 
-import argparse
 import asyncio
 import logging
 import os
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -26,7 +26,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.provenance import carried
 from orchestrator import cluster
-from pipelines.cli import COMMANDS, EXPERIMENTS, RECIPES, shipped
+from pipelines.commands import COMMANDS, RESUME
+from pipelines.console import output, say
+from pipelines.recipe import EXPERIMENTS, RECIPES, shipped
 
 QUIET = (
     "ray.dashboard.modules.job.sdk",
@@ -34,8 +36,6 @@ QUIET = (
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
 )
-NO_JOBS = ("generate", "serve", "register", "promote", "submit")
-"""Commands that take no recipe."""
 BAD_INPUT = 2
 DETACHED = 130
 STOPPED = 143
@@ -58,7 +58,7 @@ def submit(
     `recipe` is a file below `working_dir` (default: here), or the name of one that ships with the package. See
     `run_job`. Raises `ValueError`, before anything is sent, for a command or a recipe that there is not.
     """
-    jobs = [name for name in COMMANDS if name not in NO_JOBS]
+    jobs = [name for name, each in COMMANDS.items() if RESUME in each.options]
     if command not in jobs:
         raise ValueError(f"{command!r} is no command for a job; use one of {', '.join(jobs)}.")
     working_dir = (working_dir or Path.cwd()).resolve()
@@ -74,24 +74,8 @@ def submit(
     return run_job(words, address=address, working_dir=working_dir, wait=wait, retries=retries)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`self-forcing submit [RECIPE] [options] [--dotted.overrides …]`; overrides go to the command unchanged."""
-    parser = argparse.ArgumentParser(
-        prog="self-forcing submit",
-        description="Run a command as a Ray job on a cluster, follow it, or stop it.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "recipe", nargs="?", help="recipe file, or the name of one that ships with the package"
-    )
-    parser.add_argument("--command", default="distill", help="what the job runs (default: distill)")
-    parser.add_argument("--address", help="job server, http://host:8265; RAY_API_SERVER_ADDRESS by default")
-    parser.add_argument("--no-wait", action="store_true", help="do not follow the job")
-    parser.add_argument("--retries", type=int, default=0, help="hand a failed job in again, with --resume")
-    parser.add_argument("--follow", metavar="JOB", help="follow a job that was submitted before")
-    parser.add_argument("--stop", metavar="JOB", help="stop a job")
-    parser.add_argument("--traceback", action="store_true", help="show stack traces of errors")
-    options, overrides = parser.parse_known_args(arguments)
+def command(_: None, options: Any) -> int:
+    """Start a job, or follow or stop one; overrides go to the job's command unchanged."""
     if options.stop:
         return stop(options.stop, address=options.address)
     if options.follow:
@@ -101,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     return submit(
         options.command,
         options.recipe,
-        overrides,
+        options.overrides,
         address=options.address,
         wait=not options.no_wait,
         retries=options.retries,
@@ -126,15 +110,15 @@ def run_job(
     for attempt in range(retries + 1):
         resumed = ["--resume"] if attempt and "--resume" not in words else []
         job_id = _hand_in(client, shlex.join([*words, *resumed]), working_dir)
-        print(f"Submitted {job_id} to {client.get_address()}.", flush=True)
+        say(f"Submitted {job_id} to {client.get_address()}.")
         if not wait:
-            print(_how_to(client, job_id), flush=True)
+            say(_how_to(client, job_id))
             return 0
         code = follow(job_id, client=client)
         if code in (0, BAD_INPUT, STOPPED, DETACHED) or client.get_job_status(job_id) != JobStatus.FAILED:
             return code
         if attempt < retries:
-            print(f"{job_id} failed with exit code {code}: retry {attempt + 1} of {retries}.", flush=True)
+            say(f"{job_id} failed with exit code {code}: retry {attempt + 1} of {retries}.")
     return code
 
 
@@ -148,7 +132,7 @@ def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClie
     try:
         details = asyncio.run(_follow(client, job_id))
     except KeyboardInterrupt:
-        print(f"\n{job_id} runs on without being followed. {_how_to(client, job_id)}", flush=True)
+        say(f"\n{job_id} runs on without being followed. {_how_to(client, job_id)}")
         return DETACHED
     except ConnectionError:
         print(
@@ -160,7 +144,7 @@ def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClie
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        print(f"{job_id} was stopped.", flush=True)
+        say(f"{job_id} was stopped.")
         return STOPPED
     if details.driver_exit_code is None:
         print(f"{job_id} did not run: {details.message}", file=sys.stderr, flush=True)
@@ -183,10 +167,7 @@ def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) ->
             print(f"{job_id} has not stopped within {timeout_s:g} s.", file=sys.stderr, flush=True)
             return 1
         time.sleep(0.2)
-    print(
-        f"{job_id} was stopped." if status == JobStatus.STOPPED else f"{job_id} had ended: {status}.",
-        flush=True,
-    )
+    say(f"{job_id} was stopped." if status == JobStatus.STOPPED else f"{job_id} had ended: {status}.")
     return 0
 
 
@@ -261,8 +242,8 @@ async def _follow(client: JobSubmissionClient, job_id: str) -> JobDetails:
 
     def show(text: str) -> None:
         nonlocal printed
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        output.write(text)
+        output.flush()
         printed += len(text)
 
     last_contact = time.monotonic()

@@ -1,8 +1,9 @@
 """Settings of `TrainEngine`; light, so that a configuration is checked without importing torch."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+
+from infra.settings import Invalid, at_least, positive
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,17 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage is {self.zero_stage}: use 0, 1, 2 or 3")
+            raise Invalid("zero_stage", f"is {self.zero_stage}: use 0, 1, 2 or 3")
         if self.offload and self.zero_stage == 0:
-            raise ValueError(
-                "offload needs a sharded optimizer: set zero_stage to 1, 2 or 3, or offload to false"
+            raise Invalid(
+                "offload", "needs a sharded optimizer: set zero_stage to 1, 2 or 3, or offload to false"
             )
         if self.dtype not in ("fp32", "bf16"):
-            raise ValueError(f"dtype is {self.dtype!r}: use fp32 or bf16")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate is {self.learning_rate}: use a number of at least 0")
+            raise Invalid("dtype", f"is {self.dtype!r}: use fp32 or bf16")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas}: use two numbers of at least 0 and below 1")
-        if not self.eps > 0:
-            raise ValueError(f"eps is {self.eps}: use a number above 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}: use a number of at least 0")
-        if not self.clip >= 0:
-            raise ValueError(f"clip is {self.clip}: use a norm above 0, or 0 to clip nothing")
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation is {self.accumulation}: use a whole number of at least 1")
+            raise Invalid("betas", f"is {self.betas}: use two numbers of at least 0 and below 1")
+        at_least(self, 0, "learning_rate", "weight_decay", "clip", "ema_start")
+        at_least(self, 1, "accumulation")
+        positive(self, "eps")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: use at least 0 and below 1, or leave it out")
-        if self.ema_start < 0:
-            raise ValueError(f"ema_start is {self.ema_start}: use a whole number of at least 0")
+            raise Invalid("ema_decay", f"is {self.ema_decay}: use at least 0 and below 1, or leave it out")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra import storage
+from infra.settings import Invalid, at_least, positive
 from model.codec import Codec, SpaceToDepth
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder, TextEncoder
@@ -48,9 +49,8 @@ class VideoConfig:
     """Frames a second of written videos."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "channels", "height", "width", "pixel_std", "fps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        positive(self, "frames", "channels", "height", "width", "pixel_std", "fps")
+        at_least(self, -1, "pixel_mean")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -62,9 +62,7 @@ class VideoConfig:
             return None
         factor = int(self.channels**0.5)
         if factor**2 != self.channels:
-            raise ValueError(
-                f"video.codec space_to_depth needs a square number of video.channels, not {self.channels}."
-            )
+            raise Invalid("codec", f"space_to_depth needs a square number of channels, not {self.channels}.")
         return SpaceToDepth(factor, self.pixel_mean, self.pixel_std)
 
 

@@ -5,12 +5,14 @@ sends to the video stays there; what it sends to a prediction travels back to th
 one, write a file of this package that declares it in a `LOSSES` of its own.
 """
 
+import math
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
 
 from torch import Tensor
 
+from infra.settings import Invalid, at_least
 from model.objectives.loss import Leaves, Loss
 
 
@@ -36,9 +38,10 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.weights) - set(LOSSES))
         if unknown:
-            raise ValueError(f"weights names {unknown[0]!r}, which is no loss; use {', '.join(LOSSES)}.")
-        if not self.weights or any(not weight > 0 for weight in self.weights.values()):
-            raise ValueError("weights must give each loss that takes part a positive weight, and name one.")
+            raise Invalid("weights", f"names {unknown[0]!r}, which is no loss; use {', '.join(LOSSES)}.")
+        if not self.weights or any(not 0 < weight < math.inf for weight in self.weights.values()):
+            raise Invalid("weights", "must give each loss that takes part a positive weight, and name one.")
+        at_least(self, 0, "sid_alpha")
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from infra.settings import at_least, positive
 from model.discriminator import BranchConfig
 from model.objectives.loss import Loss
 
@@ -33,12 +34,8 @@ class DiscriminatorConfig(BranchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("weight", "flow_weight", "r1_weight", "r2_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        for name in ("r1_sigma", "r2_sigma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        at_least(self, 0, "weight", "flow_weight", "r1_weight", "r2_weight")
+        positive(self, "r1_sigma", "r2_sigma")
 
 
 def generator_loss(fake: Tensor) -> Tensor:

@@ -8,23 +8,28 @@ each.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
 from safetensors.torch import save_file
 
 from infra import storage
 from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
+from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
-from pipelines import cli
+from pipelines.cli import parse
 from pipelines.console import say
+from pipelines.digits.prepare import prepare
 from pipelines.digits.suite import SHEET, SUITE
+from pipelines.distill import make_student
 from pipelines.evaluate import job_of, measure_models, samples
+from pipelines.initialize import make_initial
+from pipelines.recipe import EXPERIMENTS, read_yaml, settings, shipped
 from pipelines.report import estimates_json
 from pipelines.suite import Row
+from pipelines.tracked import tracking
 from workers.model_directory import ModelDirectory
 
 REFERENCES = ("real", "teacher", "initial")
@@ -59,8 +64,8 @@ class Experiment:
 
 def open_experiment(name: str) -> Experiment:
     """An experiment by path, or by the name of one that ships with the package; ValueError where it is none."""
-    path = cli.shipped(name, cli.EXPERIMENTS)
-    body = yaml.safe_load(path.read_text())
+    path = shipped(name, EXPERIMENTS)
+    body = read_yaml(path)
     try:
         cells = tuple(Cell(name, **cell) for name, cell in body.pop("cells").items())
         return Experiment(
@@ -70,13 +75,13 @@ def open_experiment(name: str) -> Experiment:
         raise ValueError(f"{path} is not an experiment: {error}.") from None
 
 
-def options(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Nested settings as dotted options."""
-    leaves = set(cli.settings(RunConfig))
-    for name, value in settings.items():
+    leaves = set(settings(RunConfig))
+    for name, value in values.items():
         dotted = prefix + name
         if isinstance(value, Mapping) and dotted not in leaves:
-            yield from options(value, f"{dotted}.")
+            yield from as_options(value, f"{dotted}.")
         else:
             yield f"--{dotted}={json.dumps(value) if not isinstance(value, str) else value}"
 
@@ -85,14 +90,22 @@ def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: S
     """The resolved config of one cell, or of what all of them share; settings are checked as those of any
     command."""
     place = f"outputs/{experiment.name}"
-    arguments = [experiment.recipe, *options(experiment.settings), f"--tracking.experiment={experiment.name}"]
+    arguments = [
+        experiment.recipe,
+        *as_options(experiment.settings),
+        f"--tracking.experiment={experiment.name}",
+    ]
     arguments += [f"--initialize.output={place}/initial", f"--distill.student={place}/initial/model"]
     if cell is not None:
         where = f"{place}/{cell.name}/{seed}"
-        arguments += [*options(cell.settings), f"--{cell.stage}.output={where}", f"--evaluate.output={where}"]
+        arguments += [
+            *as_options(cell.settings),
+            f"--{cell.stage}.output={where}",
+            f"--evaluate.output={where}",
+        ]
     else:
         arguments.append(f"--evaluate.output={place}/references")
-    config, _ = cli.parse(cell.stage if cell else "evaluate", [*arguments, *overrides, f"--seed={seed}"])
+    config, _ = parse("run", [*arguments, *overrides, f"--seed={seed}"])
     return config.located()
 
 
@@ -120,26 +133,17 @@ def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]
     return json.loads(json.dumps({**settings, "weights": weights}))
 
 
-def run(
-    experiment: Experiment,
-    overrides: Sequence[str],
-    *,
-    make: Mapping[str, Callable[[RunConfig], None]],
-    track: Callable[..., Any],
-) -> None:
-    """Every cell that is not there yet, seed by seed, so that what is there compares like with like.
-
-    `make` trains one stage (and `prepare` writes the data sets) where there is no model yet; `track` opens a
-    tracker.
-    """
+def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> None:
+    """Every cell that is not there yet, seed by seed, so that what is there compares like with like."""
     from pipelines.digits.ablation import write_report
 
+    make = {"initialize": make_initial, "distill": make_student}
     shared = config_of(experiment, None, experiment.seeds[0], overrides)
     every = [(cell, seed) for seed in experiment.seeds for cell in experiment.cells]
     configs = {(cell.name, seed): config_of(experiment, cell, seed, overrides) for cell, seed in every}
-    make["prepare"](shared)
+    prepare(shared)
     if not storage.is_complete(shared.distill.student):
-        make["initialize"](shared)
+        make_initial(shared, cluster, resume=True)
     start = {
         "teacher": ModelDirectory(shared.distill.teacher),
         "initial": ModelDirectory(shared.distill.student),
@@ -147,7 +151,7 @@ def run(
     results = f"{shared.root}/{experiment.results}"
     done = f"{results}/cells"
     if not _is_done(f"{done}/references", shared, "evaluate", start):
-        _measure(f"{done}/references", shared, "evaluate", start, start, 0.0, track)
+        _measure(f"{done}/references", shared, "evaluate", start, start, 0.0)
     for number, (cell, seed) in enumerate(every, start=1):
         config, path = configs[cell.name, seed], f"{done}/{cell.name}-{seed}"
         if _is_done(path, config, cell.stage, start):
@@ -156,11 +160,11 @@ def run(
         began = time.monotonic()
         output = getattr(config, cell.stage).output
         if not storage.is_complete(f"{output}/model"):
-            make[cell.stage](config)
+            make[cell.stage](config, cluster, resume=True)
         trained = {cell.name: ModelDirectory(f"{output}/model")}
-        _measure(path, config, cell.stage, start, trained, time.monotonic() - began, track)
+        _measure(path, config, cell.stage, start, trained, time.monotonic() - began)
         write_report(experiment, shared, done, overrides)
-    with track(shared, "report", f"{shared.root}/outputs/{experiment.name}", {}) as tracker:
+    with tracking(shared, "report", f"{shared.root}/outputs/{experiment.name}", {}) as tracker:
         for file in write_report(experiment, shared, done, overrides):
             tracker.artifact(file, "report")
     say(f"experiment: the report is {results}.md")
@@ -184,13 +188,12 @@ def _measure(
     start: Mapping[str, ModelDirectory],
     models: Mapping[str, ModelDirectory],
     trained_s: float,
-    track: Callable[..., Any],
 ) -> None:
     """Measure models and publish what was found as `path`."""
     began = time.monotonic()
     jobs = {name: job_of(config, SUITE, model) for name, model in models.items()}
     lineage = {role: run for model in models.values() for role, run in model.card.lineage.items()}
-    with track(config, "evaluate", config.evaluate.output, lineage) as tracker:
+    with tracking(config, "evaluate", config.evaluate.output, lineage) as tracker:
         measured = measure_models(
             config, SUITE, models, jobs, chunk=config.rollout.chunk, trained=config.video.frames, resume=True
         )
@@ -217,3 +220,10 @@ def _track(tracker: Tracker, name: str, row: Row) -> None:
     for frame in range(row.frames):
         values = {f"{name}/{metric}": row.by_frame[metric].value[frame].item() for metric in SUITE.metrics}
         tracker.metrics(frame, {key: value for key, value in values.items() if value == value})
+
+
+def command(_: None, options: Any) -> None:
+    chosen = open_experiment(options.name)
+    config_of(chosen, None, chosen.seeds[0], options.overrides)  # before anything starts
+    with connect(options.address) as cluster:
+        run(chosen, options.overrides, cluster)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal, get_args
 
 import numpy as np
@@ -53,7 +54,7 @@ def parse_prompt(prompt: str) -> tuple[int, Direction]:
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(
-            f"the prompt {prompt!r} is not of the form 'a seven drifting left', with a digit from zero to "
+            f"the prompt {shorten(prompt, 60)!r} is not of the form 'a seven drifting left', with a digit from zero to "
             "nine "
             f"and one of {', '.join(DIRECTIONS)}"
         )

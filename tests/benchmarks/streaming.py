@@ -176,7 +176,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(list(arguments))
     settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
     torch.set_num_threads(settings.threads)
-    recipe, _ = parse("generate", ["quickstart"])
+    recipe, _ = parse("run", ["quickstart"])
     results = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -155,7 +155,7 @@ def test_norms_can_be_left_out() -> None:
         ({"taps": ()}, "taps is empty"),
         ({"taps": (0, 2)}, r"taps \(0, 2\) name blocks \[2\].*from 0 to 1"),
         ({"taps": (-1,)}, r"blocks \[-1\].*from 0 to 1"),
-        ({"taps": (0,), "num_class": 0}, "num_class must be at least 1, not 0"),
+        ({"taps": (0,), "num_class": 0}, "num_class is 0; it must be at least 1"),
     ],
 )
 def test_a_branch_that_cannot_be_is_refused(branch: dict, words: str) -> None:

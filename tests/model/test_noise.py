@@ -80,9 +80,9 @@ def test_teacher_and_critic_see_the_same_noisy_video() -> None:
 
 @pytest.mark.parametrize("low, high", [(-1.0, 980.0), (500.0, 500.0), (20.0, 1001.0)])
 def test_impossible_score_timesteps_are_one_sentence(low: float, high: float) -> None:
-    with pytest.raises(ValueError, match=r"score.minimum .* score.maximum .* 0 <= minimum < maximum <= 1000"):
+    with pytest.raises(ValueError, match=r"minimum .* maximum .* 0 <= minimum < maximum <= 1000"):
         ScoreConfig(minimum=low, maximum=high)
-    with pytest.raises(ValueError, match=r"score.shift must be positive"):
+    with pytest.raises(ValueError, match=r"shift is -1.0; it must be positive"):
         ScoreConfig(shift=-1.0)
 
 

@@ -199,5 +199,5 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     model, (x, timestep, context) = tiny_model(), inputs()
     with pytest.raises(ValueError, match="chunk of 4 frames does not divide 6 frames"):
         model(x, timestep, context, chunk=4)
-    with pytest.raises(ValueError, match=r"5x4 are not divisible by patch_size \(1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"patch_size \(1, 2, 2\) does not divide latent frames of 5x4"):
         CONFIG.grid(5, 4)

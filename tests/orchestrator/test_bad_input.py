@@ -58,7 +58,7 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
         ("distill.batch=many", r"distill.batch"),
         (
             "distill.objective.weights={vsd: 1}",
-            r"distill.objective.weights names 'vsd', which is no loss; use dmd, sid",
+            r"distill.objective.weights names 'vsd', which is no loss; use dmd, gan",
         ),
         (
             "distill.objective.weights={gan: 1}",
@@ -86,7 +86,7 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_starts(complaint: Refused, setting: str, says: str) -> None:
-    assert says in complaint("distill", TINY_RECIPE, f"--{setting}")
+    assert says in complaint("run", TINY_RECIPE, f"--{setting}")
 
 
 def test_a_wrong_setting_in_a_recipe_is_named(complaint: Refused, tmp_path: Path) -> None:
@@ -126,7 +126,8 @@ def test_generate_refuses_what_it_cannot_show(complaint: Refused, tmp_path: Path
     config = furnished(tmp_path)
     model, prompt = f"--model={config.distill.student}", "--prompt=a two drifting up"
     assert complaint("generate", model, "--prompt= ").startswith("--prompt is empty;")
-    assert complaint("generate", model).startswith("generate needs --model")
+    assert complaint("generate", model).startswith("generate needs --prompt")
+    assert complaint("generate", prompt).startswith("generate needs --model")
     assert "--frames" in complaint("generate", model, prompt, "--frames=0")
     assert ".mp4" in complaint("generate", model, prompt, "--output=video.avi")
     assert "shorten it" in complaint("generate", model, f"--prompt={'a two ' * 9}")

@@ -14,7 +14,7 @@ from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.worker_group import WorkerGroup
 from pipelines import cli
-from pipelines.cli import RECIPES
+from pipelines.recipe import RECIPES
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, weights_of
 from workers.model_directory import ModelDirectory

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.config import RunConfig
 from orchestrator.roles import WORKERS, ranks_of, settings_of
 from pipelines import cli
-from pipelines.cli import RECIPES
+from pipelines.recipe import RECIPES
 from tests.fixtures import TINY_RECIPE
 
 
