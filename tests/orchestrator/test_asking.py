@@ -1,0 +1,126 @@
+"""What the coordinator asks of whom, and when it waits; groups that only take notes, and no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from model import objectives
+from model.objectives.loss import Loss
+from orchestrator.config import RunConfig
+from orchestrator.coordinator import Coordinator
+from pipelines import cli
+from tests.fixtures import TINY_RECIPE
+from workers.batch import Batch
+
+
+@dataclass
+class Notes:
+    """A group that makes whatever it is asked for, and notes it in `said`."""
+
+    role: str
+    said: list[str]
+    makes: tuple[str, ...] = ()
+    measures: dict[str, float] = field(default_factory=dict)
+    plans: list[Any] = field(default_factory=list)
+
+    def scatter(self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()) -> tuple[Any, Batch]:
+        given, made = ",".join(batch.columns), ",".join(makes)
+        self.said.append(f"{self.role}.{verb}({given}){' → ' if made else ''}{made}")
+        self.plans.append(plan)
+        return Asked(self, verb), Batch(batch.samples, {name: batch.samples for name in makes})
+
+
+@dataclass
+class Asked:
+    group: Notes
+    verb: str
+
+    def wait(self) -> dict[str, float]:
+        self.group.said.append(f"wait {self.group.role}.{self.verb}")
+        return {"seconds": 0.0, **(self.group.measures if self.verb == "judge" else {})}
+
+
+def noted(config: RunConfig, **makes: tuple[str, ...]) -> tuple[Coordinator, list[str]]:
+    said: list[str] = []
+    groups = {role: Notes(role, said, makes.get(role, ())) for role in ("prompts", "student", *makes)}
+    return Coordinator(config, groups), said
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return cli.parse(
+        "distill",
+        [str(TINY_RECIPE), "--distill.iterations=2", "--distill.student_every=2", "--data.real=real"],
+    )[0]
+
+
+def test_one_update_in_the_order_of_the_algorithm(config: RunConfig) -> None:
+    coordinator, said = noted(config, teacher=("real",), critic=("fake", "logits"))
+    iterations = coordinator.run(0)
+    next(iterations)
+    assert said == [
+        "prompts.prompts() → context",
+        "student.rollout(context) → video",
+        "teacher.score(video,context) → real",
+        "critic.score(video,context) → fake",
+        "student.judge(real,fake)",
+        "student.pullback()",
+        "wait prompts.prompts",
+        "wait student.rollout",
+        "wait teacher.score",
+        "wait critic.score",
+        "wait student.judge",
+        "wait student.pullback",
+        "student.step()",
+        "wait student.step",
+        "prompts.prompts() → context",
+        "student.rollout(context) → video",
+        "critic.update(video,context)",
+        # The next iteration's, before anybody waits for the critic.
+        "prompts.prompts() → context",
+        "student.rollout(context) → video",
+        "wait prompts.prompts",
+        "wait student.rollout",
+        "wait critic.update",
+    ]
+    said.clear()
+    assert [done for done, _ in iterations] == [2]
+    assert said == [
+        "critic.update(video,context)",
+        "wait prompts.prompts",
+        "wait student.rollout",
+        "wait critic.update",
+    ]
+
+
+def test_a_new_leaf_is_asked_for_by_its_name_and_gradient_finds_its_way_back(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Loss(lambda leaves, _: leaves["depth"].mean(), reads=("depth", "data_depth"), flows=("depth",))
+    monkeypatch.setitem(objectives.LOSSES, "depth", loss)
+    objective = replace(config.distill.objective, weights={"depth": 1.0})
+    config = replace(config, distill=replace(config.distill, objective=objective))
+    assert not config.distill.needs_teacher
+    coordinator, said = noted(config, critic=("fake", "logits", "depth"))
+    next(coordinator.run(0))
+    assert said[2 : said.index("wait prompts.prompts")] == [
+        "critic.score(video,context) → depth",
+        "prompts.videos() → video,context",
+        "critic.score(video,context) → depth",
+        "student.judge(depth,data_depth) → depth",
+        "critic.pullback(depth) → gradient",
+        "student.pullback(critic_gradient)",
+    ]
+    scores = coordinator.critic.plans[:2]
+    assert [plan.gradient for plan in scores] == [True, False]
+    assert [plan.noise[-1] for plan in scores] == ["score", "score-data"]
+
+
+def test_a_loss_that_is_not_finite_is_never_stepped_on(config: RunConfig) -> None:
+    coordinator, said = noted(config, teacher=("real",), critic=("fake",))
+    coordinator.student.measures["loss"] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^student loss is nan in iteration 0 \(prompt batch 0\)"):
+        next(coordinator.run(0))
+    assert said[-1] == "wait student.judge" and "student.step()" not in said
