@@ -11,7 +11,6 @@ mlflow is imported when the registry is first asked.
 """
 
 import hashlib
-import os
 import re
 import shutil
 import time
@@ -235,16 +234,11 @@ class Registry:
             self._download(version, staging)
             (downloaded,) = staging.iterdir()
             try:
-                storage.verify(downloaded)
+                storage.place(downloaded, target)
             except storage.StorageError as error:
                 raise storage.StorageError(
                     f"{version} is damaged in the registry at {self.where}: {error}"
                 ) from None
-            try:
-                os.rename(downloaded, target)
-            except OSError:
-                if not storage.is_complete(target):  # unless another process was first
-                    raise
         finally:
             shutil.rmtree(staging)
         return target

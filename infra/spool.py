@@ -8,10 +8,11 @@ One process writes and reads a spool; calls are not synchronised here.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from infra import storage
 
 Record = dict[str, Any]
 
@@ -60,9 +61,7 @@ class Spool:
 
     def arrived(self, offset: int, run_id: str) -> None:
         """Notes, durably, that the records before `offset` have been delivered to the run `run_id`."""
-        temporary = self._state.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"run_id": run_id, "offset": offset}))
-        os.replace(temporary, self._state)
+        storage.write_text(self._state, json.dumps({"run_id": run_id, "offset": offset}))
         self.offset, self.run_id = offset, run_id
 
     def _cut_unfinished_line(self) -> int:

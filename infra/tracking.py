@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from infra import storage
 from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file, system_monitors, upload_seconds
 from infra.provenance import git_commit, versions
 from infra.redaction import Redactor
@@ -141,7 +142,7 @@ class Tracker:
         spool = _open_spool(folder / "tracking", resume_run_id)
         clean = redactor.tree(params)
         config_file = spool.folder / "config.yaml"
-        config_file.write_text(yaml.safe_dump(clean, sort_keys=False))
+        storage.write_text(config_file, yaml.safe_dump(clean, sort_keys=False))
         opening = {
             "kind": "open",
             "time": _now_ms(),

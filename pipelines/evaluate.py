@@ -5,7 +5,6 @@ All generate videos for the same prompts, the students from the same noise, in R
 suite measures them, frame index by frame index, inside the trained length and beyond it.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -279,8 +278,7 @@ def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
 
 def job_of(config: RunConfig, suite: Suite, model: ModelDirectory) -> Job:
     """The videos that evaluation asks of a model."""
-    with storage.reading(model.path) as directory:
-        manifest = json.loads((directory / storage.MANIFEST).read_text())["sha256"]
+    manifest = storage.manifest_digest(model.path)
     settings, role = config.evaluate, config.distill.roles.teacher
     frames, sampler = settings.frames, None
     if model.card.kind == "teacher":

@@ -78,7 +78,7 @@ def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
             for frame in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
-    storage.write_file(path, content.getvalue())
+    storage.write_bytes(path, content.getvalue())
 
 
 def contact_sheet(path: str | Path, videos: list[Tensor], scale: int = 3) -> None:
@@ -87,7 +87,7 @@ def contact_sheet(path: str | Path, videos: list[Tensor], scale: int = 3) -> Non
     sheet = np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
     content = BytesIO()
     Image.fromarray(sheet).save(content, "PNG")
-    storage.write_file(path, content.getvalue())
+    storage.write_bytes(path, content.getvalue())
 
 
 def grid(videos: list[Tensor]) -> Tensor:

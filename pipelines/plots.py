@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra import storage
 from model.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def plot_curves(
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4 if rows == 1 else 3, frameon=False)
-    figure.savefig(path)
+    with storage.write_file(path) as aside:
+        figure.savefig(aside)
 
 
 def plot_samples(
@@ -123,7 +125,8 @@ def plot_samples(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(prompt, loc="left", fontsize=10)
-    figure.savefig(path, bbox_inches="tight")
+    with storage.write_file(path) as aside:
+        figure.savefig(aside, bbox_inches="tight")
 
 
 def _strip(video: Tensor, frames: int) -> np.ndarray:

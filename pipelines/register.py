@@ -50,8 +50,7 @@ def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]
 
     ValueError where the file is no evaluation, or one of other weights.
     """
-    with storage.reading(model) as directory:
-        manifest = json.loads((directory / storage.MANIFEST).read_text())["sha256"]
+    manifest = storage.manifest_digest(model)
     try:
         body = json.loads(file.read_text())
         suite = body["suite"] if "suite" in body else suites.unnamed()

@@ -5,7 +5,6 @@ It computes nothing but shares of what a suite measured.
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from rich.table import Table
 from torch import Tensor
 
+from infra import storage
 from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
 from model.metrics import Estimate
@@ -85,9 +85,9 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     # The tracker's address may hold a password, and is no part of what was measured.
     settings = report.config.portable()
-    write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    write_text(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
-    write_text(output / "report.md", _markdown(report))
+    storage.write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    storage.write_text(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
+    storage.write_text(output / "report.md", _markdown(report))
     pictures = write_pictures(report, output)
     if tracker is None:
         return
@@ -323,10 +323,3 @@ def _markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)

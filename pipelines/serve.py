@@ -8,8 +8,8 @@ from typing import Any
 
 from ray import serve
 
-from infra.files import Files
 from infra.settings import check_local
+from infra.storage import Files
 from infra.tracking import tracking_uri
 from orchestrator.cluster import connect
 from orchestrator.serving.access import check_exposure

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import serve
 
-from infra.files import Files
+from infra.storage import Files
 from orchestrator.serving.access import Tickets
 from orchestrator.serving.config import VideosConfig
 from orchestrator.serving.jobs import Job, Jobs, Order

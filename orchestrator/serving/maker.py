@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from infra.files import Files
+from infra.storage import Files
 from orchestrator.serving.encoders import Mp4
 from orchestrator.serving.jobs import Job
 from orchestrator.serving.models import Served

@@ -12,7 +12,7 @@ from pyarrow import NativeFile
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import Message
 
-from infra.files import Files
+from infra.storage import Files
 from model.codec import enlarge, to_uint8
 from orchestrator.serving.encoders import even
 from orchestrator.serving.jobs import Job, Order

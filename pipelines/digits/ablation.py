@@ -21,7 +21,6 @@ from orchestrator.config import RunConfig
 from pipelines.digits.experiment import REFERENCES, Experiment
 from pipelines.digits.suite import SHEET, SUITE
 from pipelines.plots import LOOKS, Look, Panel, plot_curves, plot_samples
-from pipelines.report import write_text
 
 METRICS = {name: metric.words for name, metric in SUITE.metrics.items()}
 PICTURES = {name: metric.picture for name, metric in SUITE.metrics.items()}
@@ -128,7 +127,7 @@ def write_report(
         looks=looks,
     )
     report = folder.with_suffix(".md")
-    write_text(report, _markdown(found, report, overrides, looks))
+    storage.write_text(report, _markdown(found, report, overrides, looks))
     return [report, *(folder / picture for picture in (*PICTURES.values(), "contact_sheet.png"))]
 
 

@@ -5,7 +5,6 @@ around the canvas at random and made a little worse the way generated frames are
 Held-out scans, which no generator has seen either, tell how far it can be trusted.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infra import storage
 from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, render, scans
 
 # Part of the cached file's name: raise it whenever the network or its training changes.
@@ -93,10 +93,8 @@ def load_or_train(directory: str | Path, seed: int) -> DigitReader:
     """
     file = Path(directory) / f"digit-reader-{_VERSION}-{seed}.safetensors"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        save_file(train(seed).state_dict(), aside)
-        os.replace(aside, file)
+        with storage.write_file(file) as aside:
+            save_file(train(seed).state_dict(), aside)
     reader = DigitReader()
     try:
         reader.load_state_dict(load_file(file))

@@ -4,9 +4,7 @@ The scans are scikit-learn's `load_digits` (1,797 of 8×8 pixels with values 0 t
 1998). A fixed stratified fifth of them is held out and appears in evaluation videos only.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.datasets import load_digits
 
+from infra import storage
 from workers.dataset import dataset_schema, encode_tensor, tensor_fields
 
 Direction = Literal["left", "right", "up", "down"]
@@ -167,10 +166,7 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
             return
         raise ValueError(f"{path} exists and is another data set; delete it or choose another path")
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with storage.write_directory(path) as aside:
         shard_count = -(-videos // _ROWS_PER_SHARD)
         blocks = sample_videos(videos=videos, frames=frames, seed=seed, split=split)
         for shard in range(shard_count):
@@ -187,9 +183,6 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
             ) as writer:
                 for _ in range(groups):
                     writer.write_table(_table(*next(blocks), schema), row_group_size=_ROWS_PER_GROUP)
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _table(

@@ -41,7 +41,7 @@ def write_student(path: Path, seed: int, **overrides: RolloutConfig | None) -> P
 def write_evaluation(folder: Path, model: Path, values: dict[str, float | None], frames: int = 27) -> Path:
     """The shipped evaluation, of other weights, with other values."""
     body = json.loads(SHIPPED.read_text())
-    body["models"]["distilled"]["manifest"] = json.loads((model / storage.MANIFEST).read_text())["sha256"]
+    body["models"]["distilled"]["manifest"] = storage.manifest_digest(model)
     body["settings"]["frames"] = frames
     for name, value in values.items():
         metric, _, span = name.rpartition("_")

@@ -7,7 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from workers.dataset import ParquetDataset, dataset_description, dataset_schema, encode_tensor, tensor_fields
+from workers.dataset import (
+    ParquetDataset,
+    dataset_description,
+    dataset_schema,
+    digest,
+    encode_tensor,
+    tensor_fields,
+)
 
 
 def write_shards(path: Path, rows: list[dict], *, shards: int, group: int) -> None:
@@ -158,3 +165,26 @@ def test_a_flipped_bit_or_a_wrong_size_is_refused_when_the_row_is_read(
         ParquetDataset(tmp_path, ["x"]).row(0)
     with pytest.raises(ValueError, match="dtype float64"):
         encode_tensor("x", torch.ones(3, dtype=torch.float64))
+
+
+def test_hidden_files_are_no_shards(dataset_path: Path) -> None:
+    for name in ("._0.parquet", ".0.parquet"):
+        (dataset_path / name).write_bytes(b"what macOS leaves beside a file")
+    data = ParquetDataset(dataset_path, ["prompt"], skip_damaged=True)
+    assert len(data) == 50 and data.skipped == 0
+    assert len(ParquetDataset(dataset_path, ["prompt"])) == 50
+
+
+def test_a_digest_tells_data_sets_apart_and_not_where_they_lie(dataset_path: Path, tmp_path: Path) -> None:
+    known = digest(dataset_path)
+    (dataset_path / "._0.parquet").write_bytes(b"hidden")
+    dataset_path.rename(tmp_path / "moved")
+    assert digest(tmp_path / "moved") == known
+    rows = make_rows(50)
+    write_shards(tmp_path / "again", rows, shards=3, group=5)
+    assert digest(tmp_path / "again") == known
+    rows[20] |= encode_tensor("video", torch.full((2, 1, 4, 4), 77, dtype=torch.uint8))
+    write_shards(tmp_path / "other", rows, shards=3, group=5)
+    assert digest(tmp_path / "other") != known
+    (tmp_path / "moved" / "2.parquet").unlink()
+    assert digest(tmp_path / "moved") != known

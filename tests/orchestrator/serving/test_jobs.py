@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.files import Files
+from infra.storage import Files
 from orchestrator.serving.config import VideosConfig
 from orchestrator.serving.desk import Desk
 from orchestrator.serving.jobs import FAILURES, LEASE_S, Job, Jobs, Order

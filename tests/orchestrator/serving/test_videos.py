@@ -15,7 +15,7 @@ import ray
 import requests
 from openai.types import Video
 
-from infra.files import Files
+from infra.storage import Files
 from orchestrator.serving.config import VideosConfig
 from pipelines import cli
 from tests.orchestrator.serving.conftest import CONFIG, OFTEN, eventually

@@ -1,17 +1,15 @@
-"""Files by name, in a directory or under an s3:// prefix: what is small enough to be written in one go, and read by many.
-
-For directories of files that belong together, see `infra.storage`.
-"""
+"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go, and read by many."""
 
 import os
 import re
 from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO
-from uuid import uuid4
 
 from pyarrow import ArrowInvalid, NativeFile
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
+
+from infra.storage.local import whole_file
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -23,7 +21,7 @@ class Files:
     """
 
     def __init__(self, location: str):
-        """ValueError, in one sentence, for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or made yet."""
+        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or made yet."""
         if not _SCHEME.match(location):
             self.location = os.path.abspath(location)
             self._system: FileSystem = LocalFileSystem()
@@ -38,22 +36,14 @@ class Files:
             raise ValueError(f"{location} is neither a directory nor s3://BUCKET/PREFIX.")
 
     def put(self, name: str, content: BinaryIO) -> None:
-        """Write a file, in place of one that is there; others see all of it or nothing. OSError where that cannot be."""
-        if self.path(name) is None:
-            self._write(name, content)
-            return
-        self._system.create_dir(self._root)
-        aside = f".{name}.{uuid4().hex}"
-        try:
-            self._write(aside, content)
-            self._system.move(self._at(aside), self._at(name))
-        except BaseException:
-            self.delete(aside)
-            raise
-
-    def _write(self, name: str, content: BinaryIO) -> None:
-        with self._system.open_output_stream(self._at(name)) as file:
-            copyfileobj(content, file)
+        """Write a file, in place of one that is there, all of it or nothing. OSError where that cannot be."""
+        path = self.path(name)
+        if path is None:
+            with self._system.open_output_stream(self._at(name)) as stored:
+                copyfileobj(content, stored)
+        else:
+            with whole_file(path) as aside, open(aside, "wb") as file:
+                copyfileobj(content, file)
 
     def open(self, name: str) -> NativeFile:
         """A file to read, which can seek; FileNotFoundError where there is none."""

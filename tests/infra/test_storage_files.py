@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.files import Files
+from infra.storage import Files
 
 
 @pytest.fixture(params=["directory", "s3"])

@@ -1,0 +1,57 @@
+"""The only place that makes anything durable: single files, and directories whose files belong together.
+
+`write_file`, `write_text` and `write_bytes` write one file on a local or shared file system. `begin`, `writing`,
+`publish` and `reading` are for directories that are whole or do not exist (`infra.storage.directories` says how).
+`Files` holds small files by name, in a directory or under an s3:// prefix. Whatever else is asked of s3:// is
+refused in one sentence; docs/adding-a-storage-back-end.md says what a back end must give.
+"""
+
+from infra.storage.directories import (
+    begin,
+    clean,
+    digests,
+    is_complete,
+    manifest_digest,
+    newest_complete,
+    place,
+    prune,
+    publish,
+    read_metadata,
+    reading,
+    verify,
+    writing,
+)
+from infra.storage.files import Files
+from infra.storage.local import (
+    Location,
+    StorageError,
+    local,
+    write_bytes,
+    write_directory,
+    write_file,
+    write_text,
+)
+
+__all__ = [
+    "Files",
+    "Location",
+    "StorageError",
+    "begin",
+    "clean",
+    "digests",
+    "is_complete",
+    "local",
+    "manifest_digest",
+    "newest_complete",
+    "place",
+    "prune",
+    "publish",
+    "read_metadata",
+    "reading",
+    "verify",
+    "write_bytes",
+    "write_directory",
+    "write_file",
+    "write_text",
+    "writing",
+]

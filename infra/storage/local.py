@@ -1,0 +1,236 @@
+"""What a local or shared file system is asked for: names that appear whole, and what killed writers left, removed.
+
+Everything is written aside, under a hidden name that says which process writes it, and renamed. A hidden name whose
+process is gone is a leftover; it is removed by whoever next writes in the same place.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+Location = str | os.PathLike[str]
+T = TypeVar("T")
+
+FOREIGN_LEFTOVER_S = 24 * 3600.0
+"""Another machine's processes cannot be asked for, so what they write counts as left when it is as old as this."""
+
+_log = logging.getLogger(__name__)
+_ASIDE = re.compile(
+    r"\.(?P<name>.+)\.tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{16}(\.\w+)?"
+)
+_BUSY = frozenset((errno.EBUSY, errno.ENOTEMPTY, errno.EEXIST))
+_REFUSED = _BUSY | {
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EFBIG),
+}
+"""What a file system says of a place or a disk, rather than of a program."""
+_WAITS_S = (0.05, 0.1, 0.2, 0.4)
+
+
+class StorageError(ValueError):
+    """Something is missing, unfinished, damaged or cannot be written; the message names it, and the file if any."""
+
+
+def local(location: Location) -> Path:
+    """`location` as an absolute path of a local or shared file system.
+
+    Raises:
+        ValueError: it is an address, such as s3://bucket/run, which nothing but the videos of `serve` may be.
+    """
+    text = os.fspath(location)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # `Path` turns s3://bucket into s3:/bucket
+        raise StorageError(
+            f"{text!r} is not supported as a location here yet; give a local path or a path on a shared file system."
+        )
+    return Path(text).absolute()
+
+
+@contextmanager
+def write_file(path: Location) -> Iterator[Path]:
+    """A path to write one file at, which becomes `path` when the block is left, and is removed if it fails.
+
+    It has the suffix of `path` and lies in the same directory, which is made where there is none.
+
+    Raises:
+        StorageError: the file cannot be written: a disk that is full or read-only, a directory in the way, and the like.
+    """
+    target = local(path)
+    with explained(target), whole_file(target) as aside:
+        yield aside
+
+
+def write_text(path: Location, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all; StorageError as `write_file`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Location, content: bytes) -> None:
+    """Write a file, whole or not at all; StorageError as `write_file`."""
+    with write_file(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextmanager
+def write_directory(path: Location) -> Iterator[Path]:
+    """An empty directory that becomes `path`, which must not exist, when the block is left; removed if it fails.
+
+    For data sets, which are read by the tools of others too; what is ours alone has a manifest (`begin`).
+
+    Raises:
+        StorageError: as `write_file`.
+    """
+    target = local(path)
+    with explained(target):
+        aside = new_aside(target)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            os.rename(aside, target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """`write_file`, with the errors of the operating system as they are."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # which says less than what it means here
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent)) from None
+    aside = new_aside(target, target.suffix)
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+@contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Turns what the file system refuses inside the block into a StorageError that names `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        if (writer := _ASIDE.fullmatch(target.name)) is not None:
+            target = target.with_name(writer["name"])  # the name that the user knows
+        raise StorageError(f"{target} cannot be written: {os.strerror(error.errno).lower()}.") from error
+
+
+def new_aside(target: Path, suffix: str = "") -> Path:
+    """A new hidden name beside `target`; what killed writers of `target` left beside it is removed."""
+    for leftover in leftovers(target.parent, target.name):
+        remove(leftover)
+    writer = f"{_host()}-{os.getpid()}-{_started(os.getpid())}"
+    return target.with_name(f".{target.name}.tmp-{writer}-{secrets.token_hex(8)}{suffix}")
+
+
+def is_aside(path: Path) -> bool:
+    """Whether `new_aside` made the name."""
+    return _ASIDE.fullmatch(path.name) is not None
+
+
+def leftovers(parent: Path, name: str | None = None) -> list[Path]:
+    """Hidden names in `parent` whose writers are gone, sorted; those of one target where `name` says which."""
+    if not parent.is_dir():
+        return []
+    with os.scandir(parent) as entries:
+        names = [
+            entry.name for entry in entries if entry.name.startswith("." if name is None else f".{name}.tmp-")
+        ]
+    return [parent / each for each in sorted(names) if _is_left(parent / each)]
+
+
+def remove(path: Path) -> bool:
+    """Remove a file or directory that nobody needs; if it is gone already, that is as good.
+
+    What the file system does not let go yet is tried again for a moment and then left, with a warning.
+    """
+    try:
+        patiently(lambda: _remove(path))
+    except OSError as error:
+        warn_left(path, error)
+        return False
+    return True
+
+
+def warn_left(path: Path, error: OSError) -> None:
+    """Say that something stays which should have gone; no run has to end for that."""
+    _log.warning("%s cannot be removed yet (%s); delete it when nothing uses it.", path, error.strerror)
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """The action's result; it is repeated for a moment while the file system says that something is in use."""
+    for wait in _WAITS_S:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in _BUSY:
+                raise
+            time.sleep(wait)
+    return action()
+
+
+def _remove(path: Path) -> None:
+    while os.path.lexists(path):
+        with suppress(FileNotFoundError):  # another process removes it too
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_left(path: Path) -> bool:
+    writer = _ASIDE.fullmatch(path.name)
+    if writer is None:
+        return False
+    if writer["host"] == _host():
+        return _started(int(writer["pid"])) != int(writer["start"])
+    try:
+        newest = max(entry.lstat().st_mtime for entry in [path, *path.rglob("*")])
+    except OSError:  # it changes while we look
+        return False
+    return time.time() - newest > FOREIGN_LEFTOVER_S
+
+
+@cache
+def _host() -> str:
+    """Whose process numbers these are: containers of one machine may share its name, but not its processes."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""
+    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> int:
+    """When a process started, in ticks, since numbers are used again; −1 if there is none, 0 if nobody can say."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return -1
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return -1
+    except OSError:
+        pass
+    return 0
