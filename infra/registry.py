@@ -219,11 +219,13 @@ class Registry:
         split = urlsplit(version.source)
         if split.scheme in ("", "file"):
             here = Path(url2pathname(split.path))
-            if not storage.is_complete(here):
+            try:
+                with storage.reading(here):
+                    return here
+            except storage.StorageError as error:
                 raise storage.StorageError(
-                    f"{version} should lie at {here}, and this machine has no complete model there."
-                )
-            return here
+                    f"{version} should lie at {here}, and this machine has no complete model there: {error}"
+                ) from None
         digest = hashlib.sha256(version.source.encode()).hexdigest()[:16]
         target = cache.absolute() / f"{version.name}-{version.version}-{digest}"
         if storage.is_complete(target):

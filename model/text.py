@@ -16,6 +16,15 @@ WORD_BYTES = 16
 """Bytes that one token holds; a longer word takes several."""
 
 
+def split_words(prompt: str) -> list[bytes]:
+    """One item a token: the UTF-8 bytes of each word, at most WORD_BYTES at a time."""
+    return [
+        data[first : first + WORD_BYTES]
+        for data in (word.encode() for word in prompt.split())
+        for first in range(0, len(data), WORD_BYTES)
+    ]
+
+
 class TextEncoder(Protocol):
     """What pipelines need of a text encoder."""
 
@@ -44,11 +53,7 @@ class ByteEncoder(nn.Module):
         """Bytes of words [B, text_len, WORD_BYTES], 0 where there are none; ValueError for too many words."""
         tokens = torch.zeros(len(prompts), self.text_len, WORD_BYTES, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            words = [
-                data[first : first + WORD_BYTES]
-                for data in (word.encode() for word in prompt.split())
-                for first in range(0, len(data), WORD_BYTES)
-            ]
+            words = split_words(prompt)
             if len(words) > self.text_len:
                 raise ValueError(
                     f"the prompt {shorten(prompt, 60)!r} has {len(words)} words, more than the {self.text_len} that this "

@@ -15,12 +15,13 @@ from orchestrator import checkpoint
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
+from orchestrator.handover import check_roles
 from orchestrator.roles import placed_roles
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_video
 from pipelines.tracked import located, run_id_of, tracking
+from workers.data_check import check
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
-from workers.prompts import LatentDataset, Prompts
 
 SAMPLES = 8
 MAY_CHANGE = (
@@ -46,43 +47,28 @@ def numbers(config: RunConfig) -> dict[str, Any]:
 
 
 def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
-    """The models that the roles start from; ValueError, naming the setting, where one is missing or does not fit."""
+    """The models that the roles start from, checked like the data; ValueError, naming the setting, if one is amiss."""
     paths = {
         "student": config.distill.student,
         "critic": config.distill.critic or config.distill.teacher,
     }
-    sizes_of = {"student": config.student, "critic": config.student}
     if config.distill.needs_teacher:
         paths = {"teacher": config.distill.teacher, **paths}
-        sizes_of = {"teacher": config.teacher, **sizes_of}
     models = {role: ModelDirectory(path) for role, path in paths.items()}
-    for role, sizes in sizes_of.items():
-        card = models[role].card
-        if card.transformer != sizes:
-            name = "teacher" if role == "teacher" else "student"
-            raise ValueError(
-                f"distill.{role} at {paths[role]} has other sizes than `{name}` in this recipe; use a model of these sizes."
-            )
-        if card.video.shape[1:] != config.video.shape[1:]:
-            raise ValueError(
-                f"distill.{role} at {paths[role]} makes latents of {card.video.shape[1:]}, and `video` says {config.video.shape[1:]}."
-            )
-    if "teacher" in models and (frames := models["teacher"].card.video.frames) < config.video.frames:
-        raise ValueError(
-            f"distill.teacher at {paths['teacher']} is trained on {frames} frames, too short for the "
-            f"{config.video.frames} video.frames that it would score."
-        )
+    notes = check_roles(config, models)
+    settings, skip = (config.text, config.student), config.data.skip_damaged
+    notes += check("data.train", config.data.train, *settings, skip_damaged=skip)
     if config.data.real is not None:
-        column = Prompts(models["student"]).column
-        data = LatentDataset(config.data.real, config.video, column, skip_damaged=config.data.skip_damaged)
-        if data.skipped:
-            say(f"distill: left out {data.skipped} damaged shards of data.real at {config.data.real}")
+        notes += check("data.real", config.data.real, *settings, video=config.video, skip_damaged=skip)
+    for note in notes:
+        say(f"distill: {note}")
     return models
 
 
-def distill(config: RunConfig, *, tracker: Tracker, resume: bool, grows: bool) -> str:
+def distill(
+    config: RunConfig, models: Mapping[str, ModelDirectory], *, tracker: Tracker, resume: bool, grows: bool
+) -> str:
     """Run to the last iteration on the connected cluster, and return the distilled student's path."""
-    models = check_models(config)
     checkpoints = f"{config.distill.output}/checkpoints"
     found = checkpoint.newest(checkpoints)
     if found and not resume:
@@ -155,6 +141,11 @@ def write_samples(stem: str, video: VideoConfig, *latents: Tensor) -> list[str]:
     return [f"{stem}.mp4", f"{stem}.png"]
 
 
+def lineage(models: Mapping[str, ModelDirectory]) -> dict[str, str]:
+    """Tracking runs that the roles' models come from, the student's own last."""
+    return {**models.get("teacher", models["critic"]).card.lineage, **models["student"].card.lineage}
+
+
 def export(
     config: RunConfig, coordinator: Coordinator, models: Mapping[str, ModelDirectory], run_id: str
 ) -> str:
@@ -167,11 +158,7 @@ def export(
         models["student"].card.text,
         rollout=config.rollout,
         shift=config.rollout.shift,
-        lineage={
-            **models.get("teacher", models["critic"]).card.lineage,
-            **models["student"].card.lineage,
-            "distilled": run_id,
-        },
+        lineage={**lineage(models), "distilled": run_id},
         recipe=config.portable(),
     )
     staging = storage.begin(path)
@@ -200,10 +187,10 @@ def plain(value: Any) -> Any:
 def make_student(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
     """Distil the student, with its own tracking run."""
     models = check_models(config)
-    parents = {**models["teacher"].card.lineage, **models["student"].card.lineage}
+    parents = lineage(models)
     newest = storage.newest_complete(f"{config.distill.output}/checkpoints") if resume else None
     with tracking(config, "distill", config.distill.output, parents, run_id_of(newest)) as tracker:
-        path = distill(config, tracker=tracker, resume=resume, grows=not cluster.started_here)
+        path = distill(config, models, tracker=tracker, resume=resume, grows=not cluster.started_here)
         samples = sorted(Path(config.distill.output).glob("samples/*.mp4"))
         rows = {"model": path, "tracking": tracker.how_to_open()}
         summary("Distilled student", rows | ({"sample video": str(samples[-1])} if samples else {}))

@@ -27,11 +27,13 @@ from model.schedule import TIMESTEPS, FlowSchedule
 from model.transformer import WanTransformer
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
+from orchestrator.handover import check_start
 from orchestrator.single_model import Stage, Task, train
 from pipelines.console import progress, say, summary
 from pipelines.ode_pairs import write_pairs
 from pipelines.pretrain import export_model
 from pipelines.tracked import located, run_id_of, tracking
+from workers import data_check
 from workers.dataset import ParquetDataset
 from workers.engine import FrozenEngine, TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory
@@ -221,29 +223,19 @@ METHODS: dict[str, type[Initialize]] = {
 
 
 def check(config: RunConfig) -> ModelDirectory:
-    """The model that the student starts from; ValueError where it does not fit."""
-    settings, source = config.initialize, ModelDirectory(config.initialize.teacher)
-    if source.card.transformer != config.student:
-        raise ValueError(
-            f"the model at {settings.teacher} has other sizes than `student`; "
-            "initialize.teacher must be a model of the student's size."
-        )
-    if source.card.video.shape != config.video.shape:
-        raise ValueError(
-            f"the model at {settings.teacher} makes latents of {source.card.video.shape}, `video` says {config.video.shape}."
-        )
+    """The model that the student starts from, checked like the data; ValueError where something does not fit."""
+    source, data = ModelDirectory(config.initialize.teacher), config.data
+    notes = check_start(config, source)
     with part("rollout"):
         config.rollout.check_frames(config.video.frames)
-    causal = settings.method in ("causal_ode", "causal_consistency")
-    if causal and source.card.kind != "student":
-        raise ValueError(
-            f"initialize.method {settings.method} needs a causal model at initialize.teacher, and the one at {settings.teacher} is "
-            "bidirectional; make one with initialize.method teacher_forcing."
-        )
-    if settings.method == "ode" and source.card.kind != "teacher":
-        raise ValueError(
-            f"initialize.method ode needs a bidirectional teacher, and the model at {settings.teacher} is causal; use causal_ode."
-        )
+    settings, skip = (config.text, config.student), data.skip_damaged
+    if config.initialize.method == "ode":
+        notes += data_check.check("data.train", data.train, *settings, skip_damaged=skip)
+    else:
+        assert data.real is not None, "the config asks for real videos"
+        notes += data_check.check("data.real", data.real, *settings, video=config.video, skip_damaged=skip)
+    for note in notes:
+        say(f"initialize: {note}")
     return source
 
 

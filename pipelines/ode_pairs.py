@@ -43,7 +43,8 @@ class OdeSampler:
                 config.data.real, config.video, self.prompts.column, skip_damaged=config.data.skip_damaged
             )
         else:
-            self.text = ParquetDataset(config.data.train, [self.prompts.column])
+            data = config.data
+            self.text = ParquetDataset(data.train, [self.prompts.column], skip_damaged=data.skip_damaged)
         guide_role = config.distill.roles.teacher
         self.uncond = self.prompts.negative(guide_role.negative_prompt, guide_role.negative_embedding)
         self.grid = ode_grid(config.rollout.every_step, config.initialize.ode_steps)

@@ -22,11 +22,12 @@ from model.transformer import WanTransformer
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.single_model import Stage, Task, share, train
-from pipelines.console import progress, summary
+from pipelines.console import progress, say, summary
 from pipelines.tracked import located, run_id_of, tracking
+from workers.data_check import check
 from workers.dataset import ParquetDataset
 from workers.engine import TrainEngine
-from workers.model_directory import ModelCard, ModelWriter
+from workers.model_directory import ModelCard, ModelWriter, TextConfig
 
 EVERY_TIMESTEP = (0.0, 1000.0)
 
@@ -41,6 +42,16 @@ class TextToVideo(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
         return self.transformer(x, timestep, self.text(tokens))
+
+
+def check_data(config: RunConfig) -> None:
+    """ValueError, in one sentence, where the data set is not what the teacher reads."""
+    if config.video.codec == "none":
+        raise ValueError("pretrain reads videos, so it needs a video.codec.")
+    data, video = config.data, config.video
+    skip = data.skip_damaged
+    for note in check("data.train", data.train, TextConfig(), config.teacher, video=video, skip_damaged=skip):
+        say(f"pretrain: {note}")
 
 
 @dataclass
@@ -66,10 +77,10 @@ class Pretrain(Task):
 
     def open(self, device: torch.device) -> None:
         self.device = device
-        self.data = ParquetDataset(self.config.data.train, ["prompt", "video"])
+        data = self.config.data
+        self.data = ParquetDataset(data.train, ["prompt", "video"], skip_damaged=data.skip_damaged)
         codec = self.config.video.make_codec()
-        if codec is None:
-            raise ValueError("pretrain reads videos, so it needs a video.codec.")
+        assert codec is not None, "check_data asks for one"
         self.codec = codec
         self.tokenizer = ByteEncoder(self.config.teacher.text_len, 1)
         self.schedule = FlowSchedule(self.config.pretrain.shift)
@@ -131,6 +142,7 @@ def export_model(
 
 def make_teacher(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
     """Train the teacher, with its own tracking run."""
+    check_data(config)
     stage = Stage("pretrain", config.pretrain, config.seed)
     previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
     with tracking(config, "pretrain", config.pretrain.output, {}, previous) as tracker:

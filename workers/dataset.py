@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -190,15 +190,33 @@ class ParquetDataset:
                     raise ValueError(
                         f"row {index} of {shard} has a damaged tensor {name!r}: {error}"
                     ) from error
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise ValueError(
+                        f"row {index} of the data set has a tensor {name!r} with numbers that are not finite "
+                        f"({self._shards[self._groups[group].shard]})"
+                    )
             row[name] = value
         return row
 
-    def shapes(self, name: str) -> set[tuple[int, ...]]:
-        """Every shape that the tensor `name` has in some row; reads nothing but the shapes."""
-        found: set[tuple[int, ...]] = set()
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Table]]:
+        """Each shard and its columns of these names, as they are stored; nothing else is read."""
         for file in self._shards:
-            column = pq.read_table(file, columns=[f"{name}_shape"], memory_map=True)[0]
-            found |= {tuple(shape) for shape in column.to_pylist()}
+            try:
+                yield file, pq.read_table(file, columns=list(columns), memory_map=True)
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(_damaged(file, error)) from error
+
+    def nulls(self, shard: Path, column: str) -> list[int]:
+        """The first row of each row group of `shard` that, as its statistics say, lacks values of `column`."""
+        metadata, found = self._metadata[self._shards.index(shard)], []
+        first = 0
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            for each in map(group.column, range(group.num_columns)):
+                counted = each.statistics is not None and each.statistics.has_null_count
+                if each.path_in_schema == column and counted and each.statistics.null_count:
+                    found.append(first)
+            first += group.num_rows
         return found
 
     def batch(self, position: int, size: int, seed: int) -> list[Row]:

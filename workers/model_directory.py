@@ -5,14 +5,17 @@ the weights under their Wan names, in shards; `text_encoder.safetensors` the enc
 published by `infra.storage`: it is whole or does not exist.
 """
 
+import hashlib
 import json
+import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,6 +76,11 @@ class TextConfig:
     encoder: Literal["bytes", "embedded"] = "bytes"
     """A small byte encoder that is part of the model, or embeddings that come with the data set."""
 
+    @property
+    def column(self) -> str:
+        """The data set's column of prompts: text, or tensors [text_len, text_dim]."""
+        return "embedding" if self.encoder == "embedded" else "prompt"
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -100,14 +108,18 @@ class ModelDirectory:
     def __init__(self, path: str | Path):
         """ValueError, in one sentence, where it is missing, unfinished, damaged or of another format."""
         self.path = str(path)
-        if not storage.is_complete(path):
+        if not storage.local(path).is_dir():
             raise ValueError(
                 f"there is no complete model at {path}; train one, or name a directory that has a manifest.json."
             )
         storage.verify(path)
-        with storage.reading(path) as directory:
-            self.directory = directory
-            body = json.loads((directory / "model.json").read_text())
+        held = ExitStack()
+        self.directory = held.enter_context(storage.reading(path))
+        weakref.finalize(self, held.close)  # files are opened for as long as there is this object
+        try:
+            body = json.loads((self.directory / "model.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no model: its model.json cannot be read ({error}).") from None
         if body.get("format") != FORMAT:
             raise ValueError(
                 f"{path} has model format {body.get('format')}; this release reads format {FORMAT}."
@@ -115,8 +127,13 @@ class ModelDirectory:
         self.card = _card(body)
         self._files: dict[str, Path] = {}
         for shard in sorted(self.directory.glob("transformer-*.safetensors")):
-            with safe_open(shard, "pt") as file:
-                self._files |= {name: shard for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            try:
+                with safe_open(shard, "pt") as file:
+                    self._files |= {name: shard for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path} is damaged: {shard.name} is no safetensors file ({error})."
+                ) from None
 
     def keys(self) -> Iterable[str]:
         return self._files.keys()
@@ -164,6 +181,14 @@ class ModelDirectory:
         path = self.directory / "text_encoder.safetensors"
         return load_file(path) if path.exists() else {}
 
+    def text_digest(self) -> str:
+        """SHA-256 of the prompt encoder's kind and weights: models of the same one embed prompts alike."""
+        total = hashlib.sha256(self.card.text.encoder.encode())
+        for name, tensor in sorted(self.text_weights().items()):
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
 
 class ModelWriter:
     """Collects weights one tensor at a time and writes them in shards."""
@@ -181,7 +206,7 @@ class ModelWriter:
 
     def flush(self) -> None:
         if self._tensors:
-            save_file(self._tensors, self.directory / f"transformer-{self._shards:05d}.safetensors")
+            _save(self._tensors, self.directory / f"transformer-{self._shards:05d}.safetensors")
             self._shards += 1
             self._tensors, self._bytes = {}, 0
 
@@ -190,8 +215,15 @@ class ModelWriter:
         self.flush()
         if text:
             encoder = {name: tensor.detach().cpu().contiguous() for name, tensor in text.items()}
-            save_file(encoder, self.directory / "text_encoder.safetensors")
+            _save(encoder, self.directory / "text_encoder.safetensors")
         (self.directory / "model.json").write_text(json.dumps({"format": FORMAT, **asdict(card)}, indent=1))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # which is what it makes of a full disk, and no OSError
+        raise storage.StorageError(f"{path} cannot be written: {error}.") from error
 
 
 def _card(body: Mapping[str, Any]) -> ModelCard:

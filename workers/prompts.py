@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workers.actor import Stats, Worker
 from workers.batch import Batch
+from workers.data_check import video_column
 from workers.dataset import ParquetDataset, Row
 from workers.model_directory import ModelDirectory, VideoConfig
 
@@ -18,11 +19,7 @@ class Prompts:
 
     def __init__(self, model: ModelDirectory, device: torch.device | str = "cpu"):
         self._encoder = None if model.card.text.encoder == "embedded" else model.text_encoder(device)
-
-    @property
-    def column(self) -> str:
-        """The data set's column of prompts: text, or tensors [text_len, text_dim]."""
-        return "embedding" if self._encoder is None else "prompt"
+        self.column = model.card.text.column
 
     def embed(self, values: Sequence[Any]) -> list[Tensor]:
         """Embeddings [text_len, text_dim] of values of `column`."""
@@ -88,24 +85,11 @@ class LatentDataset:
     """Latents and prompts of a data set that holds either latents or videos of pixels."""
 
     def __init__(self, path: str, video: VideoConfig, prompts: str, *, skip_damaged: bool = False):
-        """`prompts` names their column. ValueError where the data set is missing, or a video has not the shape that `video` says."""
+        """`prompts` names their column. ValueError where the data set is missing; `data_check` checks the rest."""
         self._prompts = prompts
         self._codec = video.make_codec()
-        self._video = "latent" if self._codec is None else "video"
+        self._video = video_column(video)
         self._data = ParquetDataset(path, [prompts, self._video], skip_damaged=skip_damaged)
-        for shape in sorted(self._data.shapes(self._video)):
-            found = (
-                shape if self._codec is None else tuple(self._codec.encode(torch.zeros(1, *shape)).shape[1:])
-            )
-            if found != video.shape:
-                raise ValueError(
-                    f"data.real at {path} holds latents of {list(found)}, and `video` says {list(video.shape)}."
-                )
-
-    @property
-    def skipped(self) -> int:
-        """Damaged shards that were left out."""
-        return self._data.skipped
 
     def __len__(self) -> int:
         return len(self._data)

@@ -4,7 +4,7 @@ says.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from model.metrics import Estimate, diversity_ratio, kernel_distance, mean_over_videos
 from orchestrator.config import RunConfig
+from pipelines.console import say
 from pipelines.digits.digit_reader import DigitReader, load_or_train, read_videos
 from pipelines.digits.metrics import correct_digits, followed_motion
 from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
 from pipelines.suite import Compared, Metric, Row, Suite, Verdict, Videos, row_of
+from workers.data_check import check
 from workers.dataset import ParquetDataset
-from workers.model_directory import ModelDirectory
+from workers.model_directory import ModelDirectory, TextConfig
 
 READER_SEED = 0
 """The reader is one instrument for all runs, whatever their seed."""
@@ -115,8 +117,8 @@ class Digits(Suite):
     def held_out(
         self, config: RunConfig, models: Mapping[str, ModelDirectory]
     ) -> tuple[Videos, Videos] | None:
-        path, settings = config.data.held_out, config.evaluate
-        data = ParquetDataset(path, ["prompt", "video"])
+        path, settings, skip = config.data.held_out, config.evaluate, config.data.skip_damaged
+        data = ParquetDataset(path, ["prompt", "video"], skip_damaged=skip)
         frames = len(data.row(0)["video"])
         if frames < settings.frames:
             raise ValueError(
@@ -124,6 +126,10 @@ class Digits(Suite):
                 f"{frames}; "
                 f"use at most {frames}, or prepare longer ones with data.held_out_frames."
             )
+        wanted = replace(config.video, frames=settings.frames)
+        text = TextConfig()
+        for note in check("data.held_out", path, text, None, video=wanted, longer=True, skip_damaged=skip):
+            say(f"evaluate: {note}")
         count = min(settings.videos, len(data) // 2)
         if count < 2:
             raise ValueError(

@@ -12,7 +12,8 @@ import torch
 from infra import storage
 from orchestrator import checkpoint
 from pipelines import cli
-from tests.fixtures import TINY_RECIPE, furnished, random_weights, write_model, write_real
+from pipelines.pretrain import Pretrain, check_data
+from tests.fixtures import PROMPTS, TINY_RECIPE, furnished, random_weights, write_model, write_real
 
 Refused = Callable[..., str]
 
@@ -113,10 +114,29 @@ def test_a_model_that_is_missing_or_damaged_is_named(
     generate = ("generate", f"--model={config.distill.student}", "--prompt=a two drifting up")
     assert "sizes" in complaint(*arguments, "--student.num_layers=3")
     shard = Path(config.distill.student) / "transformer-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    for command in (arguments, generate):
+        says = complaint(*command)
+        assert says == (
+            f"{config.distill.student} is damaged: {shard.name} has {len(whole) - 100} bytes instead of {len(whole)}."
+        )
+    shard.write_bytes(whole)
     flip_a_byte(shard)
     for command in (arguments, generate):
         says = complaint(*command)
         assert says.startswith(config.distill.student) and "damaged" in says and shard.name in says
+    shard.write_bytes(whole)
+    manifest = Path(config.distill.student) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"kind"', '"king"'))
+    for command in (arguments, generate):
+        says = complaint(*command)
+        assert says == (
+            f"{config.distill.student} is damaged: the content of manifest.json is not what was written."
+        )
+    manifest.unlink()
+    for command in (arguments, generate):
+        assert complaint(*command) == f"{config.distill.student} was never finished: it has no manifest.json."
     shutil.rmtree(config.distill.student)
     for command in (arguments, generate):
         assert complaint(*command).startswith(f"there is no complete model at {config.distill.student};")
@@ -145,11 +165,35 @@ def test_real_videos_that_do_not_fit_are_named(
     write_real(tmp_path / "other", other)
     shutil.copy(tmp_path / "other" / "00000.parquet", real / "00001.parquet")
     says = complaint(*arguments)
-    assert says.startswith("data.real at") and "[8, 4, 8, 8], and `video` says [6, 4, 8, 8]." in says
+    assert says.startswith(
+        f"data.real at {real} holds videos of [8, 1, 16, 16] (row 0 of 00001.parquet), and 6 × 1"
+    )
     (real / "00001.parquet").write_bytes(b"not Parquet")
     assert "real/00001.parquet is damaged or not a Parquet file" in complaint(*arguments)
     short = ("--video.frames=8", "--distill.given_frames=0")
     assert "is trained on 6 frames, too short for the 8 video.frames" in complaint(*arguments[:3], *short)
+
+
+def test_videos_that_do_not_fit_are_named_by_pretraining_too(
+    complaint: Refused, ray_cluster: object, tmp_path: Path
+) -> None:
+    config = furnished(tmp_path)
+    train = tmp_path / "videos"
+    write_real(train, config)
+    arguments = ("pretrain", TINY_RECIPE, f"--root={tmp_path}", "--data.train=videos")
+    says = complaint(*arguments, "--video.frames=4")
+    assert says.startswith(
+        f"data.train at {train} holds videos of [6, 1, 16, 16] (row 0 of 00000.parquet), and 4 × 1"
+    )
+    assert not (tmp_path / "outputs/teacher/checkpoints").exists()
+    says = complaint(*arguments, "--teacher.text_len=2", "--student.text_len=2")
+    assert "has a prompt of 4 words (row 0 of 00000.parquet), more than the 2 that the model reads" in says
+    (train / "00001.parquet").write_bytes(b"not Parquet")
+    assert "00001.parquet is damaged or not a Parquet file" in complaint(*arguments)
+    task = Pretrain(replace(config, data=replace(config.data, train=str(train), skip_damaged=True)))
+    check_data(task.config)
+    task.open(torch.device("cpu"))
+    assert len(task.data) == len(PROMPTS)
 
 
 @pytest.mark.slow

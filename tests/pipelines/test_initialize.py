@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from orchestrator.config import InitializeConfig
+from orchestrator.config import InitializeConfig, RunConfig
+from orchestrator.handover import check_roles
 from pipelines import cli
 from tests.fixtures import TINY_RECIPE, furnished, write_real
 from workers.model_directory import ModelDirectory
@@ -18,7 +20,11 @@ METHODS = ("ode", *CAUSAL, "teacher_forcing", "diffusion_forcing")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("initialize")
-    write_real(root / "real", furnished(root))
+    config = furnished(root)
+    write_real(root / "real", config)
+    # Every way leaves it out: nothing that is learned from may stumble over it.
+    for data in (root / "real", Path(config.data.train)):
+        (data / "00001.parquet").write_bytes(b"not Parquet")
     return root
 
 
@@ -28,6 +34,7 @@ def arguments(root: Path, method: str, output: str, **more: object) -> list[str]
     settings: dict[str, object] = {
         "root": root,
         "data.real": "real",
+        "data.skip_damaged": "true",
         "initialize.method": method,
         "initialize.teacher": teacher,
         "initialize.output": output,
@@ -66,6 +73,25 @@ def test_every_weight_learns_and_a_stopped_run_resumes(ray_cluster: object, root
     many = method.endswith("forcing")
     assert (card.rollout.sampler, card.guidance) == (("ode", 2.0) if many else ("consistency", 0.0))
     assert len(card.rollout.steps) == (4 if many else 2)
+    if method == "teacher_forcing":
+        told = check_roles(*causal_teacher(root, resumed.path))
+        start = f"distill.student at {resumed.path} was made with rollout."
+        assert [note.removeprefix(start).split(";")[0] for note in told] == [
+            f"steps {list(card.rollout.steps)}",
+            "context_noise none",
+            "sampler ode",
+        ]
+
+
+def causal_teacher(root: Path, student: str) -> tuple[RunConfig, dict[str, ModelDirectory]]:
+    """The recipe digits-causal-teacher at the tests' size, whose distillation starts from what it initialised."""
+    tiny = yaml.safe_load(TINY_RECIPE.read_text())
+    sizes = {name: tiny[name] for name in ("video", "teacher", "student")}
+    overrides = [f"--{part}.{name}={value}" for part in sizes for name, value in sizes[part].items()]
+    overrides += ["--rollout.chunk=2", "--rollout.window=4", "--rollout.steps=[1000,500]"]
+    config, _ = cli.parse("distill", ["digits-causal-teacher", f"--root={root}", *overrides])
+    teacher = ModelDirectory(root / "outputs/teacher/model")
+    return config, {"teacher": teacher, "student": ModelDirectory(student), "critic": teacher}
 
 
 def test_the_teacher_must_fit_the_method(root: Path, capfd: pytest.CaptureFixture[str]) -> None:

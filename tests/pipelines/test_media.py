@@ -74,7 +74,7 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_leaves_nothing(
     ]
     assert cli.main(words) == 2
     said = capfd.readouterr().err
-    assert said.count("\n") == 1 and f"{output} cannot be written: {os.strerror(problem)}" in said
+    assert said.count("\n") == 1 and f"{output} cannot be written: {os.strerror(problem).lower()}" in said
     assert list(tmp_path.iterdir()) == []
 
 

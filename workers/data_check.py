@@ -1,0 +1,142 @@
+"""Checks of a whole data set before anything starts; a mistake is one sentence that names the row.
+
+Only what is light is read: footers, the `_shape` and `_dtype` columns of tensors, and text. A million rows take
+seconds. What takes the content (numbers that are not finite, bytes that are missing) is found when a row is decoded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from model.text import split_words
+from model.transformer import TransformerConfig
+from workers.dataset import ParquetDataset
+from workers.model_directory import TextConfig, VideoConfig
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+def check(
+    setting: str,
+    path: str,
+    text: TextConfig,
+    sizes: TransformerConfig | None,
+    *,
+    video: VideoConfig | None = None,
+    longer: bool = False,
+    skip_damaged: bool = False,
+) -> list[str]:
+    """What a person should know of the data set `setting` at `path`: how many damaged shards are left out, if any.
+
+    Args:
+        setting: the setting that names it, for messages.
+        path: where it is.
+        text: whether prompts come as text or embedded.
+        sizes: of the model whose text_len and text_dim prompts must fit; any, if None.
+        video: what videos must be, if the stage reads any: pixels where there is a codec, else latents.
+        longer: videos may be longer than `video.frames`.
+        skip_damaged: as the stage reads it.
+
+    Raises:
+        ValueError: the data set is missing or damaged, or holds something else.
+    """
+    where = f"{setting} at {path}"
+    columns = [text.column, *([] if video is None else [video_column(video)])]
+    data = ParquetDataset(path, columns, skip_damaged=skip_damaged)
+    if text.encoder == "embedded":
+        shape = (None, None) if sizes is None else (sizes.text_len, sizes.text_dim)
+        wanted = ("embeddings", shape, "text_len × text_dim of the model")
+        _check_tensors(data, text.column, where, wanted)
+    else:
+        _check_text(data, text.column, where, None if sizes is None else sizes.text_len)
+    if video is not None:
+        _check_videos(data, where, video, longer=longer)
+    return [f"left out {data.skipped} damaged shards of {where}"] if data.skipped else []
+
+
+def video_column(video: VideoConfig) -> str:
+    """The column of videos: `latent` where there is no codec."""
+    return "latent" if video.codec == "none" else "video"
+
+
+def _check_videos(data: ParquetDataset, where: str, video: VideoConfig, *, longer: bool) -> None:
+    codec = video.make_codec()
+    shape = video.shape if codec is None else tuple(codec.decode(torch.zeros(1, *video.shape)).shape[1:])
+    asked = "`video`: [frames, channels, height, width]"
+    if longer:
+        _check_tensors(
+            data, video_column(video), where, ("videos", (None, *shape[1:]), asked), least=shape[0]
+        )
+    else:
+        _check_tensors(data, video_column(video), where, ("videos", shape, asked))
+
+
+def _check_tensors(
+    data: ParquetDataset,
+    name: str,
+    where: str,
+    wanted: tuple[str, Sequence[int | None], str],
+    *,
+    least: int = 1,
+) -> None:
+    """ValueError unless every tensor `name` has the shape (None: any) and a type that fits its column."""
+    what, shape, asked = wanted
+    types = ("uint8", *FLOATS) if name == "video" else FLOATS
+    said = " × ".join(f"≥ {least}" if size is None else str(size) for size in shape)
+
+    def refuse(row: str, found: Any) -> None:
+        raise ValueError(f"{where} holds {what} of {found} ({row}), and {said} is expected ({asked}).")
+
+    for shard, table in data.scan([f"{name}_shape", f"{name}_dtype"]):
+        shapes, dtypes = table[f"{name}_shape"], table[f"{name}_dtype"]
+        for row in data.nulls(shard, name) + _where(pc.or_(shapes.is_null(), dtypes.is_null())):
+            raise ValueError(f"{where} has no {name} in {_row(shard, row)}; every row needs one.")
+        for row in _where(pc.invert(pc.is_in(dtypes, pa.array(types)))):
+            raise ValueError(
+                f"{where} stores {name} as {dtypes[row]} ({_row(shard, row)}); use {' or '.join(types)}."
+            )
+        for row in _where(pc.not_equal(pc.list_value_length(shapes), len(shape))):
+            refuse(_row(shard, row), shapes[row].as_py())
+        sizes = pc.list_flatten(shapes).to_numpy().reshape(-1, len(shape))
+        fits = [
+            sizes[:, axis] >= least if size is None else sizes[:, axis] == size
+            for axis, size in enumerate(shape)
+        ]
+        for row in np.flatnonzero(~np.all(fits, axis=0)).tolist():
+            refuse(_row(shard, row), shapes[row].as_py())
+
+
+def _check_text(data: ParquetDataset, name: str, where: str, text_len: int | None) -> None:
+    """ValueError unless every row has a text, of at most `text_len` words."""
+    for shard, table in data.scan([name]):
+        texts = table[name]
+        if pa.types.is_dictionary(texts.type):
+            texts = texts.cast(texts.type.value_type)
+        if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+            raise ValueError(f"{where} stores {name} as {texts.type} ({shard.name}); it must be text.")
+        for row in _where(texts.is_null()):
+            raise ValueError(f"{where} has no {name} in {_row(shard, row)}; every row needs one.")
+        if text_len is None:
+            continue
+        # Few prompts are so long that their words must be counted: a word has a byte and a space at least.
+        for row in _where(pc.greater(pc.binary_length(texts), 2 * text_len - 1)):
+            words = len(split_words(texts[row].as_py()))
+            if words > text_len:
+                raise ValueError(
+                    f"{where} has a {name} of {words} words ({_row(shard, row)}), more than the {text_len} that the "
+                    "model reads; shorten it."
+                )
+
+
+def _where(mask: pa.ChunkedArray) -> list[int]:
+    """The rows where the mask is true."""
+    return np.flatnonzero(mask.to_numpy(zero_copy_only=False)).tolist() if pc.any(mask).as_py() else []
+
+
+def _row(shard: Path, row: int) -> str:
+    return f"row {row} of {shard.name}"
