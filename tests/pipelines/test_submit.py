@@ -15,7 +15,7 @@ import pytest
 
 from infra import storage
 from infra.provenance import git_commit
-from pipelines import submit
+from pipelines import cli, submit
 from tests.cluster import BIN, TwoNodeCluster, two_node_cluster
 from tests.fixtures import TINY_RECIPE, furnished
 from workers.model_directory import ModelDirectory
@@ -23,7 +23,7 @@ from workers.model_directory import ModelDirectory
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE = str(TINY_RECIPE.relative_to(ROOT))
-ROLES = {"student", "teacher", "critic"}
+ROLES = {"prompts", "student", "teacher", "critic"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,11 @@ def nodes_in(output: str) -> dict[str, str]:
     return dict(re.findall(r"^distill: (\w+) on node (\w+)$", output, re.MULTILINE))
 
 
+def handed_in(arguments: list[str]) -> int:
+    """`self-forcing submit ARGUMENTS`, with a user's mistake as the exception that it is."""
+    return submit.command(*cli.parse("submit", arguments))
+
+
 def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     two_nodes: TwoNodeCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +92,7 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
         furnished(tmp_path / name)
 
     # More iterations than it will get to. It runs on while nobody follows it.
-    assert submit.main([*settings("ours", 100_000), *address, "--no-wait"]) == 0
+    assert handed_in([*settings("ours", 100_000), *address, "--no-wait"]) == 0
     job = job_in(capfd.readouterr().out)
     follower = start(two_nodes, str(BIN / "self-forcing"), "submit", "--follow", job, *address)
     seen = ""
@@ -110,8 +115,8 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     while storage.newest_complete(checkpoints) is None:
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.1)
-    assert submit.main(["--stop", job, *address]) == 0
-    assert submit.main(["--follow", job, *address]) == submit.STOPPED
+    assert handed_in(["--stop", job, *address]) == 0
+    assert handed_in(["--follow", job, *address]) == submit.STOPPED
     newest = storage.newest_complete(checkpoints)
     assert newest is not None
     reached = int(Path(newest).name)
@@ -119,7 +124,7 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     # Both at once: the rest of the stopped run, and all of it in one go.
     capfd.readouterr()
     whole = handed_in_by_ray(two_nodes, "distill", *settings("rays", reached + 2))
-    assert submit.main([*settings("ours", reached + 2), *address, "--resume"]) == 0
+    assert handed_in([*settings("ours", reached + 2), *address, "--resume"]) == 0
     resumed, plain = capfd.readouterr().out, whole.communicate()[0]
     assert whole.returncode == 0, plain
     assert f"distill: resuming from iteration {reached} " in resumed
@@ -151,7 +156,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2_on_the_cluster_too(
     direct = start(
         two_nodes, str(BIN / "self-forcing"), "distill", RECIPE, *room, "--address", two_nodes.address
     )
-    assert submit.main([RECIPE, stage_5, *address]) == 2
+    assert handed_in([RECIPE, stage_5, *address]) == 2
     ours = capfd.readouterr().out
     assert direct.wait() == 2
     # Ray's own command ends with 1 for whatever failed, and prints the log twice; the job itself knows better.
@@ -175,7 +180,7 @@ def test_a_relative_root_in_a_job_is_warned_of(
     two_nodes: TwoNodeCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # The models are not there, so that it ends at once.
-    assert submit.main([RECIPE, "--address", two_nodes.dashboard_url, "--root=outputs/never"]) == 2
+    assert handed_in([RECIPE, "--address", two_nodes.dashboard_url, "--root=outputs/never"]) == 2
     output = capfd.readouterr().out
     assert output.count("distill: root 'outputs/never' lies in this job's working directory") == 1
     assert "there is no complete model at" in output
@@ -194,7 +199,7 @@ def test_what_cannot_run_is_refused_before_anything_is_sent(tmp_path: Path) -> N
         ([RECIPE], "no Ray job server answers at http://127.0.0.1:9"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            submit.main([*arguments, *nowhere])
+            handed_in([*arguments, *nowhere])
 
 
 FAIL_UNLESS_RESUMED = (
