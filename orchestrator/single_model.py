@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import RunConfig as RayRunConfig
@@ -31,6 +32,8 @@ from workers.engine import TrainEngine, WeightSource, init_process_group
 
 REPORT_EVERY = 10
 TIMEOUT_S = 600.0
+DROPPED_AT_MOST = 10
+"""Updates in a row whose gradients are not finite; each of them changes nothing."""
 
 
 class Task(Protocol):
@@ -153,24 +156,32 @@ def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
 def _read_reports(reports: Queue, report: Report, tracker: Tracker) -> None:
     while (said := reports.get()) is not None:
         update, values = said
-        report(update, {"loss": values["loss"]})
+        dropped = values["dropped_updates"]
+        report(update, {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})})
         tracker.metrics(update, values)
 
 
-def _loop(config: Mapping[str, Any]) -> None:
-    stage: Stage = config["stage"]
-    settings = stage.settings
-    task: Task = config["task"]
+def join() -> tuple[int, int]:
+    """This rank of Ray Train joins the others, on the device that Ray Train names; its number, and theirs."""
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(settings.role.threads)
     init_process_group(
         rank=rank,
         world_size=ranks,
         master_addr=os.environ["MASTER_ADDR"],
         master_port=int(os.environ["MASTER_PORT"]),
         timeout_s=TIMEOUT_S,
+        gpu=ray.train.torch.get_device().index or 0,
     )
+    return rank, ranks
+
+
+def _loop(config: Mapping[str, Any]) -> None:
+    stage: Stage = config["stage"]
+    settings = stage.settings
+    task: Task = config["task"]
+    torch.set_num_threads(settings.role.threads)
+    rank, ranks = join()
     torch.manual_seed(stage.seed)
     engine = TrainEngine(task.build, settings.role.engine, weights=task.weights())
     task.open(engine.device)
@@ -182,6 +193,7 @@ def _loop(config: Mapping[str, Any]) -> None:
     module = torch.compile(engine.module) if task.compile else engine.module
     parts = ranks * settings.role.engine.accumulation
     size = settings.batch // parts
+    dropped = in_a_row = 0
     for update in range(start, settings.updates):
         engine.set_learning_rate(stage.learning_rate(update))
         total = torch.zeros((), dtype=torch.float64)
@@ -198,6 +210,13 @@ def _loop(config: Mapping[str, Any]) -> None:
                 "lower the learning rate and --resume."
             )
         result = engine.step()
+        dropped += not result.stepped
+        in_a_row = 0 if result.stepped else in_a_row + 1
+        if in_a_row == DROPPED_AT_MOST:
+            raise FloatingPointError(
+                f"{stage.name}: the gradients of {in_a_row} updates in a row, up to {update}, are not finite; the "
+                "newest whole checkpoint is kept, lower the learning rate and --resume."
+            )
         done = update + 1
         if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.updates):
             config["reports"].put(
@@ -207,6 +226,7 @@ def _loop(config: Mapping[str, Any]) -> None:
                         "loss": value,
                         "grad_norm": result.grad_norm,
                         "learning_rate": stage.learning_rate(update),
+                        "dropped_updates": dropped,
                     },
                 )
             )
@@ -219,7 +239,10 @@ def _save(stage: Stage, engine: TrainEngine, metadata: Mapping[str, Any]) -> Non
     path = f"{stage.checkpoints}/{metadata['update']:07d}"
     staging = share(storage.begin(path) if dist.get_rank() == 0 else None)
     with storage.writing(staging) as directory:
-        engine.save(directory)
+        try:
+            engine.save(directory)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{stage.name}, after update {metadata['update']}: {error}") from None
     dist.barrier()
     if dist.get_rank() == 0:
         storage.publish(staging, path, metadata)

@@ -140,7 +140,10 @@ class TrainEngine:
         return self._zero.gradients()
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's slices (weights, moments, EMA) and the version; returns when every rank has written."""
+        """Write this rank's slices (weights, moments, EMA) and the version; returns when every rank has written.
+
+        `FloatingPointError`, on every rank and with nothing written, if some rank's numbers are not finite.
+        """
         if self._pending:
             raise RuntimeError("save was called between a backward and its step")
         entries: dict[str, dict[str, Any]] = {}
@@ -151,6 +154,7 @@ class TrainEngine:
             if name in self._ema:
                 entry["ema"] = _copy(self._ema[name])
             entries[name] = entry
+        _check_finite(entries)
         record = {
             "format": FORMAT,
             "stage": self.config.zero_stage,
@@ -195,11 +199,14 @@ class TrainEngine:
         """Hand each whole parameter, in the model's order, to `write(name, fp32 CPU tensor)` on rank 0.
 
         Collective, with one parameter in memory at a time. With `ema`, averaged weights (frozen ones as they are).
+        `FloatingPointError`, on every rank, where one is not finite.
         """
         if ema and self.config.ema_decay is None:
             raise ValueError("there are no averaged weights to export: set ema_decay")
         for name, piece in self._zero.slices.items():
             full = self._zero.gather(name, self._ema.get(name, piece.value) if ema else piece.value)
+            if not full.isfinite().all():
+                raise FloatingPointError(f"the {'average' if ema else 'value'} of {name} is not finite")
             if dist.get_rank() == 0:
                 write(name, full.cpu())
 
@@ -278,6 +285,23 @@ def _check_names(expected: Iterable[str], found: Iterable[str], what: str) -> No
         lists = {"lack": missing, "have unknown": unknown}
         parts = [f"{verb} {', '.join(names[:4])} ({len(names)})" for verb, names in lists.items() if names]
         raise ValueError(f"the names in {what} are not the model's: they {' and '.join(parts)}")
+
+
+def _check_finite(entries: dict[str, dict[str, Any]]) -> None:
+    """`FloatingPointError`, on all ranks or none, naming the first tensor of some rank that is not finite."""
+    bad = next(
+        (
+            f"{key} of {name}"
+            for name, entry in entries.items()
+            for key, tensor in entry.items()
+            if isinstance(tensor, Tensor) and not tensor.isfinite().all()
+        ),
+        None,
+    )
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, bad)
+    if any(found):
+        raise FloatingPointError(f"the {next(filter(None, found))} is not finite")
 
 
 def _copy(tensor: Tensor) -> Tensor:

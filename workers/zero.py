@@ -34,23 +34,28 @@ def deepspeed() -> Any:
 
 
 def device() -> torch.device:
-    """Where this process computes; Ray shows each actor its own GPU only."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    """Where this process computes: on the first GPU that it sees, or the one that `init_process_group` was given."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def init_process_group(
-    *, rank: int, world_size: int, master_addr: str, master_port: int, timeout_s: float
+    *, rank: int, world_size: int, master_addr: str, master_port: int, timeout_s: float, gpu: int = 0
 ) -> None:
     """Join this process to its worker group (NCCL with a GPU, gloo without): once per process, all ranks at once.
 
-    A collective that waits longer than `timeout_s` seconds fails instead of hanging.
+    `gpu` is which of the GPUs that this process sees is its own, where it sees any. An actor of ours sees one; a rank
+    of Ray Train sees those of all ranks on its node. A collective that waits longer than `timeout_s` seconds fails
+    instead of hanging.
     """
     place = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
-    os.environ.update({name: str(value) for name, value in place.items()}, LOCAL_RANK="0")
+    # DeepSpeed takes the GPU of this number.
+    os.environ.update({name: str(value) for name, value in place.items()}, LOCAL_RANK=str(gpu))
     # DeepSpeed calls collectives by names that PyTorch is about to retire, which is not our user's concern.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if torch.cuda.is_available():
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(gpu)
     else:
         # No compiled extensions: otherwise a first start on a CPU spends tens of seconds compiling a shared-memory
         # backend, which only DeepSpeed's inference calls use.

@@ -335,6 +335,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(groups: dict, plain: dict
             assert all(torch.equal(weights[name], tensor) for name, tensor in Weights().tensors.items())
 
 
+def broken(rank: int, world_size: int, stage: int, directory: str) -> dict[str, str]:
+    """What saving and exporting say where one number of rank 0 is not finite; no rank waits for one that failed."""
+    engine = TrainEngine(Toy, EngineConfig(**LEARNING, zero_stage=stage), weights=Weights())
+    update(engine, rank, world_size, *batches()[0])
+    piece = engine._zero.slices["middle.weight"]
+    said = {}
+    for key, tensor in {
+        "value": piece.value,
+        "exp_avg_sq": engine._zero.moment(piece, "exp_avg_sq"),
+        "ema": engine._ema["middle.weight"],
+    }.items():
+        kept = tensor.clone()
+        if rank == 0:
+            tensor[0] = math.nan
+        with pytest.raises(FloatingPointError) as caught:
+            engine.save(Path(directory) / key)
+        said[key] = str(caught.value)
+        if key != "exp_avg_sq":
+            with pytest.raises(FloatingPointError, match=r"middle\.weight is not finite"):
+                exported(engine, ema=key == "ema")
+        tensor.copy_(kept)
+    engine.save(Path(directory) / "sound")
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", (0, 2))
+def test_what_is_not_finite_is_neither_saved_nor_exported(groups: dict, tmp_path: Path, stage: int) -> None:
+    for said in call(groups[2], broken, stage, str(tmp_path)):
+        assert said == {key: f"the {key} of middle.weight is not finite" for key in said}
+    assert [path.name for path in tmp_path.iterdir()] == ["sound"]
+
+
 def freeze(rank: int, world_size: int, stage: int, prefix: str, directory: str) -> dict[str, Tensor]:
     config = EngineConfig(**LEARNING, zero_stage=stage)
     engine = TrainEngine(Toy, config, weights=Weights(), frozen_prefixes=[prefix])
