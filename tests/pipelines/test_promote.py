@@ -186,7 +186,7 @@ def test_bad_input_is_one_sentence(run: Console, tmp_path: Path, capsys: pytest.
         (["promote", "asked", "first"], "version"),
         (["promote", "asked", 1, "--alias=latest"], "an alias cannot be called 'latest'"),
         (["register", tmp_path / "nowhere", "--name=asked"], "there is no complete model at"),
-        (["register", broken, "--name=asked"], "there is no complete model at"),
+        (["register", broken, "--name=asked"], "is damaged: "),
         (["register", teacher, "--name=asked"], "is no few-step student; streaming needs one"),
         (["register", many_step, "--name=asked"], "has no rollout.window"),
         (["register", student], "name"),
