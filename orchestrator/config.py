@@ -10,6 +10,7 @@ from typing import Any, Literal
 from infra.settings import Invalid, at_least, local, part, positive, share
 from infra.tracking import TrackingConfig, tracking_uri
 from model.codec import Codec
+from model.initialization import MethodConfig
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
 from model.rollout_plan import RolloutConfig
@@ -143,13 +144,9 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class InitializeConfig:
+class InitializeConfig(MethodConfig):
     """The initial student: a model of the student's size made causal, and perhaps few-step."""
 
-    method: Literal["ode", "causal_ode", "causal_consistency", "teacher_forcing", "diffusion_forcing"] = "ode"
-    """Regression on stored ODE pairs of a bidirectional teacher (`ode`) or of a causal one (`causal_ode`); consistency distillation of a
-    causal teacher, without stored pairs; or flow matching on data under teacher forcing or diffusion forcing, which makes a causal
-    many-step model, such as those two need for a teacher."""
     output: str = "outputs/initial"
     """Run directory; the initial student is written to its `model`."""
     teacher: str = "outputs/teacher/model"
@@ -158,12 +155,6 @@ class InitializeConfig:
     """ODE trajectories that the teacher generates."""
     pairs_path: str = "outputs/data/ode_pairs"
     """Parquet data set of the trajectories."""
-    ode_steps: int = 24
-    """Euler steps along the teacher's ODE, and of a many-step model when it generates."""
-    guidance: float = 2.0
-    """Classifier-free guidance along the ODE, in the form cond + guidance · (cond − uncond); a many-step model generates with it."""
-    dropout: float = 0.1
-    """Share of prompts that are dropped where a many-step model learns from data, for classifier-free guidance."""
     samplers: int = 1
     """Actors that make pairs, each with the CPUs and GPUs of a rank."""
     updates: int = 250
@@ -178,11 +169,10 @@ class InitializeConfig:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         local(self, "output", "teacher", "pairs_path")
-        at_least(self, 1, "pairs", "ode_steps", "samplers", "updates", "batch", "checkpoint_every")
+        at_least(self, 1, "pairs", "samplers", "updates", "batch", "checkpoint_every")
         at_least(self, 0, "warmup")
-        at_least(self, -1, "guidance")
-        share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -384,7 +374,7 @@ class RunConfig:
             "distill.discriminator.taps": bool(distill.discriminator.taps),
             f"distill.inputs {distill.inputs}": distill.inputs != "rollout",
             "distill.given_frames": distill.given_frames > 0,
-            f"initialize.method {self.initialize.method}": self.initialize.method != "ode",
+            f"initialize.method {self.initialize.method}": self.initialize.chosen.real_videos,
         }
         for name, needed in needs.items():
             if needed and self.data.real is None:

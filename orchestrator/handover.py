@@ -50,16 +50,16 @@ def check_start(config: RunConfig, source: ModelDirectory) -> list[str]:
             f"initialize.teacher at {source.path} is trained on {source.card.video.frames} frames, and video.frames "
             f"says {config.video.frames}; use the same."
         )
-    causal = settings.method in ("causal_ode", "causal_consistency")
-    if causal and source.card.kind != "student":
+    wanted = settings.chosen.teacher
+    if wanted == "causal" and source.card.kind != "student":
         raise ValueError(
             f"initialize.method {settings.method} needs a causal model at initialize.teacher, and the one at "
             f"{source.path} is bidirectional; make one with initialize.method teacher_forcing."
         )
-    if settings.method == "ode" and source.card.kind != "teacher":
+    if wanted == "bidirectional" and source.card.kind != "teacher":
         raise ValueError(
-            f"initialize.method ode needs a bidirectional teacher, and the model at {source.path} is causal; "
-            "use causal_ode."
+            f"initialize.method {settings.method} needs a bidirectional teacher, and the model at {source.path} is "
+            "causal; use one for causal teachers, such as causal_ode."
         )
     return differences(f"initialize.teacher at {source.path}", source.card, config)
 

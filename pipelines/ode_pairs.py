@@ -36,7 +36,7 @@ class OdeSampler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = source.transformer(self.device)
         self.prompts = Prompts(source, self.device)
-        self.causal = config.initialize.method == "causal_ode"
+        self.causal = config.initialize.chosen.real_videos
         if self.causal:
             assert config.data.real is not None, "the config asks for real videos"
             self.data = LatentDataset(
@@ -92,7 +92,7 @@ class OdeSampler:
 
 def write_pairs(config: RunConfig) -> None:
     """Write the trajectories, whole or not at all; those that are there already are kept if they were made with the same settings."""
-    settings, causal = config.initialize, config.initialize.method == "causal_ode"
+    settings, causal = config.initialize, config.initialize.chosen.real_videos
     made_with = {
         "pairs": settings.pairs,
         "grid": ode_grid(config.rollout.every_step, settings.ode_steps),

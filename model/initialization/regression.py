@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from model.forcing import Module, forced, per_chunk
+from model.initialization.method import Method, Setup, Share
 from model.schedule import per_frame
 
 
@@ -23,3 +25,30 @@ def trajectory_inputs(trajectory: Tensor, steps: Tensor, index: Tensor) -> tuple
     """
     gather = index[:, None, :, None, None, None].expand(-1, 1, -1, *trajectory.shape[3:])
     return torch.gather(trajectory, 1, gather)[:, 0], steps[index]
+
+
+def regression_loss(module: Module, setup: Setup, share: Share) -> Tensor:
+    """The student's x0 at a step drawn chunk by chunk against the end of the trajectory."""
+    assert share.trajectory is not None
+    trajectory, schedule, rollout = share.trajectory, setup.schedule, setup.rollout
+    # A causal teacher's student always has a clean past; another meets it where the past is drawn at timestep 0.
+    last = [0.0] if share.clean is None else []
+    steps = torch.tensor([*schedule.few_steps(rollout.every_step), *last], device=setup.device)
+
+    def index(*, whole: bool = False) -> Tensor:
+        keys = share.keys("index", whole=whole)
+        return per_chunk(len(steps), rollout, trajectory.shape[2], keys).to(setup.device)
+
+    noisy, timestep = trajectory_inputs(trajectory, steps, index())
+    velocity = forced(module, rollout, noisy, timestep, share.context, share.clean)
+    total, count = regression_terms(schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep)
+    # Noisy values of the whole batch, which every rank can count, so that means of means stay the pooled mean.
+    noisy_frames = (steps[index(whole=True)] != 0).sum()
+    values = count / max(1, int((timestep != 0).sum())) * noisy_frames
+    return total / values * (share.batch / len(share.samples))
+
+
+METHODS = {
+    "ode": Method(regression_loss, data="pairs", teacher="bidirectional"),
+    "causal_ode": Method(regression_loss, data="pairs", teacher="causal"),
+}
