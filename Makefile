@@ -27,7 +27,7 @@ wheel: .venv/installed  ## the built wheel installs and runs in an environment o
 	$(PYTHON) -m venv --clear build/wheel
 	echo "$(CURDIR)/$$(echo .venv/lib/python3.*/site-packages)" > $$(echo build/wheel/lib/python3.*/site-packages)/dependencies.pth
 	build/wheel/bin/pip install -q --no-deps --no-index dist/*.whl
-	cd build && wheel/bin/self-forcing --help && wheel/bin/self-forcing prepare quickstart --root wheel/run --data.videos 40 --data.held_out_videos 40
+	cd build && wheel/bin/self-forcing --help && wheel/bin/self-forcing prepare quickstart --root wheel/run --data.source_settings.videos 40 --data.source_settings.held_out_videos 40
 
 # The marker is there only while the environment is whole, so one that was killed half-way is made anew.
 .venv/installed: pyproject.toml constraints.txt

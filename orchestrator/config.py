@@ -3,7 +3,7 @@
 Types that belong to a part live with that part; this module composes them and checks what only the whole can know.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,16 +34,13 @@ class DataConfig:
     instead of noise, and initialisations that learn from data."""
     skip_damaged: bool = False
     """Leave damaged shards out and say how many there are; otherwise they are an error."""
-    videos: int = 16384
-    """Moving-digit training videos that `prepare` writes."""
-    held_out_videos: int = 1024
-    """Moving-digit evaluation videos that `prepare` writes, from scans that training never sees."""
-    held_out_frames: int = 27
-    """Frames of each evaluation video."""
+    source: str | None = None
+    """What makes `train` and `held_out` where they are not there yet, as the examples' does; null where they are."""
+    source_settings: dict[str, int] = field(default_factory=dict)
+    """Its own settings, such as how many `videos` it makes."""
 
     def __post_init__(self) -> None:
         local(self, "train", "held_out", "real")
-        at_least(self, 1, "videos", "held_out_videos", "held_out_frames")
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,7 @@ class EvaluateConfig:
     output: str = "outputs/evaluation"
     """Where the report is written."""
     suite: str = "video"
-    """What is measured: `video` what any video has, `digits` moving digits."""
+    """What is measured: `video` what any video has; others, such as an example's own, ask for data of one kind."""
     prompts: str | None = None
     """Text file of one prompt a line; null takes the suite's own, such as those of the held-out videos."""
     features: str | None = None

@@ -21,7 +21,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings  # noqa: E402
 
 from infra.settings import check_local, part  # noqa: E402
-from pipelines.commands import COMMANDS, RESUME, TRACEBACK, Command  # noqa: E402
+from pipelines.command import RESUME, TRACEBACK, Command  # noqa: E402
+from pipelines.commands import COMMANDS  # noqa: E402
 from pipelines.recipe import (  # noqa: E402
     check_names,
     fields_of,
@@ -139,7 +140,7 @@ def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[s
             own += words
     missing = [option for option in command.options if option.is_required and option.name not in given]
     if missing and not given & set(HELP):
-        raise ValueError(f"{name} needs {missing[0].name}: {missing[0].how['help']}.")
+        raise ValueError(f"{name} needs {missing[0].name}: {missing[0].help}.")
     return own, overrides
 
 

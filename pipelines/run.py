@@ -6,10 +6,10 @@ from infra import storage
 from orchestrator.cluster import connect
 from orchestrator.config import RunConfig
 from pipelines.console import say
-from pipelines.digits.prepare import prepare
 from pipelines.distill import make_student
 from pipelines.evaluate import make_report
 from pipelines.initialize import make_initial
+from pipelines.prepare import prepare
 from pipelines.pretrain import make_teacher
 from pipelines.tracked import located
 

@@ -26,7 +26,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.provenance import carried
 from orchestrator import cluster
-from pipelines.commands import COMMANDS, RESUME
+from pipelines.command import RESUME
+from pipelines.commands import COMMANDS
 from pipelines.console import output, say
 from pipelines.recipe import EXPERIMENTS, RECIPES, shipped
 

@@ -21,11 +21,11 @@ from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from pipelines.cli import parse
 from pipelines.console import say
-from pipelines.digits.prepare import prepare
 from pipelines.digits.suite import SHEET, SUITE
 from pipelines.distill import make_student
 from pipelines.evaluate import job_of, measure_models, samples
 from pipelines.initialize import make_initial
+from pipelines.prepare import prepare
 from pipelines.recipe import EXPERIMENTS, read_yaml, settings, shipped
 from pipelines.report import estimates_json
 from pipelines.suite import Row

@@ -124,7 +124,7 @@ class Digits(Suite):
             raise ValueError(
                 f"evaluate.frames is {settings.frames}, and the videos of data.held_out at {path} have "
                 f"{frames}; "
-                f"use at most {frames}, or prepare longer ones with data.held_out_frames."
+                f"use at most {frames}, or prepare longer ones with data.source_settings.held_out_frames."
             )
         wanted = replace(config.video, frames=settings.frames)
         text = TextConfig()

@@ -95,7 +95,6 @@ COUNTS = [
     *(f"initialize.{name}" for name in ("updates", "batch", "checkpoint_every", "pairs", "ode_steps", "samplers")),
     *(f"distill.{name}" for name in ("iterations", "student_every", "batch", "checkpoint_every", "keep")),
     *(f"evaluate.{name}" for name in ("videos", "frames", "batch", "teacher_steps", "threads")),
-    *(f"data.{name}" for name in ("videos", "held_out_videos", "held_out_frames")),
     *(f"video.{name}" for name in ("frames", "channels", "height", "width", "fps", "pixel_std")),
     *(f"student.{name}" for name in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len", "text_dim", "freq_dim", "eps")),
     "rollout.chunk", "rollout.shift", "score.shift", "placement.timeout_s", "distill.discriminator.num_class",
@@ -225,7 +224,7 @@ def test_brackets_in_a_path_mean_themselves(capsys: pytest.CaptureFixture[str]) 
 def test_a_run_outlives_the_pipe_and_the_terminal_that_it_prints_to(tmp_path: Path) -> None:
     """The reader of its output is gone and the terminal hangs up, and what comes after is still done."""
     script = (
-        "import os, signal, sys; from pipelines import cli; from pipelines.digits import prepare; from pipelines.console import say\n"
+        "import os, signal, sys; from pipelines import cli; from pipelines import prepare; from pipelines.console import say\n"
         "def work(config):\n"
         "    say('begun'); os.kill(os.getpid(), signal.SIGHUP); say('on')\n"
         "    open(sys.argv[-1].partition('=')[2] + '/done', 'w')\n"

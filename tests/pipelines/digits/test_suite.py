@@ -17,7 +17,7 @@ from model.metrics import Estimate
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder
 from model.transformer import TransformerConfig, WanTransformer
-from orchestrator.config import DataConfig, DistillConfig, EvaluateConfig, RunConfig
+from orchestrator.config import DistillConfig, EvaluateConfig, RunConfig
 from pipelines import cli
 from pipelines.digits.digit_reader import load_or_train, read_videos
 from pipelines.digits.moving_digits import PROMPTS, write_dataset
@@ -49,7 +49,6 @@ def run_config(root: Path) -> RunConfig:
         teacher=SIZES,
         student=SIZES,
         rollout=ROLLOUT,
-        data=DataConfig(held_out_frames=6),
         distill=DistillConfig(
             teacher=f"{root}/outputs/teacher/model", student=f"{root}/outputs/initial/model"
         ),
