@@ -5,6 +5,7 @@ section, a setting that there is not) is one sentence that names the file and th
 """
 
 import difflib
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
@@ -20,13 +21,11 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 
 def shipped(name: str, folder: Path = RECIPES) -> Path:
     """A recipe or experiment by path, or by the name of one that ships with the package; ValueError for neither."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    if (folder / f"{name}.yaml").is_file():
-        return folder / f"{name}.yaml"
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if os.path.isfile(path):  # where Path.is_file raises, as for a name that is too long, this does not
+            return path
     names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-    raise ValueError(f"there is no {folder.name[:-1]} {name!r}; name a YAML file or one of {names}.")
+    raise ValueError(f"there is no {folder.name[:-1]} {_shown(name)}; name a YAML file or one of {names}.")
 
 
 class _Strict(yaml.SafeLoader):
@@ -129,7 +128,7 @@ def unknown(name: str, known: Iterable[str], source: str = "") -> ValueError:
 
 def _shown(value: Any) -> str:
     names = {list: "a list", dict: "a mapping", type(None): "null"}
-    return names.get(type(value)) or f"{str(value)[:40]!r}"
+    return names.get(type(value)) or f"{str(value)[:80]!r}"
 
 
 def is_part(hint: Any) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel
@@ -114,6 +115,8 @@ class Client:
     def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout_s: float = 60.0):
         self.url, self.timeout_s = url.rstrip("/"), timeout_s
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # A proxy that the environment names cannot reach a server of this machine.
+        self._proxies = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
 
     def get(self, path: str, **query: Any) -> Any:
         """JSON of a path; ServerError where there is none."""
@@ -138,7 +141,11 @@ class Client:
         """A new WebSocket session, to be started."""
         url = f"ws{self.url.removeprefix('http')}/v1/realtime/video"
         with connect(
-            url, additional_headers=self.headers, open_timeout=self.timeout_s, max_size=None
+            url,
+            additional_headers=self.headers,
+            open_timeout=self.timeout_s,
+            max_size=None,
+            proxy=True if self._proxies else None,
         ) as socket:
             yield StreamSession(socket, self.timeout_s)
 
@@ -164,7 +171,12 @@ class Client:
     def _request(self, method: str, path: str, query: dict[str, Any]) -> Iterator[httpx.Response]:
         query = {name: value for name, value in query.items() if value is not None}
         with httpx.stream(
-            method, self.url + path, params=query, headers=self.headers, timeout=self.timeout_s
+            method,
+            self.url + path,
+            params=query,
+            headers=self.headers,
+            timeout=self.timeout_s,
+            trust_env=self._proxies,
         ) as response:
             if response.is_error:
                 response.read()

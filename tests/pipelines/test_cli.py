@@ -126,7 +126,7 @@ def test_what_counts_from_0_cannot_be_negative(refused: Refused, setting: str) -
     [
         "root", "data.train", "data.held_out", "data.real", "pretrain.output", "initialize.output", "initialize.teacher",
         "initialize.pairs_path", "distill.output", "distill.teacher", "distill.student", "distill.critic", "evaluate.output",
-        "distill.roles.teacher.negative_embedding",
+        "distill.roles.teacher.negative_embedding", "evaluate.prompts", "evaluate.features",
     ],
 )  # fmt: skip
 def test_a_url_is_no_path(refused: Refused, setting: str) -> None:
@@ -144,6 +144,8 @@ def test_a_url_is_no_path(refused: Refused, setting: str) -> None:
         ("register", "m", "--name", "n", "--metrics", "s3://b/m"),
         ("promote", "n", "1", "--root", "s3://b"),
         ("serve", "--model", "s3://b/m"),
+        ("serve", "--model", "m", "--certificate", "s3://b/c.pem"),
+        ("evaluate", "quickstart", "--export-vbench", "s3://b/x"),
     ],
 )
 def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...]) -> None:
@@ -155,6 +157,8 @@ def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...])
     ("words", "says"),
     [
         (("generate", "quickstart", "--video.fps", "4"), "there is no setting video.fps; the nearest is"),
+        (("generate", "quickstart", "--model", "m", "--prompt", "p"), "unrecognized arguments: quickstart."),
+        (("run", "x" * 5000), f"there is no recipe '{'x' * 80}'; name a YAML file or one of digits,"),
         (("prepare", "quickstart", "--distill.keep", "3"), "prepare does not use distill.keep; leave it out"),
         (("pretrain", "quickstart", "--evaluate", "{videos: 3}"), "pretrain does not use evaluate;"),
         (("distill", "quickstart", "--rollout={chunks: 3}"), "there is no setting rollout.chunks; the nearest is rollout.chunk."),
@@ -213,6 +217,15 @@ def test_the_registry_is_where_the_environment_says(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     said = refused(*words)
     assert "http://127.0.0.1:9" in said and "does not answer" in said
+
+
+def test_a_proxy_is_not_asked_for_this_machine() -> None:
+    script = "from pipelines import cli; from urllib.request import proxy_bypass as direct; "
+    script += "print(*map(bool, map(direct, ['localhost', '127.0.0.1', 'store.example', 'example.org'])))"
+    proxies = {"http_proxy": "http://127.0.0.1:9", "NO_PROXY": "store.example"}
+    environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, env=environment | proxies).split() == [b"True"] * 3 + [b"False"]
 
 
 def test_brackets_in_a_path_mean_themselves(capsys: pytest.CaptureFixture[str]) -> None:
