@@ -18,7 +18,7 @@ from torch import Tensor
 from infra import storage
 from model.metrics import Estimate
 from orchestrator.config import RunConfig
-from pipelines.digits.experiment import REFERENCES, Experiment
+from pipelines.digits.cells import REFERENCES, Experiment
 from pipelines.digits.suite import SHEET, SUITE
 from pipelines.plots import LOOKS, Look, Panel, plot_curves, plot_samples
 

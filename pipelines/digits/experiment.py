@@ -1,16 +1,13 @@
 """`self-forcing experiment NAME`: many trainings that differ in little, measured alike, in one table.
 
-An experiment is a YAML file: a recipe, settings that all cells share, seeds, and cells with their own
-settings. Cell by cell a model is trained (on from where it was stopped) and measured; a cell's
-measurements are published whole, so what is there is not done again, and the report is written anew after
-each.
+Cell by cell a model is trained (on from where it was stopped) and measured; a cell's measurements are published whole,
+so what is there is not done again, and the report is written anew after each.
 """
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -19,95 +16,18 @@ from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
-from pipelines.cli import parse
 from pipelines.console import say
+from pipelines.digits.ablation import write_report
+from pipelines.digits.cells import Experiment, config_of, open_experiment
 from pipelines.digits.suite import SHEET, SUITE
 from pipelines.distill import make_student
 from pipelines.evaluate import job_of, measure_models, samples
 from pipelines.initialize import make_initial
 from pipelines.prepare import prepare
-from pipelines.recipe import EXPERIMENTS, read_yaml, settings, shipped
 from pipelines.report import estimates_json
 from pipelines.suite import Row
 from pipelines.tracked import tracking
 from workers.model_directory import ModelDirectory
-
-REFERENCES = ("real", "teacher", "initial")
-"""What is measured once, beside the cells."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One way to train a model."""
-
-    name: str
-    title: str
-    stage: Literal["initialize", "distill"]
-    group: str
-    """What the table compares: cells of one group share a colour."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What `experiments/NAME.yaml` says."""
-
-    name: str
-    title: str
-    recipe: str
-    results: str
-    """Directory, below `root`, of the measurements, the pictures and (with `.md`) the report."""
-    settings: Mapping[str, Any]
-    seeds: tuple[int, ...]
-    cells: tuple[Cell, ...]
-
-
-def open_experiment(name: str) -> Experiment:
-    """An experiment by path, or by the name of one that ships with the package; ValueError where it is none."""
-    path = shipped(name, EXPERIMENTS)
-    body = read_yaml(path)
-    try:
-        cells = tuple(Cell(name, **cell) for name, cell in body.pop("cells").items())
-        return Experiment(
-            name=path.stem, cells=cells, seeds=tuple(body.pop("seeds")), settings=body.pop("settings"), **body
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an experiment: {error}.") from None
-
-
-def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Nested settings as dotted options."""
-    leaves = set(settings(RunConfig))
-    for name, value in values.items():
-        dotted = prefix + name
-        if isinstance(value, Mapping) and dotted not in leaves:
-            yield from as_options(value, f"{dotted}.")
-        else:
-            yield f"--{dotted}={json.dumps(value) if not isinstance(value, str) else value}"
-
-
-def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: Sequence[str]) -> RunConfig:
-    """The resolved config of one cell, or of what all of them share; settings are checked as those of any
-    command."""
-    place = f"outputs/{experiment.name}"
-    arguments = [
-        experiment.recipe,
-        *as_options(experiment.settings),
-        f"--tracking.experiment={experiment.name}",
-    ]
-    arguments += [f"--initialize.output={place}/initial", f"--distill.student={place}/initial/model"]
-    if cell is not None:
-        where = f"{place}/{cell.name}/{seed}"
-        arguments += [
-            *as_options(cell.settings),
-            f"--{cell.stage}.output={where}",
-            f"--evaluate.output={where}",
-        ]
-    else:
-        arguments.append(f"--evaluate.output={place}/references")
-    config, _ = parse("run", [*arguments, *overrides, f"--seed={seed}"])
-    return config.located()
-
 
 PLACES = ("output", "teacher", "student", "critic", "pairs_path")
 MANNERS = ("checkpoint_every", "keep", "sample_every", "overlap", "samplers")
@@ -135,8 +55,6 @@ def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]
 
 def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> None:
     """Every cell that is not there yet, seed by seed, so that what is there compares like with like."""
-    from pipelines.digits.ablation import write_report
-
     make = {"initialize": make_initial, "distill": make_student}
     shared = config_of(experiment, None, experiment.seeds[0], overrides)
     every = [(cell, seed) for seed in experiment.seeds for cell in experiment.cells]

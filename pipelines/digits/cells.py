@@ -1,0 +1,78 @@
+"""An experiment: a YAML file of a recipe, settings that all cells share, seeds, and cells with their own settings."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from orchestrator.config import RunConfig
+from pipelines.cli import parse
+from pipelines.recipe import EXPERIMENTS, read_yaml, settings, shipped
+
+REFERENCES = ("real", "teacher", "initial")
+"""What is measured once, beside the cells."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train a model."""
+
+    name: str
+    title: str
+    stage: Literal["initialize", "distill"]
+    group: str
+    """What the table compares: cells of one group share a colour."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `experiments/NAME.yaml` says."""
+
+    name: str
+    title: str
+    recipe: str
+    results: str
+    """Directory, below `root`, of the measurements, the pictures and (with `.md`) the report."""
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+
+def open_experiment(name: str) -> Experiment:
+    """An experiment by path, or by the name of one that ships with the package; ValueError where it is none."""
+    path = shipped(name, EXPERIMENTS)
+    body = read_yaml(path)
+    try:
+        cells = tuple(Cell(name, **cell) for name, cell in body.pop("cells").items())
+        return Experiment(
+            name=path.stem, cells=cells, seeds=tuple(body.pop("seeds")), settings=body.pop("settings"), **body
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not an experiment: {error}.") from None
+
+
+def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Nested settings as dotted options."""
+    leaves = set(settings(RunConfig))
+    for name, value in values.items():
+        dotted = prefix + name
+        if isinstance(value, Mapping) and dotted not in leaves:
+            yield from as_options(value, f"{dotted}.")
+        else:
+            yield f"--{dotted}={json.dumps(value) if not isinstance(value, str) else value}"
+
+
+def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: Sequence[str]) -> RunConfig:
+    """The resolved config of one cell, or of what all of them share; settings are checked as those of any
+    command."""
+    place = f"outputs/{experiment.name}"
+    where = f"{place}/references" if cell is None else f"{place}/{cell.name}/{seed}"
+    arguments = [experiment.recipe, *as_options(experiment.settings)]
+    arguments += [f"--initialize.output={place}/initial", f"--distill.student={place}/initial/model"]
+    arguments.append(f"--tracking.experiment={experiment.name}")
+    if cell is not None:
+        arguments += [*as_options(cell.settings), f"--{cell.stage}.output={where}"]
+    arguments += [f"--evaluate.output={where}", *overrides, f"--seed={seed}"]
+    config, _ = parse("run", arguments)
+    return config.located()
