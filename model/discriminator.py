@@ -6,12 +6,14 @@ transformer by cross-attention).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from infra.settings import at_least
-from model.transformer import CrossAttention, Tapped, TransformerConfig, WanTransformer
+from model.backbone import Backbone
+from model.transformer import CrossAttention, TransformerConfig
 
 TIME_SCALE = 10.0
 """What the time embedding is multiplied by before it joins the features, as published."""
@@ -91,6 +93,13 @@ class ClassificationBranch(nn.Module):
             nn.Linear(config.dim, branch.num_class),
         )
 
+    @classmethod
+    def drawn(cls, config: TransformerConfig, branch: BranchConfig) -> "ClassificationBranch":
+        """A branch that has not learned yet, the same on every rank."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return cls(config, branch)
+
     def forward(self, hidden: list[Tensor], time: Tensor) -> Tensor:
         features = [
             block(register, states)
@@ -103,18 +112,25 @@ class ClassificationBranch(nn.Module):
         return self.cls_pred_branch(torch.cat(features, dim=1))
 
 
-class Discriminator(nn.Module):
-    """A bidirectional transformer and its classification branch, as one module that an engine can own."""
+class Judged(NamedTuple):
+    """What a discriminator answers (a tuple, because ZeRO-3 hooks look into those)."""
 
-    def __init__(
-        self, config: TransformerConfig, branch: BranchConfig, *, activation_checkpointing: bool = False
-    ):
+    velocity: Tensor
+    """[B, F, C, H, W]."""
+    logits: Tensor
+    """[B, num_class], in float32."""
+
+
+class Discriminator(nn.Module):
+    """A bidirectional network and its classification branch, as one module that an engine can own."""
+
+    def __init__(self, network: Backbone, branch: BranchConfig):
         super().__init__()
         self.taps = branch.taps
-        self.transformer = WanTransformer(config, activation_checkpointing=activation_checkpointing)
-        self.branch = ClassificationBranch(config, branch)
+        self.transformer = network
+        self.branch = ClassificationBranch(network.config, branch)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity [B, F, C, H, W] and logits [B, num_class], in float32, of noisy latents at timesteps [B]."""
-        tapped: Tapped = self.transformer(x, timestep, context, taps=self.taps)
-        return tapped.velocity, self.branch(tapped.hidden, tapped.time[:, 0]).float()
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Judged:
+        """Velocity and logits of noisy latents [B, F, C, H, W] at timesteps [B]."""
+        output = self.transformer(x, timestep, context, taps=self.taps)
+        return Judged(output.velocity, self.branch(output.hidden, output.time[:, 0]).float())

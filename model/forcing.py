@@ -8,7 +8,7 @@ exposure bias that Self Forcing removes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from model.rollout_plan import RolloutConfig
 from model.schedule import FlowSchedule
 
 Forcing = Literal["teacher_forcing", "diffusion_forcing"]
-Module = Callable[..., Tensor]
+Module = Callable[..., Any]
+"""A backbone, compiled perhaps: what answers an `Output`."""
 
 
 def per_chunk(high: int, config: RolloutConfig, frames: int, keys: Sequence[Key]) -> Tensor:
@@ -40,7 +41,8 @@ def forced(
     clean: Tensor | None,
 ) -> Tensor:
     """Velocity of a noisy video at timesteps [B, F]; each chunk's past is `clean`, or the noisy video where None."""
-    return module(noisy, timestep, context, chunk=config.chunk, window=config.context_window(), clean=clean)
+    window = config.context_window()
+    return module(noisy, timestep, context, chunk=config.chunk, window=window, clean=clean).velocity
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra.settings import part
+from model.backbone import Backbone
 from model.kv_cache import Cache, History, KeyValue
 from model.noise import NoiseSource
 from model.rollout_plan import RolloutConfig, RolloutPlan
@@ -44,7 +45,7 @@ class Boundary:
 
 
 Steps = Generator[NetworkCall | Tensor | Boundary, Any, None]
-"""A network call is sent (velocity, keys and values or None), a boundary a truth value, a chunk nothing."""
+"""A network call is sent (velocity, keys and values where it keeps them), a boundary a truth value, a chunk nothing."""
 
 
 class Rollout:
@@ -157,10 +158,9 @@ class Rollout:
             self.cache.skip_to(first)
             yield from self._commit(frames, self.cache.history(frames.shape[1]))
 
-    def _commit(self, context: Tensor, history: History, exit_live: list[KeyValue] | None = None) -> Steps:
+    def _commit(self, context: Tensor, history: History, exit_live: Sequence[KeyValue] = ()) -> Steps:
         _, live = yield self._call(context, 0.0, history, keeps_live=True)
-        assert live is not None, "the call of a commit keeps its keys and values"
-        if exit_live is not None:
+        if exit_live:
             # The value of the clean call with the graph of the call at `exit_step`, as released.
             with torch.enable_grad():
                 live = [
@@ -199,7 +199,7 @@ class Rollout:
 
 
 def generate(
-    model: nn.Module, rollout: Rollout, context: Tensor, *, guidance: float = 0.0
+    model: Backbone, rollout: Rollout, context: Tensor, *, guidance: float = 0.0
 ) -> Iterator[Tensor]:
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
@@ -214,9 +214,13 @@ def generate(
             rollout.send()
             continue
         with torch.set_grad_enabled(pending.gradient):
-            x, keeps_live = pending.x, pending.keeps_live
-            answer = model(x, pending.timestep, context, history=pending.history, return_live=keeps_live)
-            velocity, live = answer if keeps_live else (answer, None)
+            velocity, live, *_ = model(
+                pending.x,
+                pending.timestep,
+                context,
+                history=pending.history,
+                return_live=pending.keeps_live,
+            )
             if guidance:
                 cond, uncond = velocity.chunk(2)
                 velocity = guide(cond, uncond, guidance).repeat(2, 1, 1, 1, 1)

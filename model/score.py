@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra.settings import Invalid, positive
+from model.backbone import Backbone
 from model.noise import Key, SampleNoise, generator
 from model.sampler import guided
 from model.schedule import TIMESTEPS, FlowSchedule
@@ -57,14 +58,14 @@ class ScorePlan:
 
 
 def predict_x0(
-    model: nn.Module, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule
+    model: Backbone, x_t: Tensor, timestep: Tensor, context: Tensor, schedule: FlowSchedule
 ) -> Tensor:
     """x0 [B, F, C, H, W] in float32 from a noisy video, timesteps [B] or [B, F] and a prompt embedding."""
-    return schedule.x0(model(x_t, timestep, context), x_t, timestep)
+    return schedule.x0(model(x_t, timestep, context).velocity, x_t, timestep)
 
 
 def guided_x0(
-    model: nn.Module,
+    model: Backbone,
     x_t: Tensor,
     timestep: Tensor,
     *,

@@ -9,7 +9,6 @@ under a block-causal mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.settings import Invalid, at_least, positive
 from model import rope
+from model.backbone import EVERYTHING, Backbone, Output
 from model.chunk_view import ChunkView, chunk_views
-from model.kv_cache import History, KeyValue, Window
-
-EVERYTHING = Window(None, 0, "absolute")
+from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
 
 
 @dataclass(frozen=True)
@@ -251,19 +249,8 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale))
 
 
-class Tapped(NamedTuple):
-    """A velocity and what a classification branch reads (a tuple, because ZeRO-3 hooks look into those)."""
-
-    velocity: Tensor
-    """[B, F, C, H, W]."""
-    hidden: list[Tensor]
-    """Hidden states after each tapped block, [B, L, D]."""
-    time: Tensor
-    """Time embedding, [B, 1 or F, D]."""
-
-
-class WanTransformer(nn.Module):
-    """Predicts the velocity of a noisy latent video."""
+class WanTransformer(Backbone):
+    """The Wan 2.1 diffusion transformer."""
 
     def __init__(self, config: TransformerConfig, *, activation_checkpointing: bool = False):
         """`activation_checkpointing` recomputes each block in the backward pass instead of keeping its
@@ -304,9 +291,44 @@ class WanTransformer(nn.Module):
         self.apply(initialize)
 
     def encode_context(self, context: Tensor) -> list[KeyValue]:
-        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls under them."""
         embedded = self.text_embedding(context.to(self.head.head.bias.dtype))
         return [block.cross_attn.key_value(embedded) for block in self.blocks]  # type: ignore[operator, union-attr]
+
+    def new_cache(self, window: Window, height: int, width: int, device: torch.device | str) -> BlockCache:
+        return BlockCache(window, self.config.grid(height, width), self.config.head_dim, device)
+
+    def new_slots(
+        self,
+        window: Window,
+        height: int,
+        width: int,
+        *,
+        rows: int,
+        chunk: int,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SlotCache:
+        return SlotCache(
+            window,
+            self.config.grid(height, width),
+            layers=self.config.num_layers,
+            heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            rows=rows,
+            chunk=chunk,
+            capacity=capacity,
+            device=device,
+        )
+
+    def new_prompts(self, rows: int, device: torch.device | str) -> PromptSlots:
+        return PromptSlots(
+            layers=self.config.num_layers,
+            heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            rows=rows,
+            text_len=self.config.text_len,
+            device=device,
+        )
 
     def forward(
         self,
@@ -320,17 +342,7 @@ class WanTransformer(nn.Module):
         history: History | None = None,
         return_live: bool = False,
         taps: Sequence[int] = (),
-    ) -> Tensor | tuple[Tensor, list[KeyValue]] | Tapped:
-        """Velocity [B, F, C, H, W] of noisy latents `x` of that shape.
-
-        `timestep` is [B] or [B, F], 0..1000; `context` is [B, text_len, text_dim], or what `encode_context`
-        made of that. Without more every frame sees every frame; with `chunk` frames see their own chunk and
-        what `window` holds of earlier ones, as in a rollout; with `clean` too, a video like `x`, the earlier
-        ones are its frames at timestep 0 instead of those of `x` (teacher forcing); with `history` all of `x`
-        is one live chunk after it, and `return_live` also returns its keys and values, as a cache stores them.
-        `taps` names blocks, from 0, whose hidden states are returned too. Raises ValueError where `chunk` does not divide F, or `clean`
-        comes without a chunk or in another shape.
-        """
+    ) -> Output:
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
         rows, columns = self.config.grid(height, width)
         dtype = self.head.head.bias.dtype
@@ -382,6 +394,4 @@ class WanTransformer(nn.Module):
             p=self.config.patch_size[1],
             q=self.config.patch_size[2],
         )
-        if taps:
-            return Tapped(velocity, [states[layer] for layer in taps], embedded)
-        return (velocity, live) if return_live else velocity
+        return Output(velocity, live, [states[layer] for layer in taps], embedded if taps else None)

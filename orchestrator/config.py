@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from infra.settings import Invalid, at_least, local, part, positive, share
 from infra.tracking import TrackingConfig, tracking_uri
+from model.adapters import AdapterConfig
 from model.codec import Codec
 from model.initialization import MethodConfig
 from model.objectives import ObjectiveConfig
@@ -69,6 +70,14 @@ class TrainRole(RanksConfig):
     """Optimizer and sharding."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class AdaptedRole(TrainRole):
+    """A role that learns from a model that there is."""
+
+    adapters: AdapterConfig = AdapterConfig()
+    """Low-rank adapters, in place of training all weights."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class InitializeConfig(MethodConfig):
     """Videos or trajectories per optimizer step, over all ranks."""
     warmup: int = 10
     """Steps of linear warm-up; then the learning rate falls linearly to zero."""
-    role: TrainRole = TrainRole(engine=EngineConfig(learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0))
+    role: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0))
     """Ranks, optimizer and sharding."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
@@ -176,9 +185,9 @@ class InitializeConfig(MethodConfig):
 class RolesConfig:
     """The three roles of distillation."""
 
-    student: TrainRole = TrainRole(engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40))
+    student: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40))
     teacher: TeacherRole = TeacherRole()
-    critic: TrainRole = TrainRole(engine=EngineConfig(learning_rate=4e-4))
+    critic: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=4e-4))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from infra.settings import part
 from model.transformer import TransformerConfig
 from orchestrator.config import RunConfig
+from workers.build import check_adapters
 from workers.model_directory import ModelCard, ModelDirectory
 
 
@@ -29,6 +31,12 @@ def check_roles(config: RunConfig, models: Mapping[str, ModelDirectory]) -> list
         name = "teacher" if role == "teacher" else "student"
         _check_fit(f"distill.{role}", model, config, sizes[role], name)
         _check_text(f"distill.{role}", model, "distill.student", models["student"])
+    for role, settings in (
+        ("student", config.distill.roles.student),
+        ("critic", config.distill.roles.critic),
+    ):
+        with part(f"distill.roles.{role}.adapters"):
+            check_adapters(models[role], settings.adapters)
     if (teacher := models.get("teacher")) and teacher.card.video.frames < config.video.frames:
         raise ValueError(
             f"distill.teacher at {teacher.path} is trained on {teacher.card.video.frames} frames, too short for the "
@@ -45,18 +53,20 @@ def check_start(config: RunConfig, source: ModelDirectory) -> list[str]:
     """
     settings = config.initialize
     _check_fit("initialize.teacher", source, config, config.student, "student")
+    with part("initialize.role.adapters"):
+        check_adapters(source, settings.role.adapters)
     if source.card.video.frames != config.video.frames:
         raise ValueError(
             f"initialize.teacher at {source.path} is trained on {source.card.video.frames} frames, and video.frames "
             f"says {config.video.frames}; use the same."
         )
     wanted = settings.chosen.teacher
-    if wanted == "causal" and source.card.kind != "student":
+    if wanted == "causal" and not source.card.causal:
         raise ValueError(
             f"initialize.method {settings.method} needs a causal model at initialize.teacher, and the one at "
             f"{source.path} is bidirectional; make one with initialize.method teacher_forcing."
         )
-    if wanted == "bidirectional" and source.card.kind != "teacher":
+    if wanted == "bidirectional" and source.card.causal:
         raise ValueError(
             f"initialize.method {settings.method} needs a bidirectional teacher, and the model at {source.path} is "
             "causal; use one for causal teachers, such as causal_ode."

@@ -9,7 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from orchestrator.cluster import release
-from orchestrator.config import RanksConfig, RunConfig, TrainRole
+from orchestrator.config import AdaptedRole, RanksConfig, RunConfig
 from orchestrator.placement import Options, place
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Worker
@@ -37,8 +37,12 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What the workers of each role are made with, beside their rank."""
     distill, roles = config.distill, config.distill.roles
 
-    def learning(role: TrainRole) -> dict[str, Any]:
-        return {"engine": role.engine, "activation_checkpointing": role.activation_checkpointing}
+    def learning(role: AdaptedRole) -> dict[str, Any]:
+        return {
+            "engine": role.engine,
+            "activation_checkpointing": role.activation_checkpointing,
+            "adapters": role.adapters,
+        }
 
     return {
         "prompts": {

@@ -23,12 +23,12 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
 from orchestrator.config import InitializeConfig, PretrainConfig
-from workers.engine import TrainEngine, WeightSource, init_process_group
+from workers.engine import TrainEngine, init_process_group
 
 REPORT_EVERY = 10
 TIMEOUT_S = 600.0
@@ -41,12 +41,8 @@ class Task(Protocol):
 
     compile: bool
 
-    def weights(self) -> WeightSource | None:
-        """What the module starts from; none keeps what `build` drew."""
-        ...
-
-    def build(self) -> nn.Module:
-        """The module in training, with its initial weights drawn."""
+    def engine(self) -> TrainEngine:
+        """This rank of the model in training, with its initial weights."""
         ...
 
     def open(self, device: torch.device) -> None:
@@ -183,7 +179,7 @@ def _loop(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(settings.role.threads)
     rank, ranks = join()
     torch.manual_seed(stage.seed)
-    engine = TrainEngine(task.build, settings.role.engine, weights=task.weights())
+    engine = task.engine()
     task.open(engine.device)
     start = 0
     if config["newest"]:

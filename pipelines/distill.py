@@ -152,7 +152,7 @@ def export(
     """Publish the distilled student."""
     path = f"{config.distill.output}/model"
     card = ModelCard(
-        "student",
+        True,
         config.student,
         config.video,
         models["student"].card.text,
@@ -163,7 +163,7 @@ def export(
     )
     staging = storage.begin(path)
     coordinator.student.wait(coordinator.student.broadcast("export", staging, card))
-    storage.publish(staging, path, {"kind": "student"})
+    storage.publish(staging, path, {"causal": True})
     return path
 
 

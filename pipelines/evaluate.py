@@ -129,7 +129,7 @@ def measure_models(
     """Videos and measurements; `chunk` and `trained` are in frames."""
     held_out = suite.held_out(config, models)
     for model in models.values():
-        role = config.distill.roles.teacher if model.card.kind == "teacher" else config.distill.roles.student
+        role = config.distill.roles.teacher if not model.card.causal else config.distill.roles.student
         bundle = {"CPU": config.evaluate.threads, "GPU": role.gpus}
         release(reserve([bundle], purpose="evaluation", timeout_s=config.placement.timeout_s))
 
@@ -246,11 +246,10 @@ def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
         if not Path(path).exists():
             continue
         models[name] = model = ModelDirectory(path)
-        wanted = "teacher" if name == "teacher" else "student"
-        if model.card.kind != wanted:
+        if model.card.causal != (name != "teacher"):
+            is_, wanted = ("student", "teacher") if model.card.causal else ("teacher", "student")
             raise ValueError(
-                f"{setting}: the model at {path} is a {model.card.kind}, and evaluation needs a {wanted} "
-                "there."
+                f"{setting}: the model at {path} is a {is_}, and evaluation needs a {wanted} there."
             )
         if model.card.text.encoder != "bytes":
             raise ValueError(
@@ -281,7 +280,7 @@ def job_of(config: RunConfig, suite: Suite, model: ModelDirectory) -> Job:
     manifest = storage.manifest_digest(model.path)
     settings, role = config.evaluate, config.distill.roles.teacher
     frames, sampler = settings.frames, None
-    if model.card.kind == "teacher":
+    if not model.card.causal:
         frames = model.card.video.frames
         sampler = {
             "steps": settings.teacher_steps,

@@ -3,19 +3,19 @@
 How it learns is a method of `model/initialization/`; this reads what the method learns from, and publishes the result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra import storage
 from infra.settings import part
+from model.backbone import velocity_of
 from model.forcing import Module
 from model.initialization.method import Setup, Share
-from model.transformer import WanTransformer
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.handover import check_start
@@ -25,8 +25,9 @@ from pipelines.ode_pairs import write_pairs
 from pipelines.pretrain import export_model
 from pipelines.tracked import located, run_id_of, tracking
 from workers import data_check
+from workers.build import frozen, trained, write_weights
 from workers.dataset import ParquetDataset
-from workers.engine import FrozenEngine, TrainEngine
+from workers.engine import TrainEngine
 from workers.model_directory import ModelCard, ModelDirectory
 from workers.prompts import LatentDataset, Prompts
 
@@ -42,12 +43,14 @@ class Initialize(Task):
     def source(self) -> ModelDirectory:
         return ModelDirectory(self.config.initialize.teacher)
 
-    def weights(self) -> ModelDirectory:
-        return self.source()
-
-    def build(self) -> nn.Module:
-        checkpointing = self.config.initialize.role.activation_checkpointing
-        return WanTransformer(self.config.student, activation_checkpointing=checkpointing)
+    def engine(self) -> TrainEngine:
+        role = self.config.initialize.role
+        return trained(
+            self.source(),
+            role.engine,
+            activation_checkpointing=role.activation_checkpointing,
+            adapters=role.adapters,
+        )
 
     def open(self, device: torch.device) -> None:
         settings, source = self.config.initialize, self.source()
@@ -66,15 +69,11 @@ class Initialize(Task):
                 data.real, self.config.video, self.prompts.column, skip_damaged=data.skip_damaged
             )
 
-    def _teacher(self, source: ModelDirectory) -> Module:
-        sizes, engine = self.config.student, self.config.initialize.role.engine
-        self.frozen = FrozenEngine(
-            lambda: WanTransformer(sizes),
-            weights=source,
-            zero_stage=3 if engine.zero_stage == 3 else 0,
-            dtype=engine.dtype,
-        )
-        return self.frozen.module
+    def _teacher(self, source: ModelDirectory) -> Callable[..., Tensor]:
+        engine = self.config.initialize.role.engine
+        stage = 3 if engine.zero_stage == 3 else 0
+        self.frozen = frozen(source, zero_stage=stage, dtype=engine.dtype)
+        return partial(velocity_of, self.frozen.module)
 
     def loss(self, module: Module, update: int, samples: range, batch: int) -> Tensor:
         device, seed, method = self.setup.device, self.config.seed, self.config.initialize.chosen
@@ -98,7 +97,7 @@ class Initialize(Task):
         config, source = self.config, self.source()
         rollout, guidance = config.initialize.generates(config.rollout)
         card = ModelCard(
-            "student",
+            True,
             config.student,
             config.video,
             source.card.text,
@@ -108,7 +107,10 @@ class Initialize(Task):
             lineage=self.lineage,
             recipe=config.portable(),
         )
-        export_model(engine, path, card, source.text_weights())
+        adapters = config.initialize.role.adapters
+        export_model(
+            path, card, source.text_weights(), lambda writer: write_weights(engine, writer, source, adapters)
+        )
 
 
 def check(config: RunConfig) -> ModelDirectory:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from model.backbone import velocity_of
 from model.noise import SampleNoise
 from model.sampler import guided, integrate, ode_grid
 from orchestrator.config import RunConfig
+from workers.build import whole
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import ModelDirectory
 from workers.prompts import LatentDataset, Prompts
@@ -34,7 +36,7 @@ class OdeSampler:
         self.config = config
         source = ModelDirectory(config.initialize.teacher)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = source.transformer(self.device)
+        self.model = whole(source, self.device)
         self.prompts = Prompts(source, self.device)
         self.causal = config.initialize.chosen.real_videos
         if self.causal:
@@ -68,7 +70,7 @@ class OdeSampler:
             prompts = [self.text.batch(i, 1, seed)[0][column] for i in samples]
         velocity = partial(
             guided,
-            self.model,
+            partial(velocity_of, self.model),
             cond=torch.stack(self.prompts.embed(prompts)).to(self.device),
             uncond=self.uncond.to(self.device),
             guidance=self.config.initialize.guidance,

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from infra import storage
+from model.backbone import Backbone
+from model.families import new_backbone
 from model.noise import integer
 from model.objectives.flow_matching import flow_matching_loss
 from model.schedule import FlowSchedule
 from model.score import ScoreConfig, ScorePlan
 from model.text import ByteEncoder
-from model.transformer import WanTransformer
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.single_model import Stage, Task, share, train
@@ -35,13 +36,13 @@ EVERY_TIMESTEP = (0.0, 1000.0)
 class TextToVideo(nn.Module):
     """A transformer and the encoder trained with it, as one module for the engine."""
 
-    def __init__(self, transformer: WanTransformer, text: ByteEncoder):
+    def __init__(self, transformer: Backbone, text: ByteEncoder):
         super().__init__()
         self.transformer = transformer
         self.text = text
 
     def forward(self, x: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
-        return self.transformer(x, timestep, self.text(tokens))
+        return self.transformer(x, timestep, self.text(tokens)).velocity
 
 
 def check_data(config: RunConfig) -> None:
@@ -65,15 +66,14 @@ class Pretrain(Task):
     def compile(self) -> bool:  # type: ignore[override]
         return self.config.pretrain.compile
 
-    def weights(self) -> None:
-        return None
+    def engine(self) -> TrainEngine:
+        sizes, role = self.config.teacher, self.config.pretrain.role
 
-    def build(self) -> nn.Module:
-        sizes = self.config.teacher
-        transformer = WanTransformer(
-            sizes, activation_checkpointing=self.config.pretrain.role.activation_checkpointing
-        )
-        return TextToVideo(transformer, ByteEncoder(sizes.text_len, sizes.text_dim))
+        def build() -> nn.Module:
+            network = new_backbone(sizes, activation_checkpointing=role.activation_checkpointing)
+            return TextToVideo(network, ByteEncoder(sizes.text_len, sizes.text_dim))
+
+        return TrainEngine(build, role.engine)
 
     def open(self, device: torch.device) -> None:
         self.device = device
@@ -103,7 +103,7 @@ class Pretrain(Task):
 
     def export(self, engine: TrainEngine, path: str) -> None:
         card = ModelCard(
-            "teacher",
+            False,
             self.config.teacher,
             self.config.video,
             self.config.text,
@@ -111,32 +111,32 @@ class Pretrain(Task):
             lineage={"teacher": self.run_id},
             recipe=self.config.portable(),
         )
-        export_model(engine, path, card)
+        text: dict[str, Tensor] = {}
+
+        def write(writer: ModelWriter) -> None:
+            def one(name: str, tensor: Tensor) -> None:
+                if name.startswith("text."):
+                    text[name.removeprefix("text.")] = tensor
+                else:
+                    writer.write(name.removeprefix("transformer."), tensor)
+
+            engine.export(one, ema=engine.config.ema_decay is not None)
+
+        export_model(path, card, text, write)
 
 
 def export_model(
-    engine: TrainEngine, path: str, card: ModelCard, text: dict[str, Tensor] | None = None
+    path: str, card: ModelCard, text: dict[str, Tensor], write: Callable[[ModelWriter], None]
 ) -> None:
-    """Publish an engine's weights (the averaged ones, if it keeps them) as a model directory; on all ranks.
-
-    Weights under `text.` are the prompt encoder's; `text` gives them where the engine does not train them.
-    """
-    text = dict(text or {})
+    """Publish a model directory whose weights `write` gives; on all ranks. `text` are its prompt encoder's weights."""
     staging = share(storage.begin(path) if dist.get_rank() == 0 else None)
     with storage.writing(staging) as directory:
         writer = ModelWriter(directory)
-
-        def write(name: str, tensor: Tensor) -> None:
-            if name.startswith("text."):
-                text[name.removeprefix("text.")] = tensor
-            else:
-                writer.write(name.removeprefix("transformer."), tensor)
-
-        engine.export(write, ema=engine.config.ema_decay is not None)
+        write(writer)
         if dist.get_rank() == 0:
             writer.finish(card, text)
     if dist.get_rank() == 0:
-        storage.publish(staging, path, {"kind": card.kind})
+        storage.publish(staging, path, {"causal": card.causal})
     dist.barrier()
 
 

@@ -50,7 +50,7 @@ def write_model(
 ) -> None:
     """Publish a model of random weights, a student if it has a `rollout`. All share one prompt encoder."""
     card = ModelCard(
-        "student" if rollout else "teacher",
+        rollout is not None,
         sizes,
         video or VideoConfig(),
         text or TextConfig(),
@@ -66,7 +66,7 @@ def write_model(
         for name, tensor in (weights or random_weights(sizes, seed)).items():
             writer.write(name, tensor)
         writer.finish(card, encoder)
-    storage.publish(staging, path, {"kind": card.kind})
+    storage.publish(staging, path, {"causal": card.causal})
 
 
 def write_prompts(path: Path, embedded: tuple[int, int] | None = None) -> None:

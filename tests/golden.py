@@ -148,7 +148,7 @@ def check_regression(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]
     noisy, timestep = trajectory_inputs(tensors["trajectory"], tensors["steps"], tensors["index"].long())
     yield "noisy", error(noisy, tensors["noisy"])
     yield "timestep", error(timestep, tensors["timestep"])
-    velocity = model(noisy, timestep, tensors["context"], chunk=int(meta["chunk"]))
+    velocity = model(noisy, timestep, tensors["context"], chunk=int(meta["chunk"])).velocity
     x0 = schedule.x0(velocity, noisy, timestep)
     total, count = regression_terms(x0, tensors["trajectory"][:, -1], timestep)
     loss = total / count
@@ -165,7 +165,7 @@ def check_teacher_forcing(tensors: Tensors, meta: dict[str, str]) -> Iterator[Re
     schedule = FlowSchedule(float(meta["shift"]))
     x0, noise, timestep = tensors["clean"], tensors["noise"], tensors["timestep"]
     noisy = schedule.add_noise(x0, noise, timestep)
-    velocity = model(noisy, timestep, tensors["context"], chunk=int(meta["chunk"]), clean=x0)
+    velocity = model(noisy, timestep, tensors["context"], chunk=int(meta["chunk"]), clean=x0).velocity
     weight = timestep_weight(timestep, schedule)
     loss = flow_matching_loss(velocity, noise, x0, weight)
     yield "noisy", error(noisy, tensors["noisy"])
@@ -199,7 +199,7 @@ def check_objectives(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]
         yield f"{name}.loss", error(loss.reshape(1), tensors[f"{name}.loss"])
         (gradient,) = torch.autograd.grad(loss, video, retain_graph=True)
         yield f"{name}.grad", error(gradient, tensors[f"{name}.grad"])
-    velocity = critic(noisy.detach(), timestep, tensors["cond"])
+    velocity = critic(noisy.detach(), timestep, tensors["cond"]).velocity
     critic_loss = flow_matching_loss(velocity, tensors["noise"], video.detach())
     critic_loss.backward()
     yield "critic.loss", error(critic_loss.reshape(1), tensors["critic.loss"])
@@ -211,7 +211,7 @@ def check_gan(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
     branch = BranchConfig(
         tuple(json.loads(meta["taps"])), int(meta["num_class"]), json.loads(meta["concat_time"])
     )
-    model = Discriminator(sizes_of(meta), branch)
+    model = Discriminator(WanTransformer(sizes_of(meta)), branch)
     model.transformer.load_state_dict(select(tensors, "sd."))
     model.branch.load_state_dict(select(tensors, "branch."))
     schedule, timestep = FlowSchedule(float(meta["shift"])), tensors["timestep"][:, 0]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.discriminator import ClassificationBranch, Discriminator
+from model.adapters import AdapterConfig
 from model.noise import SampleNoise
 from model.objectives.flow_matching import flow_matching_loss
 from model.objectives.gan import (
@@ -13,29 +13,11 @@ from model.objectives.gan import (
     relativistic_discriminator_loss,
 )
 from model.score import ScoreConfig, ScorePlan
-from model.transformer import WanTransformer
+from workers import build
 from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
-from workers.engine import EngineConfig, TrainEngine
-from workers.model_directory import ModelDirectory
+from workers.engine import EngineConfig
 from workers.scorer import Predictions, Scorer
-
-
-class _WithBranch:
-    """Weights of a transformer, and of a classification branch that has not learned yet."""
-
-    def __init__(self, source: ModelDirectory, branch: ClassificationBranch):
-        self.source = source
-        self.branch = branch.state_dict()
-
-    def keys(self) -> list[str]:
-        return [f"transformer.{name}" for name in self.source.keys()] + [  # noqa: SIM118 (not a mapping)
-            f"branch.{name}" for name in self.branch
-        ]
-
-    def get(self, name: str) -> Tensor:
-        part, _, own = name.partition(".")
-        return self.branch[own] if part == "branch" else self.source.get(own)
 
 
 class CriticWorker(Scorer, TrainedRank):
@@ -55,33 +37,26 @@ class CriticWorker(Scorer, TrainedRank):
         relativistic: bool,
         engine: EngineConfig,
         activation_checkpointing: bool,
+        adapters: AdapterConfig,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
         self.discriminator, self.relativistic = discriminator, relativistic
         self.engine_config, self.activation_checkpointing = engine, activation_checkpointing
+        self.adapters = adapters
 
     def build(self) -> None:
-        sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
-        if not self.discriminator.taps:
-            self.engine = TrainEngine(
-                lambda: WanTransformer(sizes, activation_checkpointing=checkpointing),
-                self.engine_config,
-                weights=self.source,
-            )
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            branch = ClassificationBranch(sizes, self.discriminator)
-        self.engine = TrainEngine(
-            lambda: Discriminator(sizes, self.discriminator, activation_checkpointing=checkpointing),
+        self.engine = build.trained(
+            self.source,
             self.engine_config,
-            weights=_WithBranch(self.source, branch),
+            activation_checkpointing=self.activation_checkpointing,
+            adapters=self.adapters,
+            branch=self.discriminator if self.discriminator.taps else None,
         )
 
     def _answer(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
         """Velocity and, where there is a branch, logits."""
         answer = self.engine.module(noisy, timestep, context)
-        return answer if self.discriminator.taps else (answer, None)
+        return answer.velocity, answer.logits if self.discriminator.taps else None
 
     def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
         """`fake`: x0, without guidance; and `logits` where there is a branch."""
@@ -102,7 +77,7 @@ class CriticWorker(Scorer, TrainedRank):
             velocity, losses = self._judge(plan, batch, noisy, noise, timestep)
             flow_weight = self.discriminator.flow_weight
         else:
-            velocity, losses = self.engine.module(noisy, timestep, context), {}
+            velocity, losses = self._answer(noisy, timestep, context)[0], {}
             flow_weight = 1.0
         flow = flow_matching_loss(velocity.float(), noise, video)
         loss = sum(losses.values(), start=flow * flow_weight)

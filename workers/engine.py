@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -72,13 +72,13 @@ class TrainEngine:
         config: EngineConfig,
         *,
         weights: WeightSource | None = None,
-        frozen_prefixes: Sequence[str] = (),
     ) -> None:
         """Build the model, shard it and load `weights`, tensor by tensor.
 
         At stage 3 no rank ever holds the whole model: each submodule is sharded as soon as `build` has constructed it.
         `weights` must name exactly the model's parameters; all ranks pass it and rank 0 reads the tensors; none keeps
-        rank 0's initialisation. Parameters whose name starts with one of `frozen_prefixes` are not trained.
+        rank 0's initialisation. Parameters that `build` froze are not trained: they have no gradient, moments or average,
+        are in no checkpoint, and come from `weights` again.
         `ValueError`, on every rank, if names or shapes do not fit.
         """
         self.config = config
@@ -86,7 +86,7 @@ class TrainEngine:
         self.dtype = zero.DTYPES[config.dtype]
         self.version = 0
         self._pending = 0
-        self._zero = zero.ZeroModel(build, config, frozen_prefixes)
+        self._zero = zero.ZeroModel(build, config)
         self.module = self._zero.module
         if weights is not None:
             self._zero.begin_writing()
@@ -94,8 +94,11 @@ class TrainEngine:
                 self._zero.write(name, full)
         self._ema: dict[str, Tensor] = {}
         if config.ema_decay is not None:
-            trained = {name: piece for name, piece in self._zero.slices.items() if piece.trained}
-            self._ema = {name: piece.value.clone() for name, piece in trained.items()}
+            self._ema = {name: piece.value.clone() for name, piece in self._trained.items()}
+
+    @property
+    def _trained(self) -> dict[str, zero.Slice]:
+        return {name: piece for name, piece in self._zero.slices.items() if piece.trained}
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar `loss`, the mean over this rank's samples, once per micro-batch.
@@ -147,9 +150,9 @@ class TrainEngine:
         if self._pending:
             raise RuntimeError("save was called between a backward and its step")
         entries: dict[str, dict[str, Any]] = {}
-        for name, piece in self._zero.slices.items():
+        for name, piece in self._trained.items():
             entry = {"start": piece.start, "value": _copy(piece.value)}
-            if piece.trained and self.version > 0:
+            if self.version > 0:
                 entry |= {key: _copy(self._zero.moment(piece, key)) for key in zero.MOMENTS}
             if name in self._ema:
                 entry["ema"] = _copy(self._ema[name])
@@ -173,7 +176,7 @@ class TrainEngine:
             raise ValueError(
                 f"{saved} has zero_stage {stage} and this run {self.config.zero_stage}: use {stage}"
             )
-        entries, pieces = record["parameters"], self._zero.slices
+        entries, pieces = record["parameters"], self._trained
         _check_names(pieces, entries, saved)
         for name, piece in pieces.items():
             entry = entries[name]
@@ -186,16 +189,18 @@ class TrainEngine:
         self.version, self._pending = record["version"], 0
         self._zero.adam.state.clear()
         self._zero.begin_writing()
-        for name, piece in pieces.items():
+        for name in pieces:
             entry = entries[name]
             self._zero.write(name, self._zero.gather(name, entry["value"]))
-            if piece.trained and self.version > 0:
+            if self.version > 0:
                 self._zero.write_moments(name, {key: entry[key] for key in zero.MOMENTS}, self.version)
             if name in self._ema:
                 self._ema[name].copy_(entry["ema"])
         dist.barrier()
 
-    def export(self, write: Callable[[str, Tensor], None], *, ema: bool = False) -> None:
+    def export(
+        self, write: Callable[[str, Tensor], None], *, ema: bool = False, trained_only: bool = False
+    ) -> None:
         """Hand each whole parameter, in the model's order, to `write(name, fp32 CPU tensor)` on rank 0.
 
         Collective, with one parameter in memory at a time. With `ema`, averaged weights (frozen ones as they are).
@@ -203,7 +208,7 @@ class TrainEngine:
         """
         if ema and self.config.ema_decay is None:
             raise ValueError("there are no averaged weights to export: set ema_decay")
-        for name, piece in self._zero.slices.items():
+        for name, piece in (self._trained if trained_only else self._zero.slices).items():
             full = self._zero.gather(name, self._ema.get(name, piece.value) if ema else piece.value)
             if not full.isfinite().all():
                 raise FloatingPointError(f"the {'average' if ema else 'value'} of {name} is not finite")

@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.kv_cache import SlotCache
+from model.backbone import velocity_of
 from model.noise import Key, SampleNoise
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
 from model.sampler import guided, integrate
+from workers.build import whole
 from workers.model_directory import ModelDirectory
 
 
@@ -26,7 +27,7 @@ class Generator:
         self.source = ModelDirectory(model)
         self.card = self.source.card
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = self.source.transformer(self.device)
+        self.model = whole(self.source, self.device)
         self.text = self.source.text_encoder(self.device)
         self.codec = self.card.video.make_codec()
 
@@ -49,19 +50,17 @@ class Generator:
         `initial` latents [B, f, C, H, W] start the videos, and are part of them. A student that
         generates with guidance runs each row twice, the second time with `negative_prompt`.
         """
-        config, sizes, video = self.card.rollout, self.card.transformer, self.card.video
+        config, video = self.card.rollout, self.card.video
         if config is None:
             raise ValueError(f"the model at {self.source.path} is a teacher; streaming needs a student.")
         count, twins = len(prompts), 2 if self.card.guidance else 1
         prompts = [*prompts, *[negative_prompt] * (count * (twins - 1))]
         if initial is not None:
             initial = initial.to(self.device).repeat(twins, 1, 1, 1, 1)
-        cache = SlotCache(
+        cache = self.model.new_slots(
             config.context_window(),
-            sizes.grid(video.height, video.width),
-            layers=sizes.num_layers,
-            heads=sizes.num_heads,
-            head_dim=sizes.head_dim,
+            video.height,
+            video.width,
             rows=len(prompts),
             chunk=config.chunk,
             capacity=frames,
@@ -93,7 +92,7 @@ class Generator:
         x = SampleNoise(noise, self.device).draw((len(prompts), *self.card.video.shape), 0, 0)
         velocity = partial(
             guided,
-            self.model,
+            partial(velocity_of, self.model),
             cond=self.text.encode(prompts),
             uncond=self.text.encode([negative_prompt]),
             guidance=guidance,

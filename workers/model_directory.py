@@ -22,9 +22,10 @@ from torch import Tensor
 from infra import storage
 from infra.settings import Invalid, at_least, positive
 from model.codec import Codec, SpaceToDepth
+from model.families import FAMILIES, family_of
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder, TextEncoder
-from model.transformer import TransformerConfig, WanTransformer
+from model.transformer import TransformerConfig
 
 FORMAT = 1
 SHARD_BYTES = 4 * 2**30
@@ -86,7 +87,8 @@ class TextConfig:
 class ModelCard:
     """What `model.json` says."""
 
-    kind: Literal["teacher", "student"]
+    causal: bool
+    """Whether a frame sees earlier ones only: a student, or a teacher of one; a bidirectional teacher is not."""
     transformer: TransformerConfig
     video: VideoConfig
     text: TextConfig
@@ -142,31 +144,18 @@ class ModelDirectory:
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name)
 
-    def check_weights(self) -> None:
-        """ValueError where the weights are not of the card's sizes; no weight is read."""
-        with torch.device("meta"):
-            wanted = WanTransformer(self.card.transformer).state_dict()
+    def check_shapes(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError where the weights are not of these names and shapes; no weight is read."""
         for name in sorted(wanted.keys() | self._files.keys()):
             shape = None
             if name in self._files:
                 with safe_open(self._files[name], "pt") as file:
                     shape = tuple(file.get_slice(name).get_shape())
-            if name not in wanted or shape != tuple(wanted[name].shape):
-                expected = tuple(wanted[name].shape) if name in wanted else None
+            if name not in wanted or shape != wanted[name]:
                 raise ValueError(
                     f"the weights at {self.path} do not fit the sizes in its model.json: {name} is {shape or 'missing'}, "
-                    f"and should be {expected or 'absent'}."
+                    f"and should be {wanted.get(name, 'absent')}."
                 )
-
-    def transformer(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> WanTransformer:
-        """The whole transformer on one device, frozen, for inference."""
-        with torch.device("meta"):
-            model = WanTransformer(self.card.transformer)
-        state = {name: self.get(name).to(device, dtype) for name in self.keys()}
-        model.load_state_dict(state, assign=True)
-        return model.requires_grad_(False).eval()
 
     def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
         """The prompt encoder that belongs to the model; ValueError where prompts come embedded."""
@@ -206,7 +195,7 @@ class ModelWriter:
 
     def flush(self) -> None:
         if self._tensors:
-            _save(self._tensors, self.directory / f"transformer-{self._shards:05d}.safetensors")
+            save(self._tensors, self.directory / f"transformer-{self._shards:05d}.safetensors")
             self._shards += 1
             self._tensors, self._bytes = {}, 0
 
@@ -215,11 +204,13 @@ class ModelWriter:
         self.flush()
         if text:
             encoder = {name: tensor.detach().cpu().contiguous() for name, tensor in text.items()}
-            _save(encoder, self.directory / "text_encoder.safetensors")
-        (self.directory / "model.json").write_text(json.dumps({"format": FORMAT, **asdict(card)}, indent=1))
+            save(encoder, self.directory / "text_encoder.safetensors")
+        body = {"format": FORMAT, "family": family_of(card.transformer), **asdict(card)}
+        (self.directory / "model.json").write_text(json.dumps(body, indent=1))
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as one safetensors file; StorageError where the disk is full."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # which is what it makes of a full disk, and no OSError
@@ -234,8 +225,9 @@ def _card(body: Mapping[str, Any]) -> ModelCard:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
     return ModelCard(
-        kind=body["kind"],
-        transformer=build(TransformerConfig, body["transformer"]),
+        # Cards of earlier releases say `kind` instead, and call a causal teacher a student.
+        causal=body["causal"] if "causal" in body else body["kind"] == "student",
+        transformer=build(FAMILIES[body.get("family", "wan")][0], body["transformer"]),
         video=build(VideoConfig, body["video"]),
         text=build(TextConfig, body["text"]),
         rollout=build(RolloutConfig, body["rollout"]),

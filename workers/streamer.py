@@ -12,10 +12,11 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from model.kv_cache import Parked, PromptSlots, SlotCache
+from model.kv_cache import Parked
 from model.noise import SampleNoise
 from model.rollout import NetworkCall, Rollout
 from model.rollout_plan import RolloutConfig, RolloutPlan
+from workers.build import check_weights, whole
 from workers.model_directory import ModelDirectory
 
 ENDLESS = 2**40
@@ -75,7 +76,7 @@ def check(model: str) -> tuple[ModelDirectory, RolloutConfig]:
         raise ValueError(
             f"the student at {model} has no rollout.window, and its cache would grow for ever; streaming needs one."
         )
-    source.check_weights()
+    check_weights(source)
     return source, rollout
 
 
@@ -92,27 +93,18 @@ class Streamer:
     def __post_init__(self) -> None:
         source, self.config = check(self.model)
         self.card = source.card
-        sizes, video = source.card.transformer, source.card.video
-        self.network = source.transformer(self.device)
+        video = source.card.video
+        self.network = whole(source, self.device)
         self.text = source.text_encoder(self.device)
-        self.cache = SlotCache(
+        self.cache = self.network.new_slots(
             self.config.context_window(),
-            sizes.grid(video.height, video.width),
-            layers=sizes.num_layers,
-            heads=sizes.num_heads,
-            head_dim=sizes.head_dim,
+            video.height,
+            video.width,
             rows=self.slots,
             chunk=self.config.chunk,
             device=self.device,
         )
-        self.prompts = PromptSlots(
-            layers=sizes.num_layers,
-            heads=sizes.num_heads,
-            head_dim=sizes.head_dim,
-            rows=self.slots,
-            text_len=sizes.text_len,
-            device=self.device,
-        )
+        self.prompts = self.network.new_prompts(self.slots, self.device)
         self.free = list(range(self.slots))
         self.streams: dict[int, Stream] = {}
         self._numbers = count()
@@ -228,7 +220,7 @@ class Streamer:
             if self._written[row] is not stream.context:
                 self.prompts.write(row, self.network.encode_context(stream.context))
                 self._written[row] = stream.context
-        velocity, live = self.network(
+        velocity, live, *_ = self.network(
             x,
             torch.cat([call.timestep for call in calls]),
             self.prompts.join(rows),
@@ -243,7 +235,7 @@ class Streamer:
                 events.append(Event(stream, error="the model's answer is not finite"))
                 continue
             part = slice(index, index + 1)
-            kept = [(key[part], value[part]) for key, value in live] if call.keeps_live else None
+            kept = [(key[part], value[part]) for key, value in live] if call.keeps_live else []
             stream.rollout.send((velocity[part], kept))
             if isinstance(chunk := stream.rollout.pending, Tensor):
                 events.append(self._deliver(stream, chunk[0]))

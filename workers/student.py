@@ -2,21 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from infra import storage
+from model.adapters import AdapterConfig
+from model.backbone import Backbone
 from model.forcing import ForcedPlan
-from model.kv_cache import BlockCache
 from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
-from model.transformer import WanTransformer
+from workers import build
 from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
-from workers.engine import EngineConfig, TrainEngine
+from workers.engine import EngineConfig
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
 
 
@@ -43,6 +45,7 @@ class StudentWorker(TrainedRank):
         objective: ObjectiveConfig,
         engine: EngineConfig,
         activation_checkpointing: bool,
+        adapters: AdapterConfig,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
         self.source = ModelDirectory(model)
@@ -50,15 +53,20 @@ class StudentWorker(TrainedRank):
         self.objective = objective
         self.engine_config = engine
         self.activation_checkpointing = activation_checkpointing
+        self.adapters = adapters
         self._graph: _Graph | None = None
 
     def build(self) -> None:
-        sizes, checkpointing = self.source.card.transformer, self.activation_checkpointing
-        self.engine = TrainEngine(
-            lambda: WanTransformer(sizes, activation_checkpointing=checkpointing),
+        self.engine = build.trained(
+            self.source,
             self.engine_config,
-            weights=self.source,
+            activation_checkpointing=self.activation_checkpointing,
+            adapters=self.adapters,
         )
+
+    @property
+    def network(self) -> Backbone:
+        return cast(Backbone, self.engine.module)
 
     def rollout(self, plan: RolloutPlan, batch: Batch) -> tuple[Stats, Batch]:
         """A `video` [F, C, H, W] for each prompt embedding `context` [text_len, text_dim].
@@ -73,7 +81,7 @@ class StudentWorker(TrainedRank):
 
         def make() -> Tensor:
             data, context = batch["data_video"], batch["context"]
-            return plan.predict(self.engine.module, self.config, data, context, batch.samples)
+            return plan.predict(self.network, self.config, data, context, batch.samples)
 
         return self._made(batch, plan.gradient, make)
 
@@ -88,20 +96,17 @@ class StudentWorker(TrainedRank):
         return {}, Batch(batch.samples, {"video": video})
 
     def _generate(self, plan: RolloutPlan, batch: Batch) -> Tensor:
-        sizes, shape = self.source.card.transformer, self.source.card.video
-        device = self.engine.device
+        shape, device = self.source.card.video, self.engine.device
         given = batch["data_video"][:, : plan.given_frames] if plan.given_frames else None
         rollout = Rollout(
             self.config,
             plan,
             noise=SampleNoise([(*plan.noise, sample) for sample in batch.samples], device),
-            cache=BlockCache(
-                self.config.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim, device
-            ),
+            cache=self.network.new_cache(self.config.context_window(), shape.height, shape.width, device),
             shape=(len(batch), shape.channels, shape.height, shape.width),
             initial=given,
         )
-        chunks = list(generate(self.engine.module, rollout, batch["context"]))
+        chunks = list(generate(self.network, rollout, batch["context"]))
         return self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
 
     def _last(self, video: Tensor) -> Tensor:
@@ -166,6 +171,6 @@ class StudentWorker(TrainedRank):
         """Write the averaged weights (the current ones where none are kept) into a model's staging location; on all ranks."""
         with storage.writing(staging) as directory:
             writer = ModelWriter(directory)
-            self.engine.export(writer.write, ema=self.engine_config.ema_decay is not None)
+            build.write_weights(self.engine, writer, self.source, self.adapters)
             if self.rank == 0:
                 writer.finish(card, self.source.text_weights())

@@ -5,8 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from model.score import ScoreConfig, guided_x0
-from model.transformer import WanTransformer
-from workers.engine import FrozenEngine
+from workers import build
 from workers.scorer import Predictions, Scorer
 
 
@@ -31,14 +30,7 @@ class TeacherWorker(Scorer):
         self.zero_stage, self.dtype, self.guidance = zero_stage, dtype, guidance
 
     def build(self) -> None:
-        sizes = self.source.card.transformer
-        # Recomputing happens under a gradient only, which a score has where the objective flows through it.
-        self.engine = FrozenEngine(
-            lambda: WanTransformer(sizes, activation_checkpointing=True),
-            weights=self.source,
-            zero_stage=self.zero_stage,
-            dtype=self.dtype,
-        )
+        self.engine = build.frozen(self.source, zero_stage=self.zero_stage, dtype=self.dtype)
 
     def guide(self, negative: Tensor) -> None:
         """Take the embedding [text_len, text_dim] of the negative prompt, which every score is guided away from."""

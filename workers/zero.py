@@ -9,7 +9,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -148,19 +148,11 @@ class Slice:
 class ZeroModel:
     """One model and its AdamW under DeepSpeed."""
 
-    def __init__(
-        self, build: Callable[[], nn.Module], config: EngineConfig, frozen_prefixes: Sequence[str]
-    ) -> None:
+    def __init__(self, build: Callable[[], nn.Module], config: EngineConfig) -> None:
         self.stage, self.offload = config.zero_stage, config.offload
         chosen = settings(config)
         module = build_module(build, chosen)
         self.parameters = dict(module.named_parameters())
-        for prefix in frozen_prefixes:
-            frozen = [parameter for name, parameter in self.parameters.items() if name.startswith(prefix)]
-            if not frozen:
-                raise ValueError(f"frozen_prefixes has {prefix!r}, and no parameter's name starts with it")
-            for parameter in frozen:
-                parameter.requires_grad_(False)
         trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         # Memory figures are printed here that no setting turns off; DeepSpeed's log goes elsewhere.
         with contextlib.redirect_stdout(io.StringIO()):

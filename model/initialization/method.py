@@ -23,7 +23,7 @@ class Setup:
     """How the student generates once it is distilled; its schedule is the only one."""
     negative: Tensor
     """Embedding [text_len, text_dim] of the negative prompt."""
-    teacher: Module | None
+    teacher: Callable[..., Tensor] | None
     """The frozen teacher's velocity, where the method asks it."""
     device: torch.device
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.discriminator import BranchConfig, Discriminator
 from model.objectives.gan import discriminator_loss, gradient_penalty, relativistic_discriminator_loss
+from model.transformer import WanTransformer
 from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
 
 SHAPE = (2, 3, CONFIG.in_dim, HEIGHT, WIDTH)
@@ -22,7 +23,8 @@ BRANCHES = [
 
 def tiny_critic(branch: BranchConfig, *, activation_checkpointing: bool = False) -> Discriminator:
     """A critic whose weights are all random."""
-    critic = Discriminator(CONFIG, branch, activation_checkpointing=activation_checkpointing)
+    network = WanTransformer(CONFIG, activation_checkpointing=activation_checkpointing)
+    critic = Discriminator(network, branch)
     critic.transformer.load_state_dict(tiny_model().state_dict())
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -93,7 +95,7 @@ def naive_logits(critic: Discriminator, branch: BranchConfig, x: Tensor) -> Tens
 def test_logits_are_the_formula_and_velocity_is_the_transformers(branch: BranchConfig) -> None:
     critic, x = tiny_critic(branch), normal(*SHAPE)
     velocity, logits = critic(x, TIMESTEP, prompt(2))
-    assert torch.equal(velocity, critic.transformer(x, TIMESTEP, prompt(2)))
+    assert torch.equal(velocity, critic.transformer(x, TIMESTEP, prompt(2)).velocity)
     assert logits.shape == (2, branch.num_class)
     assert difference(logits, naive_logits(critic, branch, x)) < 1e-5
 
@@ -144,7 +146,9 @@ def test_bfloat16_gives_logits_in_float32() -> None:
 
 
 def test_norms_can_be_left_out() -> None:
-    critic = Discriminator(replace(CONFIG, qk_norm=False, cross_attn_norm=False), BranchConfig((0,)))
+    critic = Discriminator(
+        WanTransformer(replace(CONFIG, qk_norm=False, cross_attn_norm=False)), BranchConfig((0,))
+    )
     named = {name for name, _ in critic.branch.named_parameters() if "norm" in name}
     assert named == {"register_tokens.rms_norm.weight"}
 
@@ -160,4 +164,4 @@ def test_norms_can_be_left_out() -> None:
 )
 def test_a_branch_that_cannot_be_is_refused(branch: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Discriminator(CONFIG, BranchConfig(**branch))
+        Discriminator(WanTransformer(CONFIG), BranchConfig(**branch))

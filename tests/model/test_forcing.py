@@ -46,7 +46,7 @@ def test_a_prediction_on_data_is_what_the_rollouts_own_call_gives(forcing: str) 
     noisy = schedule.add_noise(data, SampleNoise(sources).draw(data.shape, 0, 0), timestep)
     history = block_cache(CONFIGS).history(2)
     with torch.no_grad():
-        first = model(noisy[:, :2], timestep[:, :2], context, history=history)
+        first = model(noisy[:, :2], timestep[:, :2], context, history=history).velocity
     assert difference(x0[:, :2], schedule.x0(first, noisy[:, :2], timestep[:, :2])) < 1e-5
 
     # Whether another past changes the second chunk: under teacher forcing the data's, under diffusion forcing the noisy one's.
@@ -94,7 +94,7 @@ def test_the_ode_sampler_follows_the_velocity() -> None:
     x, history = keys(2).draw((2, 2, *DATA[2:]), 0, 0), block_cache(config).history(2)
     with torch.no_grad():
         for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
-            velocity = model(x, torch.full((2, 2), timestep), context, history=history)
+            velocity = model(x, torch.full((2, 2), timestep), context, history=history).velocity
             x = x + (following - sigma) * velocity
     assert difference(video, x) < 1e-5
 
@@ -124,7 +124,7 @@ def test_guidance_moves_every_step_away_from_the_unconditional_twin() -> None:
     noise = keys(2).draw((2, 2, *DATA[2:]), 0, 0)
     history = block_cache(config).history(2)
     t = torch.full((2, 2), 1000.0)
-    velocity = guide(*(model(noise, t, each, history=history) for each in (cond, uncond)), 1.5)
+    velocity = guide(*(model(noise, t, each, history=history).velocity for each in (cond, uncond)), 1.5)
     rollout = Rollout(
         single,
         RolloutPlan.full(single, 2),
@@ -166,8 +166,8 @@ def test_writing_the_cache_anew_means_the_same_in_both_backings(config: RolloutC
         while (pending := rollout.pending) is not None:
             if isinstance(pending, NetworkCall):
                 x, timestep, history = pending.x, pending.timestep, pending.history
-                velocity, live = model(x, timestep, context, history=history, return_live=True)
-                rollout.send((velocity, live if pending.keeps_live else None))
+                velocity, live, *_ = model(x, timestep, context, history=history, return_live=True)
+                rollout.send((velocity, live if pending.keeps_live else []))
             elif isinstance(pending, Tensor):
                 chunks.append(pending)
                 rollout.send()

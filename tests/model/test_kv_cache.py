@@ -153,7 +153,7 @@ def test_rows_of_different_ages_share_a_batch(window: Window) -> None:
 
     def turn(cache: SlotCache, x: Tensor, text: Tensor) -> Tensor:
         timestep = torch.full(x.shape[:2], 700.0)
-        velocity, live = model(x, timestep, text, history=cache.history(CHUNK), return_live=True)
+        velocity, live, *_ = model(x, timestep, text, history=cache.history(CHUNK), return_live=True)
         cache.commit(live, CHUNK)
         return velocity
 

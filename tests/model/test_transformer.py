@@ -23,22 +23,27 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_a_single_chunk_sees_every_frame() -> None:
     model, (x, timestep, context) = tiny_model(), inputs()
-    assert torch.equal(model(x, timestep, context, chunk=FRAMES), model(x, timestep, context))
-    assert difference(model(x, timestep, context, chunk=CHUNK), model(x, timestep, context)) > 1e-3
+    assert torch.equal(
+        model(x, timestep, context, chunk=FRAMES).velocity, model(x, timestep, context).velocity
+    )
+    assert (
+        difference(model(x, timestep, context, chunk=CHUNK).velocity, model(x, timestep, context).velocity)
+        > 1e-3
+    )
 
 
 def test_one_timestep_a_sample_is_that_timestep_in_every_frame() -> None:
     model, (x, _, context) = tiny_model(), inputs()
     timestep = torch.tensor([900.0, 30.0])
-    by_frame = model(x, timestep[:, None].expand(-1, FRAMES), context)
-    assert difference(model(x, timestep, context), by_frame) < 1e-5
+    by_frame = model(x, timestep[:, None].expand(-1, FRAMES), context).velocity
+    assert difference(model(x, timestep, context).velocity, by_frame) < 1e-5
 
 
 @torch.no_grad()
 def test_a_prompt_encoded_once_is_the_prompt() -> None:
     model, (x, timestep, context) = tiny_model(), inputs()
     encoded = model.encode_context(context)
-    assert torch.equal(model(x, timestep, encoded), model(x, timestep, context))
+    assert torch.equal(model(x, timestep, encoded).velocity, model(x, timestep, context).velocity)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +65,14 @@ def test_cached_chunks_repeat_the_block_causal_pass(window: Window) -> None:
     cache = BlockCache(window, GRID, CONFIG.head_dim)
     chunks = []
     for x_chunk, t_chunk in zip(x.split(CHUNK, 1), timestep.split(CHUNK, 1), strict=True):
-        velocity, live = model(x_chunk, t_chunk, context, history=cache.history(CHUNK), return_live=True)
+        velocity, live, *_ = model(x_chunk, t_chunk, context, history=cache.history(CHUNK), return_live=True)
         cache.commit(live, CHUNK)
         chunks.append(velocity)
-    whole = model(x, timestep, context, chunk=CHUNK, window=window)
+    whole = model(x, timestep, context, chunk=CHUNK, window=window).velocity
     assert difference(torch.cat(chunks, 1), whole) < 1e-5
     # With absolute or relative positions alike, only a window that drops frames changes anything.
     changes = window.frames is not None and window.frames < FRAMES
-    assert (difference(whole, model(x, timestep, context, chunk=CHUNK)) > 1e-3) == changes
+    assert (difference(whole, model(x, timestep, context, chunk=CHUNK).velocity) > 1e-3) == changes
 
 
 @torch.no_grad()
@@ -76,7 +81,7 @@ def test_a_chunk_is_what_a_naive_transformer_computes() -> None:
     expected, _ = reference.call(
         model, x, 640.0, context, positions=list(range(FRAMES)), past=[], past_positions=[]
     )
-    assert difference(model(x, torch.full((2,), 640.0), context), expected) < 1e-5
+    assert difference(model(x, torch.full((2,), 640.0), context).velocity, expected) < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
@@ -85,7 +90,7 @@ def test_later_chunks_cannot_be_seen(chunk: int) -> None:
     changed = x.clone()
     changed[:, 3:] += 1
     before = 3 // chunk * chunk
-    one, two = (model(video, timestep, context, chunk=chunk) for video in (x, changed))
+    one, two = (model(video, timestep, context, chunk=chunk).velocity for video in (x, changed))
     assert torch.equal(one[:, :before], two[:, :before])
     # Every frame from the changed chunk on looks at it.
     assert ((one - two).abs().amax((0, 2, 3, 4))[before:] > 1e-4).all()
@@ -96,7 +101,7 @@ def test_checkpointing_changes_no_number(clean: bool) -> None:
     outputs = []
     for checkpointing in (False, True):
         model, (x, timestep, context) = tiny_model(activation_checkpointing=checkpointing), inputs()
-        velocity, (hidden,), _ = model(
+        velocity, _, (hidden,), _ = model(
             x, timestep, context, chunk=CHUNK, clean=normal(*x.shape) if clean else None, taps=(0,)
         )
         (velocity.square().sum() + hidden.square().sum()).backward()
@@ -113,18 +118,18 @@ def test_tapped_blocks_show_their_hidden_states_in_the_same_forward() -> None:
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     model.time_embedding.register_forward_hook(lambda module, args, out: embedded.append(out))
-    velocity, hidden, time = model(x, timestep, context, taps=(1, 0))
+    velocity, _, hidden, time = model(x, timestep, context, taps=(1, 0))
     assert len(seen) == CONFIG.num_layers
     assert torch.equal(hidden[0], seen[1]) and torch.equal(hidden[1], seen[0])
     assert torch.equal(time[:, 0], embedded[0])
-    assert torch.equal(velocity, model(x, timestep, context))
+    assert torch.equal(velocity, model(x, timestep, context).velocity)
 
 
 def test_bfloat16_runs_and_is_close() -> None:
     model, (x, timestep, context) = tiny_model(), inputs()
-    exact = model(x, timestep, context, chunk=CHUNK)
+    exact = model(x, timestep, context, chunk=CHUNK).velocity
     half = tiny_model().bfloat16()
-    velocity = half(x, timestep, context, chunk=CHUNK)
+    velocity = half(x, timestep, context, chunk=CHUNK).velocity
     assert velocity.dtype == torch.bfloat16
     assert difference(velocity.float(), exact) < 0.03
     velocity.float().square().sum().backward()
@@ -167,7 +172,7 @@ def test_names_and_sizes_are_those_of_the_release() -> None:
 
 
 def test_a_fresh_model_predicts_nothing_yet() -> None:
-    velocity = WanTransformer(CONFIG)(*inputs())
+    velocity = WanTransformer(CONFIG)(*inputs()).velocity
     assert velocity.shape == (2, FRAMES, CONFIG.out_dim, HEIGHT, WIDTH)
     assert not velocity.any()
 
@@ -175,7 +180,7 @@ def test_a_fresh_model_predicts_nothing_yet() -> None:
 def test_norms_can_be_left_out() -> None:
     model = WanTransformer(replace(CONFIG, qk_norm=False, cross_attn_norm=False))
     assert not any("norm" in name for name, _ in model.named_parameters())
-    model(*inputs()).sum().backward()
+    model(*inputs()).velocity.sum().backward()
 
 
 @pytest.mark.parametrize(

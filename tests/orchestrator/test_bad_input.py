@@ -83,6 +83,7 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Refused:
         ),
         ("distill.given_frames=6", r"rollout.chunk of 2 does not divide 0 frames"),
         ("rollout.first_steps=[500, 1000]", r"rollout.first_steps [500.0, 1000.0] must fall strictly"),
+        ("distill.roles.student.adapters.rank=-1", r"distill.roles.student.adapters.rank is -1; it must be"),
         ("text.encoder=embedded", r"distill.roles.teacher.negative_embedding must name a file"),
     ],
 )
@@ -113,6 +114,11 @@ def test_a_model_that_is_missing_or_damaged_is_named(
     arguments = ("distill", TINY_RECIPE, f"--root={tmp_path}")
     generate = ("generate", f"--model={config.distill.student}", "--prompt=a two drifting up")
     assert "sizes" in complaint(*arguments, "--student.num_layers=3")
+    lora = [f"--distill.roles.critic.adapters.{setting}" for setting in ("rank=2", "targets=[to_q]")]
+    says = complaint(*arguments, *lora)
+    assert says.startswith(
+        "distill.roles.critic.adapters.targets names 'to_q', and no linear layer is called so; "
+    )
     shard = Path(config.distill.student) / "transformer-00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
@@ -128,7 +134,7 @@ def test_a_model_that_is_missing_or_damaged_is_named(
         assert says.startswith(config.distill.student) and "damaged" in says and shard.name in says
     shard.write_bytes(whole)
     manifest = Path(config.distill.student) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"kind"', '"king"'))
+    manifest.write_text(manifest.read_text().replace('"causal"', '"casual"'))
     for command in (arguments, generate):
         says = complaint(*command)
         assert says == (

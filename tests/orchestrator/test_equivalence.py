@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from model.discriminator import ClassificationBranch, Discriminator
 from model.forcing import ForcedPlan
-from model.kv_cache import BlockCache
 from model.noise import SampleNoise, integer
 from model.objectives import ObjectiveConfig
 from model.objectives.flow_matching import flow_matching_loss
@@ -22,6 +21,7 @@ from orchestrator.config import DataConfig, RunConfig
 from orchestrator.coordinator import Metrics
 from tests.fixtures import furnished, write_real
 from tests.orchestrator.groups import Groups, first_gradients_of, measured, weights_of
+from workers.build import whole
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
 from workers.prompts import LatentDataset
@@ -99,17 +99,13 @@ def by_hand(config: RunConfig) -> Outcome:
     """The first student and critic update in this process, out of the model's functions and PyTorch alone."""
     distill, batch = config.distill, config.distill.batch
     student, critic = ModelDirectory(distill.student), ModelDirectory(distill.teacher)
-    teacher, text = critic.transformer(), student.text_encoder()
-    generator = student.transformer().requires_grad_()
-    fake_model: nn.Module = critic.transformer().requires_grad_()
+    teacher, text = whole(critic), student.text_encoder()
+    generator = whole(student).requires_grad_()
+    fake_model: nn.Module = whole(critic).requires_grad_()
     settings = distill.discriminator
     if settings.taps:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            fake_model = Discriminator(config.student, settings)
-            torch.manual_seed(0)
-            fake_model.branch = ClassificationBranch(config.student, settings)
-        fake_model.transformer.load_state_dict(critic.transformer().state_dict())
+        fake_model = Discriminator(whole(critic).requires_grad_(), settings)
+        fake_model.branch = ClassificationBranch.drawn(config.student, settings)
     rows = ParquetDataset(config.data.train, ["prompt"]).batch(0, 2 * batch, config.seed)
     contexts = text.encode([row["prompt"] for row in rows])
     schedule, samples = FlowSchedule(config.score.shift), list(range(batch))
@@ -136,14 +132,12 @@ def by_hand(config: RunConfig) -> Outcome:
             grad_frames=(window if frames == window else window - chunk) if gradient else 0,
             given_frames=distill.given_frames,
         )
-        sizes, shape = config.student, config.video
+        shape = config.video
         state = Rollout(
             config.rollout,
             plan,
             noise=SampleNoise([(*plan.noise, sample) for sample in samples]),
-            cache=BlockCache(
-                config.rollout.context_window(), sizes.grid(shape.height, shape.width), sizes.head_dim
-            ),
+            cache=generator.new_cache(config.rollout.context_window(), shape.height, shape.width, "cpu"),
             shape=(batch, shape.channels, shape.height, shape.width),
             initial=given if distill.given_frames else None,
         )
@@ -223,7 +217,7 @@ def by_hand(config: RunConfig) -> Outcome:
             losses[f"critic/r{step}"] = penalty.item()
             total = total + penalty
     else:
-        velocity = fake_model(noisy, timestep, context)
+        velocity = fake_model(noisy, timestep, context).velocity
     critic_loss = flow_matching_loss(velocity, noise, video)
     (total + critic_loss).backward()
     losses["critic/loss"] = critic_loss.item()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from model import initialization
 from orchestrator.config import RunConfig
@@ -70,7 +71,7 @@ def test_every_weight_learns_and_a_stopped_run_resumes(ray_cluster: object, root
     assert [name for name in names if not torch.equal(resumed.get(name), whole.get(name))] == []
 
     card = resumed.card
-    assert card.kind == "student" and card.rollout is not None
+    assert card.causal and card.rollout is not None
     many = method.endswith("forcing")
     assert (card.rollout.sampler, card.guidance) == (("ode", 2.0) if many else ("consistency", 0.0))
     assert len(card.rollout.steps) == (4 if many else 2)
@@ -82,6 +83,21 @@ def test_every_weight_learns_and_a_stopped_run_resumes(ray_cluster: object, root
             "context_noise none",
             "sampler ode",
         ]
+
+
+@pytest.mark.slow
+def test_an_initial_student_can_be_its_teacher_and_an_adapter(ray_cluster: object, root: Path) -> None:
+    settings = {"initialize.updates": 1, "initialize.role.adapters.rank": 2}
+    assert cli.main(arguments(root, "diffusion_forcing", "adapted", **settings)) == 0
+    start, student = (ModelDirectory(root / path) for path in ("outputs/teacher/model", "adapted/model"))
+    changed = {name for name in start.keys() if not torch.equal(start.get(name), student.get(name))}  # noqa: SIM118
+    adapters = load_file(root / "adapted/model/adapter/adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_B.weight"
+    assert changed == {
+        f"{name.removeprefix(prefix).removesuffix(suffix)}.weight"
+        for name in adapters
+        if name.endswith(suffix)
+    }
 
 
 def causal_teacher(root: Path, student: str) -> tuple[RunConfig, dict[str, ModelDirectory]]:

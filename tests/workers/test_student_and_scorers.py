@@ -7,6 +7,7 @@ import pytest
 import ray
 import torch
 
+from model.adapters import AdapterConfig
 from model.rollout_plan import RolloutPlan
 from model.score import ScorePlan
 from orchestrator.config import RunConfig
@@ -51,6 +52,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         objective=config.distill.objective,
         engine=replace(roles.student.engine, zero_stage=0),
         activation_checkpointing=False,
+        adapters=AdapterConfig(),
     )
     critic = group(
         "critic",
@@ -61,6 +63,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         relativistic=False,
         engine=replace(roles.critic.engine, zero_stage=0),
         activation_checkpointing=False,
+        adapters=AdapterConfig(),
     )
     for each in (student, critic):
         each.start(timeout_s=120)

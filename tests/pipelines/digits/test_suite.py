@@ -68,7 +68,9 @@ def write_model(path: str, kind: str, seed: int) -> None:
             # A fresh transformer's last layer is zero, and it would make the same videos whatever its other
             # weights are.
             writer.write(name, tensor + 0.1 * torch.randn_like(tensor))
-        writer.finish(ModelCard(kind, SIZES, VIDEO, TextConfig(), rollout=rollout), text.state_dict())
+        writer.finish(
+            ModelCard(kind == "student", SIZES, VIDEO, TextConfig(), rollout=rollout), text.state_dict()
+        )
     storage.publish(staging, path, {})
 
 

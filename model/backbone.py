@@ -1,0 +1,97 @@
+"""What a rollout and a score need of a network, whatever its family."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
+
+EVERYTHING = Window(None, 0, "absolute")
+
+
+class Output(NamedTuple):
+    """What one forward answers (a tuple, because ZeRO-3 hooks look into those)."""
+
+    velocity: Tensor
+    """[B, F, C, H, W]."""
+    live: list[KeyValue]
+    """Keys and values of each layer as a cache stores them, where they are asked for."""
+    hidden: list[Tensor]
+    """Hidden states [B, L, D] after each tapped block."""
+    time: Tensor | None
+    """Time embedding [B, 1 or F, D], where blocks are tapped."""
+
+
+class Backbone(nn.Module, ABC):
+    """A network that predicts the velocity of a noisy latent video. `config` holds its sizes.
+
+    Three ways of use: bidirectional (teacher, critic), block-causal over a whole sequence (initial students, forced
+    inputs), and one live chunk against a constant history (rollout).
+    """
+
+    config: Any
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | Sequence[KeyValue],
+        *,
+        chunk: int | None = None,
+        window: Window = EVERYTHING,
+        clean: Tensor | None = None,
+        history: History | None = None,
+        return_live: bool = False,
+        taps: Sequence[int] = (),
+    ) -> Output:
+        """The velocity of noisy latents `x` [B, F, C, H, W], and what else is asked for.
+
+        Args:
+            timestep: [B] or [B, F], 0..1000.
+            context: [B, text_len, text_dim], or what `encode_context` made of that.
+            chunk: where given, frames see their own chunk of so many and what `window` holds of earlier ones, as in a
+                rollout; else every frame sees every frame.
+            clean: a video like `x`; with `chunk`, the earlier frames seen are its own at timestep 0 instead of those of
+                `x` (teacher forcing).
+            history: where given, all of `x` is one live chunk after it.
+            return_live: also answer the live chunk's keys and values.
+            taps: blocks, from 0, whose hidden states are answered too.
+
+        Raises:
+            ValueError: `chunk` does not divide F, or `clean` comes without a chunk or in another shape.
+        """
+
+    @abstractmethod
+    def encode_context(self, context: Tensor) -> list[KeyValue]:
+        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls under them."""
+
+    @abstractmethod
+    def new_cache(self, window: Window, height: int, width: int, device: torch.device | str) -> BlockCache:
+        """An empty cache of one batch's rollout, through which gradients may flow; sizes are those of latents."""
+
+    @abstractmethod
+    def new_slots(
+        self,
+        window: Window,
+        height: int,
+        width: int,
+        *,
+        rows: int,
+        chunk: int,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SlotCache:
+        """Preallocated memory for rows of different ages (see `SlotCache`)."""
+
+    @abstractmethod
+    def new_prompts(self, rows: int, device: torch.device | str) -> PromptSlots:
+        """Preallocated memory for what `encode_context` makes of a prompt a row."""
+
+
+def velocity_of(network: Any, x: Tensor, timestep: Tensor, context: Tensor, **how: Any) -> Tensor:
+    """The velocity alone, for what integrates or guides one; arguments as for `Backbone.forward`."""
+    return network(x, timestep, context, **how).velocity

@@ -1,0 +1,23 @@
+"""The families of networks that there are: a card's sizes say which one a model is of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.backbone import Backbone
+from model.transformer import TransformerConfig, WanTransformer
+
+FAMILIES: Mapping[str, tuple[type, type[Backbone]]] = {"wan": (TransformerConfig, WanTransformer)}
+"""Name on a model's card → its sizes and its network."""
+
+
+def family_of(sizes: Any) -> str:
+    return next(name for name, (kind, _) in FAMILIES.items() if type(sizes) is kind)
+
+
+def new_backbone(sizes: Any, *, activation_checkpointing: bool = False) -> Backbone:
+    """A network of these sizes with its initial weights drawn.
+
+    `activation_checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    """
+    network: Any = FAMILIES[family_of(sizes)][1]
+    return network(sizes, activation_checkpointing=activation_checkpointing)
