@@ -64,7 +64,7 @@ class Tickets:
 
 
 class Access:
-    """The door of a replica."""
+    """Admission to a replica."""
 
     def __init__(
         self,

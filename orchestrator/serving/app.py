@@ -1,4 +1,4 @@
-"""The Ray Serve application: replicas that stream, and the desk that they share.
+"""The Ray Serve application: replicas that stream, and the directory that they share.
 
 `self-forcing serve` runs it; `serve deploy` and a RayService name `orchestrator.serving.app:build` and give the fields of a `ServeConfig`.
 """
@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
-from orchestrator.serving import maker, problems, session, streams, videos
+from orchestrator.serving import job_worker, problems, session, streams, videos
 from orchestrator.serving.config import ServeConfig
-from orchestrator.serving.desk import Desk
+from orchestrator.serving.directory import Directory
 from orchestrator.serving.service import Service
 
 
@@ -25,8 +25,8 @@ from orchestrator.serving.service import Service
 class StreamServer:
     """One replica."""
 
-    def __init__(self, config: ServeConfig, desk: DeploymentHandle):
-        self.service = Service(config, desk, serve.get_replica_context().replica_id.unique_id)
+    def __init__(self, config: ServeConfig, directory: DeploymentHandle):
+        self.service = Service(config, directory, serve.get_replica_context().replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return api(self.service)
@@ -48,7 +48,7 @@ def api(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.report()), asyncio.create_task(maker.work(service))]
+        tasks = [asyncio.create_task(service.report()), asyncio.create_task(job_worker.work(service))]
         if service.config.registered:
             tasks.append(asyncio.create_task(service.models.follow()))
         yield
@@ -90,4 +90,4 @@ def application(config: ServeConfig) -> serve.Application:
             target_ongoing_requests=max(1.0, 0.8 * config.slots),
         ),
         graceful_shutdown_timeout_s=config.drain_s,
-    ).bind(config, Desk.bind(config.videos))  # type: ignore[attr-defined]
+    ).bind(config, Directory.bind(config.videos))  # type: ignore[attr-defined]

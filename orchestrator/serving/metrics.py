@@ -1,4 +1,4 @@
-"""What Prometheus reads. Each replica counts for itself and reports to the desk, so that any replica can answer for all."""
+"""What Prometheus reads. Each replica counts for itself and reports to the directory, so that any replica can answer for all."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping

@@ -9,7 +9,7 @@ from pathlib import Path
 from infra.registry import NotRegistered, Registry, RegistryUnavailable
 from infra.storage import StorageError
 from orchestrator.serving.config import ServeConfig
-from orchestrator.serving.viewers import Viewers
+from orchestrator.serving.engine import Engine
 from workers.streamer import Streamer
 
 CACHE = Path("~/.cache/self-forcing/models").expanduser()
@@ -22,11 +22,11 @@ class Served:
 
     name: str
     version: str
-    viewers: Viewers
+    engine: Engine
 
     @property
     def fps(self) -> int:
-        return self.viewers.streamer.card.video.fps
+        return self.engine.streamer.card.video.fps
 
     @property
     def mark(self) -> str:
@@ -68,8 +68,8 @@ class Models:
         """The version that the registry names, where it cannot be served."""
 
     def _serve(self, version: str, path: Path) -> Served:
-        viewers = Viewers(load(path, self.config.slots), self.config.queue, self._decoder)
-        return Served(self.config.name, version, viewers)
+        engine = Engine(load(path, self.config.slots), self.config.queue, self._decoder)
+        return Served(self.config.name, version, engine)
 
     @property
     def served(self) -> list[Served]:
@@ -78,7 +78,7 @@ class Models:
     def check(self) -> None:
         """RuntimeError where no chunk can be made."""
         for served in self.served:
-            served.viewers.check()
+            served.engine.check()
 
     async def follow(self) -> None:
         """Serve whatever version the registry names, until cancelled. What fails leaves the version before in place."""
@@ -94,9 +94,9 @@ class Models:
                     await self._promote(str(named.version), path)
             except (RegistryUnavailable, NotRegistered, StorageError) as error:
                 _log.warning("version %s goes on being served: %s", self.active.version, error)
-            for served in [served for served in self.retiring if served.viewers.idle]:
+            for served in [served for served in self.retiring if served.engine.idle]:
                 self.retiring.remove(served)
-                await asyncio.to_thread(served.viewers.stop)
+                await asyncio.to_thread(served.engine.stop)
                 _log.info("version %s has played out", served.version)
 
     async def _promote(self, version: str, path: Path) -> None:
@@ -116,10 +116,10 @@ class Models:
             before.version,
             self.config.on_promotion,
         )
-        if self.config.on_promotion == "move" and served.viewers.streamer.follows(before.viewers.streamer):
-            before.viewers.move_to(served.viewers)
+        if self.config.on_promotion == "move" and served.engine.streamer.follows(before.engine.streamer):
+            before.engine.move_to(served.engine)
 
     def stop(self) -> None:
         for served in self.served:
-            served.viewers.stop()
+            served.engine.stop()
         self._decoder.shutdown()

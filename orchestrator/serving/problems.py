@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from orchestrator.serving.messages import Failure
 
 AWAY = (RayActorError, RayServeException)
-"""What is raised where the desk is not there."""
+"""What is raised where the directory is not there."""
 
 
 class Problem(HTTPException):

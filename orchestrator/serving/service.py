@@ -1,4 +1,4 @@
-"""One replica: its models, its door, and its viewers."""
+"""One replica: its models, who may connect, and its viewers."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from ray.serve.handle import DeploymentHandle
 
 from orchestrator.serving.access import Access
 from orchestrator.serving.config import ServeConfig
+from orchestrator.serving.engine import Encode, StreamEnded, Viewer
 from orchestrator.serving.metrics import Metrics
 from orchestrator.serving.models import Models, Served
 from orchestrator.serving.problems import Problem
-from orchestrator.serving.viewers import Encode, StreamEnded, Viewer
 from workers.streamer import NoSlot
 
 if TYPE_CHECKING:
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
 
 REPORT_S = 2.0
 UNREACHABLE = (RayError, RayServeException)
-"""The desk is being restarted, or could not do as it was asked."""
+"""The directory is being restarted, or could not do as it was asked."""
 
 
 class Service:
     """What the routes of a replica need."""
 
-    def __init__(self, config: ServeConfig, desk: DeploymentHandle, replica: str):
+    def __init__(self, config: ServeConfig, directory: DeploymentHandle, replica: str):
         """ValueError where the model cannot be streamed."""
-        self.config, self.desk, self.replica = config, desk, replica
+        self.config, self.directory, self.replica = config, directory, replica
         self.models = Models(config)
-        self.access = Access(config.access, redeem=lambda ticket: desk.redeem.remote(ticket))
+        self.access = Access(config.access, redeem=lambda ticket: directory.redeem.remote(ticket))
         self.metrics = Metrics()
         self.sessions: dict[str, Session] = {}
         """By request id."""
 
     async def report(self) -> None:
-        """Tell the desk what there is to count, until cancelled."""
+        """Tell the directory what there is to count, until cancelled."""
         while True:
             self._measure()
-            # Where the desk is being restarted, the next report will do.
+            # Where the directory is being restarted, the next report will do.
             with suppress(*UNREACHABLE):
-                await self.desk.report.remote(self.replica, self.metrics.collect())
+                await self.directory.report.remote(self.replica, self.metrics.collect())
             await asyncio.sleep(REPORT_S)
 
     def _measure(self) -> None:
-        served = [served.viewers for served in self.models.served]
-        self.metrics.streams.set(sum(len(viewers.viewers) for viewers in served))
-        self.metrics.queue.set(sum(viewers.waiting for viewers in served))
+        served = [served.engine for served in self.models.served]
+        self.metrics.streams.set(sum(len(engine.viewers) for engine in served))
+        self.metrics.queue.set(sum(engine.waiting for engine in served))
         self.metrics.slots.set(self.config.slots)
-        self.metrics.cache.set(sum(viewers.streamer.cache.nbytes for viewers in served))
+        self.metrics.cache.set(sum(engine.streamer.cache.nbytes for engine in served))
 
     def census(self) -> dict[str, int]:
         """What viewers hold now, and how many tasks run on the event loop."""
-        streamers = [served.viewers.streamer for served in self.models.served]
+        streamers = [served.engine.streamer for served in self.models.served]
         return {
             "free_slots": sum(len(streamer.free) for streamer in streamers),
             "streams": sum(len(streamer.streams) for streamer in streamers),
-            "viewers": sum(len(served.viewers.viewers) for served in self.models.served),
-            "queue": sum(served.viewers.waiting for served in self.models.served),
+            "viewers": sum(len(served.engine.viewers) for served in self.models.served),
+            "queue": sum(served.engine.waiting for served in self.models.served),
             "sessions": len(self.sessions),
             "open": self.access.open_streams,
             "cache_bytes": sum(streamer.cache.nbytes for streamer in streamers),
@@ -85,9 +85,9 @@ class Service:
         encode: Callable[[Served], Encode],
         *,
         first_frame: int = 0,
-        told: Callable[[int], None] | None = None,
+        on_place: Callable[[int], None] | None = None,
     ) -> tuple[Served, Viewer]:
-        """A viewer of the active model, as `Viewers.open`; Problem where there is no stream to be had."""
+        """A viewer of the active model, as `Engine.open`; Problem where there is no stream to be had."""
         if frames is not None and first_frame >= frames:
             raise Problem(
                 422,
@@ -97,8 +97,8 @@ class Service:
             )
         served = self.models.active
         try:
-            return served, await served.viewers.open(
-                prompt, seed, frames, encode(served), first_frame=first_frame, told=told
+            return served, await served.engine.open(
+                prompt, seed, frames, encode(served), first_frame=first_frame, on_place=on_place
             )
         except NoSlot as error:
             raise Problem(429, "no_slot", f"{error} Try again in a while.", Retry_After="5") from None

@@ -11,6 +11,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 
 from orchestrator.serving.encoders import Fragments, jpegs
+from orchestrator.serving.engine import Chunk, Encode, StreamEnded, Viewer
 from orchestrator.serving.messages import (
     MESSAGE,
     MESSAGE_BYTES,
@@ -35,7 +36,6 @@ from orchestrator.serving.metrics import Pace
 from orchestrator.serving.models import Served
 from orchestrator.serving.problems import Problem
 from orchestrator.serving.service import UNREACHABLE, Service
-from orchestrator.serving.viewers import Chunk, Encode, StreamEnded, Viewer
 
 HISTORY = 16
 """Chunks that are kept after they were sent, for a viewer who reconnects."""
@@ -152,7 +152,7 @@ class Session:
             self._pace.restart()
         if self.viewer is not None:
             # There may be a queue, and the viewer may have more to say meanwhile.
-            self._resuming = asyncio.ensure_future(self.viewer.resume(self._told()))
+            self._resuming = asyncio.ensure_future(self.viewer.resume(self._on_place()))
         self._flowing.set()
 
     def _set_timer(self, seconds: float | None) -> None:
@@ -175,7 +175,7 @@ class Session:
             with suppress(RuntimeError, WebSocketDisconnect):
                 await self.socket.close()
 
-    def _told(self) -> Any:
+    def _on_place(self) -> Any:
         loop = asyncio.get_running_loop()
         return lambda place: asyncio.run_coroutine_threadsafe(
             self.say(Queue(request_id=self.request_id, place=place)), loop
@@ -193,7 +193,7 @@ class Session:
                 self.start.num_frames,
                 self._encode,
                 first_frame=self.start.first_frame,
-                told=self._told(),
+                on_place=self._on_place(),
             )
             self._open.callback(self.viewer.close)
             if not self._flowing.is_set():
@@ -363,7 +363,7 @@ async def _elsewhere(service: Service, request_id: str) -> bool:
     if len(parts) < 3 or parts[1] == service.replica:
         return False
     try:
-        return await service.desk.runs.remote(parts[1])
+        return await service.directory.runs.remote(parts[1])
     except UNREACHABLE:
         return False
 

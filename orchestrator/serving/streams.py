@@ -46,10 +46,10 @@ def routes(service: Service) -> APIRouter:
             service.models.check()
         except RuntimeError as error:
             raise Problem(503, "unavailable", str(error)) from None
-        viewers = service.models.active.viewers
+        engine = service.models.active.engine
         return {
-            "streams": sum(len(served.viewers.viewers) for served in service.models.served),
-            "queue": viewers.waiting,
+            "streams": sum(len(served.engine.viewers) for served in service.models.served),
+            "queue": engine.waiting,
             "slots": service.config.slots,
             "fps": service.models.active.fps,
             "model": service.config.name,
@@ -61,7 +61,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/metrics", summary="For Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
         await service.access.admit(request)
-        return Response(await service.desk.metrics.remote(), media_type="text/plain; version=0.0.4")
+        return Response(await service.directory.metrics.remote(), media_type="text/plain; version=0.0.4")
 
     @router.get("/v1/models", summary="The model served here, as OpenAI lists models")
     async def models(request: Request) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/tickets", summary="A ticket that stands once for the token it was asked for with")
     async def ticket(request: Request) -> dict[str, Any]:
         who = await service.access.admit(request)
-        return {"ticket": await service.desk.issue.remote(who), "expires_in": TICKET_S}
+        return {"ticket": await service.directory.issue.remote(who), "expires_in": TICKET_S}
 
     @router.get(
         "/v1/streams",

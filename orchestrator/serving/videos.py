@@ -106,7 +106,7 @@ def routes(service: Service) -> APIRouter:
 
     async def find(request: Request, video_id: str) -> Job:
         who = await service.access.admit(request)
-        job = await service.desk.find_video.remote(who, video_id)
+        job = await service.directory.find_video.remote(who, video_id)
         if job is None:
             raise _unknown()
         return job
@@ -162,7 +162,7 @@ def routes(service: Service) -> APIRouter:
             size=size,
         )
         try:
-            job = await service.desk.add_video.remote(order)
+            job = await service.directory.add_video.remote(order)
         except OSError:
             raise Problem(503, "unavailable", "videos cannot be stored for now.", Retry_After="5") from None
         if job is None:
@@ -182,7 +182,7 @@ def routes(service: Service) -> APIRouter:
         order: Annotated[Literal["asc", "desc"], Query(description="by age")] = "desc",
     ) -> VideoList:
         who = await service.access.admit(request)
-        page = await service.desk.list_videos.remote(who, after, limit, order == "asc")
+        page = await service.directory.list_videos.remote(who, after, limit, order == "asc")
         if page is None:
             raise Problem(422, "invalid_value", "after: there is no such video here.", param="after")
         jobs, more = page
@@ -235,7 +235,7 @@ def routes(service: Service) -> APIRouter:
     async def delete(request: Request, video_id: str) -> DeletedVideo:
         who = await service.access.admit(request)
         try:
-            found = await service.desk.remove_video.remote(who, video_id)
+            found = await service.directory.remove_video.remote(who, video_id)
         except OSError:
             raise Problem(
                 503, "unavailable", "the video cannot be deleted for now.", Retry_After="5"
@@ -299,7 +299,7 @@ def _problem(error: ValidationError) -> Problem:
 
 def _check(asked: VideoRequest, served: Served) -> str:
     """The size of the model's videos; Problem where it cannot read the prompt or is asked for another size."""
-    streamer, codec = served.viewers.streamer, served.viewers.codec
+    streamer, codec = served.engine.streamer, served.engine.codec
     try:
         streamer.text.encode([asked.prompt])
     except ValueError as error:

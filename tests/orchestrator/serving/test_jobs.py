@@ -1,4 +1,4 @@
-"""What becomes of a job, by an injected clock; and of all jobs when the desk is lost."""
+"""What becomes of a job, by an injected clock; and of all jobs when the directory is lost."""
 
 import asyncio
 import io
@@ -11,7 +11,7 @@ import pytest
 
 from infra.storage import Files
 from orchestrator.serving.config import VideosConfig
-from orchestrator.serving.desk import Desk
+from orchestrator.serving.directory import Directory
 from orchestrator.serving.jobs import FAILURES, LEASE_S, Job, Jobs, Order
 from tests.orchestrator.serving.conftest import Clock
 
@@ -127,47 +127,49 @@ def test_pages_are_by_age(jobs: Jobs) -> None:
     assert page(after=ids[0]) == ([], False)
 
 
-# The desk, without its actor.
+# The directory, without its actor.
 
 
 def make_desk(location: str, clock: Clock) -> Any:
-    desk = Desk.func_or_class(replace(CONFIG, storage=location))  # type: ignore[attr-defined]
-    desk.jobs._clock = clock
-    return desk
+    directory = Directory.func_or_class(replace(CONFIG, storage=location))  # type: ignore[attr-defined]
+    directory.jobs._clock = clock
+    return directory
 
 
 @pytest.mark.parametrize("where", ["directory", "s3"])
 def test_jobs_outlive_the_desk(
     tmp_path: Path, s3_bucket: Callable[[str], str], clock: Clock, where: str
 ) -> None:
-    location = str(tmp_path) if where == "directory" else s3_bucket("desk")
+    location = str(tmp_path) if where == "directory" else s3_bucket("directory")
     files = Files(location)
 
     async def first() -> list[Job]:
-        desk = make_desk(location, clock)
-        jobs = [await desk.add_video(ORDER) for _ in range(3)]
+        directory = make_desk(location, clock)
+        jobs = [await directory.add_video(ORDER) for _ in range(3)]
         for _ in range(2):
-            job = await desk.take_job("a")
+            job = await directory.take_job("a")
         files.put(job.file, io.BytesIO(b"video"))
-        assert await desk.finish_job(job.id, job.attempt, None)
+        assert await directory.finish_job(job.id, job.attempt, None)
         return jobs
 
     async def second(jobs: list[Job]) -> None:
         files.put(f"video_{'0' * 32}.json", io.BytesIO(b"{"))
         files.put("notes.txt", io.BytesIO(b"somebody's"))
-        desk = make_desk(location, clock)
-        found = [await desk.find_video("one", job.id) for job in jobs]
+        directory = make_desk(location, clock)
+        found = [await directory.find_video("one", job.id) for job in jobs]
         assert [job.status for job in found] == ["in_progress", "completed", "queued"]
         # The replica that was at it has not noticed anything.
-        assert await desk.renew_job(jobs[0].id, 1, 50)
-        assert (await desk.take_job("b")).id == jobs[2].id
-        assert await desk.remove_video("one", jobs[2].id) and not await desk.remove_video("one", jobs[2].id)
+        assert await directory.renew_job(jobs[0].id, 1, 50)
+        assert (await directory.take_job("b")).id == jobs[2].id
+        assert await directory.remove_video("one", jobs[2].id) and not await directory.remove_video(
+            "one", jobs[2].id
+        )
         assert f"{jobs[1].id}.1.mp4" in files.names()
         clock.now += 10_000
-        await desk.report("a", [])
+        await directory.report("a", [])
         # What was in progress waits again; what was finished is gone, with its file.
-        assert (await desk.take_job("b")).attempt == 2
-        assert await desk.find_video("one", jobs[1].id) is None
+        assert (await directory.take_job("b")).attempt == 2
+        assert await directory.find_video("one", jobs[1].id) is None
         assert files.names() == ["notes.txt", f"video_{'0' * 32}.json", f"{jobs[0].id}.json"]
 
     asyncio.run(second(asyncio.run(first())))
@@ -175,10 +177,10 @@ def test_jobs_outlive_the_desk(
 
 def test_whoever_asks_for_work_waits_for_it(tmp_path: Path, clock: Clock) -> None:
     async def work() -> None:
-        desk = make_desk(str(tmp_path), clock)
-        waiting = [asyncio.create_task(desk.take_job(replica)) for replica in "ab"]
+        directory = make_desk(str(tmp_path), clock)
+        waiting = [asyncio.create_task(directory.take_job(replica)) for replica in "ab"]
         await asyncio.sleep(0)
-        jobs = [await desk.add_video(ORDER) for _ in range(2)]
+        jobs = [await directory.add_video(ORDER) for _ in range(2)]
         assert {job.id for job in await asyncio.gather(*waiting)} == {job.id for job in jobs}
 
     asyncio.run(work())
@@ -186,10 +188,10 @@ def test_whoever_asks_for_work_waits_for_it(tmp_path: Path, clock: Clock) -> Non
 
 def test_a_job_that_cannot_be_kept_is_not_taken_on(tmp_path: Path, clock: Clock) -> None:
     async def work() -> None:
-        desk = make_desk(str(tmp_path / "videos"), clock)
+        directory = make_desk(str(tmp_path / "videos"), clock)
         (tmp_path / "videos").write_text("in the way")
         with pytest.raises(OSError):
-            await desk.add_video(ORDER)
-        assert desk.jobs.take("a") is None
+            await directory.add_video(ORDER)
+        assert directory.jobs.take("a") is None
 
     asyncio.run(work())

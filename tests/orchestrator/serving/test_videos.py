@@ -147,12 +147,12 @@ def test_a_video_outlives_the_desk(client: openai.OpenAI, storage: Path) -> None
     done = make(client, seconds="0.02")
     video = client.videos.create(prompt=SIX, seconds="4")
     eventually(lambda: client.videos.retrieve(video.id).progress > 0)
-    (desk,) = (
+    (directory,) = (
         actor["name"]
         for actor in ray.util.list_named_actors(all_namespaces=True)
-        if "videos#Desk" in actor["name"]
+        if "videos#Directory" in actor["name"]
     )
-    kill(desk)
+    kill(directory)
     # Who asks just then waits, or is told to come again.
     patient = client.with_options(max_retries=5)
     assert patient.videos.poll(video.id, poll_interval_ms=200).status == "completed"

@@ -1,4 +1,4 @@
-"""Viewers of one model: a thread that ticks, another that decodes, a queue for slots, and a bounded outbox for each viewer.
+"""The engine of one model: a thread that ticks, another that decodes, a queue for slots, and a bounded outbox for each viewer.
 
 A viewer who reads slowly pauses only its own stream. Whatever changes streams happens on the ticking thread, between two ticks.
 """
@@ -50,10 +50,10 @@ class Chunk:
 class Viewer:
     """One viewer's side of a stream."""
 
-    def __init__(self, home: "Viewers", encode: Encode, first_frame: int):
+    def __init__(self, engine: "Engine", encode: Encode, first_frame: int):
         self.stream: Stream
-        """Set by `Viewers`, once there is a slot."""
-        self.home = home
+        """Set by `Engine`, once there is a slot."""
+        self.engine = engine
         """Whose ticking thread this stream belongs to; changed by that thread alone."""
         self.encode = encode
         self.first_frame = first_frame
@@ -87,48 +87,48 @@ class Viewer:
                 raise item
             yield item
             self.count(-1)
-            self.home.wake()
+            self.engine.wake()
 
     def close(self) -> None:
         """End the stream; also from a task that is being cancelled, so there is nothing to wait for."""
-        self._ask(lambda home: home.closed(self))
+        self._ask(lambda engine: engine.closed(self))
 
     async def change_prompt(self, prompt: str, *, reencode: bool = True) -> None:
         """As `Streamer.change_prompt`."""
         await asyncio.wrap_future(
-            self._ask(lambda home: home.streamer.change_prompt(self.stream, prompt, reencode=reencode))
+            self._ask(lambda engine: engine.streamer.change_prompt(self.stream, prompt, reencode=reencode))
         )
 
     async def pause(self) -> None:
         """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host memory."""
 
-        def paused(_: "Viewers") -> None:
+        def paused(_: "Engine") -> None:
             self.paused = True
 
         await asyncio.wrap_future(self._ask(paused))
 
-    async def resume(self, told: Callable[[int], None]) -> None:
-        """Go on; first in the queue where the slot was given up. `told`: as in `Viewers.open`."""
+    async def resume(self, on_place: Callable[[int], None]) -> None:
+        """Go on; first in the queue where the slot was given up. `on_place`: as in `Engine.open`."""
         done: Future[None] = Future()
-        asked = self._ask(lambda home: home.resumed(self, done, told))
+        asked = self._ask(lambda engine: engine.resumed(self, done, on_place))
         asked.add_done_callback(lambda _: _fail(done, asked.exception()))
         await asyncio.wrap_future(done)
 
-    def _ask(self, command: "Callable[[Viewers], None]", done: Future | None = None) -> Future:
+    def _ask(self, command: "Callable[[Engine], None]", done: Future | None = None) -> Future:
         """Have a command run on the ticking thread of wherever the stream is by then."""
-        home, answer = self.home, done or Future()
+        engine, answer = self.engine, done or Future()
 
         def run() -> None:
-            if self.home is not home:
+            if self.engine is not engine:
                 self._ask(command, answer)
                 return
             try:
-                command(home)
+                command(engine)
                 answer.set_result(None)
             except Exception as error:
                 _fail(answer, error)
 
-        home.post(run, answer)
+        engine.post(run, answer)
         return answer
 
 
@@ -139,13 +139,13 @@ class Waiter:
     start: Callable[[], Any]
     """Takes the slot."""
     done: Future
-    told: Callable[[int], None]
+    on_place: Callable[[int], None]
     """Called from the ticking thread with the place in the queue, from 1, whenever it changes."""
     place: int = 0
 
 
 @dataclass
-class Viewers:
+class Engine:
     """All viewers of one `Streamer`."""
 
     streamer: Streamer
@@ -168,7 +168,7 @@ class Viewers:
         self._queue: deque[Waiter] = deque()
         self._wake = threading.Condition()
         self._stopped = False
-        self._successor: Viewers | None = None
+        self._successor: Engine | None = None
         self._ticking_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="tick", daemon=True)
         self._thread.start()
@@ -197,11 +197,11 @@ class Viewers:
         encode: Encode,
         *,
         first_frame: int = 0,
-        told: Callable[[int], None] | None = None,
+        on_place: Callable[[int], None] | None = None,
     ) -> Viewer:
         """A viewer of a new stream, as `Streamer.open`; close it when the viewer is gone.
 
-        With `told`, it waits in the queue where no slot is free, and is told its place. NoSlot where it would not or cannot wait.
+        With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it would not or cannot wait.
         """
         viewer = Viewer(self, encode, first_frame)
 
@@ -211,7 +211,9 @@ class Viewers:
             return viewer
 
         done: Future[Viewer] = Future()
-        self.post(lambda: self._enter(Waiter(opened, done, told or _nothing), waits=told is not None), done)
+        self.post(
+            lambda: self._enter(Waiter(opened, done, on_place or _nothing), waits=on_place is not None), done
+        )
         try:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
@@ -219,7 +221,7 @@ class Viewers:
             done.add_done_callback(_close_unseen)
             raise
 
-    def move_to(self, successor: "Viewers") -> None:
+    def move_to(self, successor: "Engine") -> None:
         """Have every stream go on there, from its next chunk on."""
 
         def moving() -> None:
@@ -256,7 +258,7 @@ class Viewers:
         self.streamer.close(viewer.stream)
         self.viewers.pop(viewer.stream.number, None)
 
-    def resumed(self, viewer: Viewer, done: Future, told: Callable[[int], None]) -> None:
+    def resumed(self, viewer: Viewer, done: Future, on_place: Callable[[int], None]) -> None:
         """`done` when the stream goes on, which may take a slot."""
 
         def unparked() -> None:
@@ -265,7 +267,7 @@ class Viewers:
                 viewer.paused = False
 
         if viewer.stream.parked is not None:
-            self._enter(Waiter(unparked, done, told), waits=True, first=True)
+            self._enter(Waiter(unparked, done, on_place), waits=True, first=True)
         else:
             viewer.paused = False
             done.set_result(None)
@@ -279,7 +281,7 @@ class Viewers:
             if viewer.stream.row is not None and viewer.stream.rollout.between_chunks:
                 self.streamer.close(viewer.stream)
                 del self.viewers[number]
-                viewer.home = successor
+                viewer.engine = successor
                 successor.post(partial(successor._receive, viewer))
 
     def _receive(self, viewer: Viewer) -> None:
@@ -326,7 +328,7 @@ class Viewers:
         for place, waiter in enumerate(self._queue, start=1):
             if place != waiter.place:
                 waiter.place = place
-                waiter.told(place)
+                waiter.on_place(place)
 
     def _halted(self) -> set[int]:
         """Streams that make no chunk now: paused by their viewers, or ahead of them."""

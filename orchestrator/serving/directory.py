@@ -1,6 +1,6 @@
 """What replicas share: tickets, what each of them counts, and the videos that are made whole. An actor of its own, so that any replica can answer.
 
-Everything runs on one event loop. What is known of a video also lies beside it in storage, and is read again when the desk starts.
+Everything runs on one event loop. What is known of a video also lies beside it in storage, and is read again when the directory starts.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _log = logging.getLogger("ray.serve")
 
 # A replica that waits for a job is one ongoing request, and may go unanswered at the end.
 @serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, graceful_shutdown_timeout_s=1)
-class Desk:
+class Directory:
     """One for all replicas."""
 
     def __init__(self, config: VideosConfig) -> None:

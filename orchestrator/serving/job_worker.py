@@ -11,18 +11,18 @@ import numpy as np
 
 from infra.storage import Files
 from orchestrator.serving.encoders import Mp4
+from orchestrator.serving.engine import StreamEnded, Viewer
 from orchestrator.serving.jobs import Job
 from orchestrator.serving.models import Served
 from orchestrator.serving.problems import Problem
 from orchestrator.serving.service import UNREACHABLE, Service
-from orchestrator.serving.viewers import StreamEnded, Viewer
 
 RENEW_S = 1.0
-"""Seconds between two words to the desk about a job."""
+"""Seconds between two words to the directory about a job."""
 LOOK_S = 0.5
 """Seconds between two looks for a free slot."""
 GOODBYE_S = 15.0
-"""Seconds that a replica that stops has for giving its jobs back; the desk may be restarting just then."""
+"""Seconds that a replica that stops has for giving its jobs back; the directory may be restarting just then."""
 _log = logging.getLogger("ray.serve")
 
 
@@ -36,7 +36,7 @@ async def work(service: Service) -> None:
                 await asyncio.sleep(LOOK_S)
                 continue
             try:
-                job = await service.desk.take_job.remote(service.replica)
+                job = await service.directory.take_job.remote(service.replica)
                 video = job and await _begin(service, files, job)
             except UNREACHABLE as error:
                 _log.warning("there are no videos to make for now: %s", error)
@@ -63,9 +63,9 @@ def _room(service: Service) -> bool:
         service.models.check()
     except RuntimeError:
         return False
-    viewers = service.models.active.viewers
+    engine = service.models.active.engine
     kept = 1 if service.config.slots > 1 else 0
-    return len(viewers.streamer.free) > kept and not viewers.waiting
+    return len(engine.streamer.free) > kept and not engine.waiting
 
 
 async def _begin(service: Service, files: Files, job: Job) -> "Video | None":
@@ -75,9 +75,9 @@ async def _begin(service: Service, files: Files, job: Job) -> "Video | None":
         served, viewer = await service.open(order.prompt, order.seed, order.frames, lambda _: _unchanged)
     except Problem as problem:
         if problem.status_code == 422:
-            await service.desk.finish_job.remote(job.id, job.attempt, str(problem.detail))
+            await service.directory.finish_job.remote(job.id, job.attempt, str(problem.detail))
         else:
-            await service.desk.give_back_job.remote(job.id, job.attempt)
+            await service.directory.give_back_job.remote(job.id, job.attempt)
         return None
     return Video(service, files, job, served, viewer)
 
@@ -139,20 +139,20 @@ class Video:
             await asyncio.sleep(RENEW_S)
             progress = 100 * self.frames // self.job.order.frames
             with suppress(*UNREACHABLE):
-                if not await self.service.desk.renew_job.remote(self.job.id, self.job.attempt, progress):
+                if not await self.service.directory.renew_job.remote(self.job.id, self.job.attempt, progress):
                     self.viewer.put(StreamEnded("the job is gone."))
                     return
 
     async def _give_back(self) -> None:
         with suppress(TimeoutError, *UNREACHABLE):
             async with asyncio.timeout(GOODBYE_S):
-                await self.service.desk.give_back_job.remote(self.job.id, self.job.attempt)
+                await self.service.directory.give_back_job.remote(self.job.id, self.job.attempt)
 
     async def _finish(self, error: str | None) -> None:
-        # The desk may be on its way back; its lease ends where it takes too long.
+        # The directory may be on its way back; its lease ends where it takes too long.
         for _ in range(5):
             try:
-                held = await self.service.desk.finish_job.remote(self.job.id, self.job.attempt, error)
+                held = await self.service.directory.finish_job.remote(self.job.id, self.job.attempt, error)
             except UNREACHABLE:
                 await asyncio.sleep(RENEW_S)
                 continue
