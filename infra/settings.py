@@ -7,7 +7,8 @@ it raises `Invalid`; `part` puts the name before the field's, level by level.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 class Invalid(ValueError):
@@ -65,3 +66,16 @@ def local(config: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None:
             check_local(value, name)
+
+
+@dataclass(frozen=True)
+class Places:
+    """A part that holds paths of a file system."""
+
+    OUTPUTS: ClassVar[tuple[str, ...]] = ()
+    """Settings whose paths lie below `root`."""
+    INPUTS: ClassVar[tuple[str, ...]] = ()
+    """Those whose paths may also lie in the working directory."""
+
+    def __post_init__(self) -> None:
+        local(self, *self.OUTPUTS, *self.INPUTS)

@@ -8,7 +8,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster import reserve
-from orchestrator.config import PlacementConfig, RanksConfig
+from orchestrator.stages import PlacementConfig, RanksConfig
 
 Options = dict[str, Any]
 

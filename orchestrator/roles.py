@@ -9,8 +9,9 @@ import ray
 from ray.actor import ActorHandle
 
 from orchestrator.cluster import release
-from orchestrator.config import AdaptedRole, RanksConfig, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.placement import Options, place
+from orchestrator.stages import AdaptedRole, RanksConfig
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Worker
 from workers.critic import CriticWorker

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
-from orchestrator.config import InitializeConfig, PretrainConfig
+from orchestrator.stages import InitializeConfig, PretrainConfig
 from workers.engine import TrainEngine, init_process_group
 
 REPORT_EVERY = 10

@@ -13,8 +13,8 @@ from workers.generator import Generator
 def command(_: None, options: Any) -> None:
     """Write one video.
 
-    ValueError for an empty prompt, a place that cannot be written to, an image that cannot be read, or a model that
-    cannot do it.
+    ValueError for an empty prompt, a place that cannot be written to, an image that cannot be read, or a
+    model that cannot do it.
     """
     path = check_output(options.output)
     if not options.prompt.strip():
@@ -31,8 +31,8 @@ def command(_: None, options: Any) -> None:
     if options.image is not None:
         if not generator.card.recipe.get("distill", {}).get("given_frames"):
             raise ValueError(
-                f"--image: the model at {options.model} was not trained to go on from an image; leave it out, or name a"
-                " student that was distilled with distill.given_frames."
+                f"--image: the model at {options.model} was not trained to go on from an image; leave it "
+                "out, or name a student that was distilled with distill.given_frames."
             )
         shape = generator.decode(torch.zeros(1, 1, *generator.card.video.shape[1:])).shape[2:]
         assert generator.codec is not None, "decoding has shown that there is one"

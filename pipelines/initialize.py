@@ -1,6 +1,7 @@
 """`self-forcing initialize`: the initial student, block-causal, from a model of its size.
 
-How it learns is a method of `model/initialization/`; this reads what the method learns from, and publishes the result.
+How it learns is a method of `model/initialization/`; this reads what the method learns from, and publishes
+the result.
 """
 
 from collections.abc import Callable, Mapping
@@ -114,7 +115,8 @@ class Initialize(Task):
 
 
 def check(config: RunConfig) -> ModelDirectory:
-    """The model that the student starts from, checked like the data; ValueError where something does not fit."""
+    """The model that the student starts from, checked like the data; ValueError where something does not
+    fit."""
     source, data = ModelDirectory(config.initialize.teacher), config.data
     notes = check_start(config, source)
     with part("rollout"):
@@ -131,7 +133,8 @@ def check(config: RunConfig) -> ModelDirectory:
 
 
 def make_initial(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
-    """Make the ODE pairs where the method needs them, and train the initial student, with its own tracking run."""
+    """Make the ODE pairs where the method needs them, and train the initial student, with its own tracking
+    run."""
     teacher = check(config)
     if config.initialize.chosen.data == "pairs":
         say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")

@@ -20,7 +20,8 @@ SUFFIXES = (".mp4", ".gif")
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """An image file, turned as its camera says, as one frame [channels, height, width] of that shape in [−1, 1].
+    """An image file, turned as its camera says, as one frame [channels, height, width] of that shape in [−1,
+    1].
 
     It is scaled to fill the frame and cut at the longer side. ValueError where it cannot be read.
     """

@@ -1,14 +1,14 @@
 """Recipes: YAML files of settings, each perhaps on top of another one, its `base`.
 
-A recipe is read strictly. What a person may get wrong in one (a tab, a key written twice, a section that is no
-section, a setting that there is not) is one sentence that names the file and the setting.
+A recipe is read strictly. What a person may get wrong in one (a tab, a key written twice, a section that is
+no section, a setting that there is not) is one sentence that names the file and the setting.
 """
 
 import difflib
 import os
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 def shipped(name: str, folder: Path = RECIPES) -> Path:
-    """A recipe or experiment by path, or by the name of one that ships with the package; ValueError for neither."""
+    """A recipe or experiment by path, or by the name of one that ships with the package; ValueError for
+    neither."""
     for path in (Path(name), folder / f"{name}.yaml"):
         if os.path.isfile(path):  # where Path.is_file raises, as for a name that is too long, this does not
             return path
@@ -44,7 +45,8 @@ class _Strict(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; ValueError, naming the line, where it is none. `source` says where it stands."""
+    """The value of a YAML text; ValueError, naming the line, where it is none. `source` says where it
+    stands."""
     try:
         return yaml.load(text, _Strict)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -88,13 +90,15 @@ def _layers(path: Path, kind: type, above: tuple[Path, ...]) -> list[str]:
     found = next((each for each in (path.parent / base, RECIPES / f"{base}.yaml") if each.is_file()), None)
     if found is None:
         raise ValueError(
-            f"there is no recipe {base!r} beside {path}, which names it as its base, nor one that ships under that name."
+            f"there is no recipe {base!r} beside {path}, which names it as its base, nor one that ships "
+            "under that name."
         )
     return [*_layers(found, kind, (*above, path.resolve())), *own]
 
 
 def check_names(body: Mapping[Any, Any], kind: type, *, source: str = "", prefix: str = "") -> None:
-    """ValueError where `body` holds what is no setting of configs of type `kind`; `source` says where it stands."""
+    """ValueError where `body` holds what is no setting of configs of type `kind`; `source` says where it
+    stands."""
     for name, value in body.items():
         dotted = f"{prefix}{name}"
         hint = find(kind, dotted)
@@ -137,9 +141,10 @@ def is_part(hint: Any) -> bool:
 
 
 @cache
-def fields_of(kind: type) -> Mapping[str, Any]:
+def fields_of(kind: Any) -> Mapping[str, Any]:
     """Type of every field of a config, by name."""
-    return typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    return {each.name: hints[each.name] for each in fields(kind)}
 
 
 def settings(kind: type, prefix: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """Examples that ship with the package, each with data, suites and commands of its own.
 
-A tenant is a package that declares what it brings, by name: `SUITES` and `SOURCES` (modules), and `COMMANDS`. It is
-found by name only, so nothing else here depends on one.
+A tenant is a package that declares what it brings, by name: `SUITES` and `SOURCES` (modules), and `COMMANDS`.
+It is found by name only, so nothing else here depends on one.
 """
 
 from importlib import import_module

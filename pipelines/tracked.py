@@ -16,8 +16,8 @@ def located(command: str, config: RunConfig) -> RunConfig:
     """The config with absolute paths; says so where a job would write to a place that is deleted with it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.root).is_absolute():
         say(
-            f"{command}: root {config.root!r} lies in this job's working directory, which is deleted some time after the"
-            " job; give --root an absolute path that every node can read."
+            f"{command}: root {config.root!r} lies in this job's working directory, which is deleted some "
+            "time after the job; give --root an absolute path that every node can read."
         )
     return config.located()
 

@@ -1,4 +1,5 @@
-"""Consistency distillation of a causal teacher (Song et al., arXiv 2303.01469), without stored trajectories."""
+"""Consistency distillation of a causal teacher (Song et al., arXiv 2303.01469), without stored
+trajectories."""
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ def consistency_target(x0: Tensor, followed: Tensor, following: Tensor) -> Tenso
 
 
 def consistency_loss(module: Module, setup: Setup, share: Share) -> Tensor:
-    """Mean square between the student's x0 at two neighbouring points of the teacher's ODE, given a clean past."""
+    """Mean square between the student's x0 at two neighbouring points of the teacher's ODE, given a clean
+    past."""
     assert share.clean is not None and setup.teacher is not None
     data, context, rollout, schedule = share.clean, share.context, setup.rollout, setup.schedule
     grid = schedule.few_steps(ode_grid(rollout.every_step, setup.settings.ode_steps))

@@ -1,4 +1,5 @@
-"""Autoregressive flow matching on data, under teacher forcing or diffusion forcing: a causal many-step model."""
+"""Autoregressive flow matching on data, under teacher forcing or diffusion forcing: a causal many-step
+model."""
 
 from functools import partial
 

@@ -41,7 +41,8 @@ class Share:
     clean: Tensor | None
     """Real videos [B, F, C, H, W]; none where ODE pairs start from noise alone."""
     trajectory: Tensor | None
-    """The teacher's way from noise to video [B, S, F, C, H, W] at the student's S − 1 steps and its end, noisiest first."""
+    """The teacher's way from noise to video [B, S, F, C, H, W] at the student's S − 1 steps and its end,
+    noisiest first."""
     seed: int
     update: int
     samples: range
@@ -60,7 +61,8 @@ class Method:
     loss: Callable[[Module, Setup, Share], Tensor]
     """The loss of a share, whose mean over shares of equal size is the loss of the batch."""
     data: Literal["pairs", "videos"]
-    """Stored ODE pairs of the teacher, or real videos; pairs of a causal teacher come with the real videos before them."""
+    """Stored ODE pairs of the teacher, or real videos; pairs of a causal teacher come with the real videos
+    before them."""
     teacher: Literal["bidirectional", "causal"] | None = None
     """What the model that the student starts from must be; either, if None."""
     asks_teacher: bool = False

@@ -31,7 +31,7 @@ def regression_loss(module: Module, setup: Setup, share: Share) -> Tensor:
     """The student's x0 at a step drawn chunk by chunk against the end of the trajectory."""
     assert share.trajectory is not None
     trajectory, schedule, rollout = share.trajectory, setup.schedule, setup.rollout
-    # A causal teacher's student always has a clean past; another meets it where the past is drawn at timestep 0.
+    # A causal teacher's student has a clean past; another meets it where the past is drawn at timestep 0.
     last = [0.0] if share.clean is None else []
     steps = torch.tensor([*schedule.few_steps(rollout.every_step), *last], device=setup.device)
 
@@ -42,7 +42,7 @@ def regression_loss(module: Module, setup: Setup, share: Share) -> Tensor:
     noisy, timestep = trajectory_inputs(trajectory, steps, index())
     velocity = forced(module, rollout, noisy, timestep, share.context, share.clean)
     total, count = regression_terms(schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep)
-    # Noisy values of the whole batch, which every rank can count, so that means of means stay the pooled mean.
+    # Noisy values of the whole batch, which every rank can count: so means of means are the pooled mean.
     noisy_frames = (steps[index(whole=True)] != 0).sum()
     values = count / max(1, int((timestep != 0).sum())) * noisy_frames
     return total / values * (share.batch / len(share.samples))

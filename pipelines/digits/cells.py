@@ -1,4 +1,5 @@
-"""An experiment: a YAML file of a recipe, settings that all cells share, seeds, and cells with their own settings."""
+"""An experiment: a YAML file of a recipe, settings that all cells share, seeds, and cells with their own
+settings."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ class Experiment:
 
 
 def open_experiment(name: str) -> Experiment:
-    """An experiment by path, or by the name of one that ships with the package; ValueError where it is none."""
+    """An experiment by path, or by the name of one that ships with the package; ValueError where it is
+    none."""
     path = shipped(name, EXPERIMENTS)
     body = read_yaml(path)
     try:

@@ -1,7 +1,7 @@
 """`self-forcing experiment NAME`: many trainings that differ in little, measured alike, in one table.
 
-Cell by cell a model is trained (on from where it was stopped) and measured; a cell's measurements are published whole,
-so what is there is not done again, and the report is written anew after each.
+Cell by cell a model is trained (on from where it was stopped) and measured; a cell's measurements are
+published whole, so what is there is not done again, and the report is written anew after each.
 """
 
 import json

@@ -53,9 +53,8 @@ def parse_prompt(prompt: str) -> tuple[int, Direction]:
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(
-            f"the prompt {shorten(prompt, 60)!r} is not of the form 'a seven drifting left', with a digit from zero to "
-            "nine "
-            f"and one of {', '.join(DIRECTIONS)}"
+            f"the prompt {shorten(prompt, 60)!r} is not of the form 'a seven drifting left', with a digit "
+            f"from zero to nine and one of {', '.join(DIRECTIONS)}"
         )
     word, direction = match.groups()
     return DIGIT_WORDS.index(word), direction  # type: ignore[return-value]

@@ -17,7 +17,8 @@ from model.metrics import Estimate
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder
 from model.transformer import TransformerConfig, WanTransformer
-from orchestrator.config import DistillConfig, EvaluateConfig, RunConfig
+from orchestrator.config import RunConfig
+from orchestrator.stages import DistillConfig, EvaluateConfig
 from pipelines import cli
 from pipelines.digits.digit_reader import load_or_train, read_videos
 from pipelines.digits.moving_digits import PROMPTS, write_dataset

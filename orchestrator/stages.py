@@ -1,0 +1,264 @@
+"""The settings of each stage, and of the processes that it runs on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from infra.settings import Invalid, Places, at_least, positive, share
+from model.adapters import AdapterConfig
+from model.initialization import MethodConfig
+from model.objectives import ObjectiveConfig
+from model.objectives.gan import DiscriminatorConfig
+from workers.engine import EngineConfig
+from workers.teacher import TeacherWorker
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """The processes of one role, one Ray actor each."""
+
+    ranks: int = 1
+    """Data-parallel ranks of this role."""
+    cpus: float = 1.0
+    """Logical CPUs that Ray reserves for each rank."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for each rank."""
+    threads: int = 1
+    """Threads that torch uses in each rank."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "ranks", "threads")
+        at_least(self, 0, "cpus", "gpus")
+
+
+@dataclass(frozen=True)
+class TrainRole(RanksConfig):
+    """A role that learns: student or critic."""
+
+    engine: EngineConfig = EngineConfig(learning_rate=1e-4)
+    """Optimizer and sharding."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class AdaptedRole(TrainRole):
+    """A role that learns from a model that there is."""
+
+    adapters: AdapterConfig = AdapterConfig()
+    """Low-rank adapters, in place of training all weights."""
+
+
+@dataclass(frozen=True)
+class TeacherRole(RanksConfig, Places):
+    """The frozen teacher."""
+
+    INPUTS = ("negative_embedding",)
+
+    zero_stage: int = 0
+    """0 replicates the teacher on each rank, 3 shards it over them."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type the teacher computes in."""
+    guidance: float = 3.0
+    """Classifier-free guidance in the form cond + guidance · (cond − uncond); 0 is none."""
+    negative_prompt: str = ""
+    """Prompt of the unconditional branch, where the model has a text encoder."""
+    negative_embedding: str | None = None
+    """Safetensors file with the tensor `embedding` [text_len, text_dim] of the negative prompt, where
+    prompts come embedded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Places.__post_init__(self)
+        if self.zero_stage not in (0, 3):
+            raise Invalid("zero_stage", f"is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
+        at_least(self, -1, "guidance")
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Which devices the roles share."""
+
+    mode: Literal["colocated", "disaggregated"] = "colocated"
+    """Colocated packs the roles together on as few nodes as possible; disaggregated gives each role nodes
+    of its own where it can."""
+    timeout_s: float = 120.0
+    """Seconds to wait for the cluster to have room."""
+
+    def __post_init__(self) -> None:
+        positive(self, "timeout_s")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Places):
+    """Pretraining of the bidirectional teacher."""
+
+    OUTPUTS = ("output",)
+
+    output: str = "outputs/teacher"
+    """Run directory; the teacher is written to its `model`."""
+    updates: int = 3000
+    """Optimizer steps."""
+    batch: int = 32
+    """Videos per optimizer step, over all ranks."""
+    warmup: int = 100
+    """Steps of linear warm-up; then the learning rate falls linearly to zero."""
+    dropout: float = 0.1
+    """Share of prompts that are dropped, for classifier-free guidance."""
+    shift: float = 5.0
+    """Warp of the noise levels trained at; more than 1 prefers high ones."""
+    role: TrainRole = TrainRole(
+        engine=EngineConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), clip=1.0, ema_decay=0.998)
+    )
+    """Ranks, optimizer and sharding."""
+    compile: bool = False
+    """Compile the model with TorchInductor, which needs a C++ compiler on a CPU."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "updates", "batch", "checkpoint_every")
+        at_least(self, 0, "warmup")
+        positive(self, "shift")
+        share(self, "dropout")
+
+
+@dataclass(frozen=True)
+class InitializeConfig(MethodConfig, Places):
+    """The initial student: a model of the student's size made causal, and perhaps few-step."""
+
+    OUTPUTS, INPUTS = ("output", "pairs_path"), ("teacher",)
+
+    output: str = "outputs/initial"
+    """Run directory; the initial student is written to its `model`."""
+    teacher: str = "outputs/teacher/model"
+    """Model directory of the teacher, of the student's size: the student starts from its weights."""
+    pairs: int = 512
+    """ODE trajectories that the teacher generates."""
+    pairs_path: str = "outputs/data/ode_pairs"
+    """Parquet data set of the trajectories."""
+    samplers: int = 1
+    """Actors that make pairs, each with the CPUs and GPUs of a rank."""
+    updates: int = 250
+    """Optimizer steps."""
+    batch: int = 16
+    """Videos or trajectories per optimizer step, over all ranks."""
+    warmup: int = 10
+    """Steps of linear warm-up; then the learning rate falls linearly to zero."""
+    role: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0))
+    """Ranks, optimizer and sharding."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Places.__post_init__(self)
+        at_least(self, 1, "pairs", "samplers", "updates", "batch", "checkpoint_every")
+        at_least(self, 0, "warmup")
+
+
+@dataclass(frozen=True)
+class RolesConfig:
+    """The three roles of distillation."""
+
+    student: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40))
+    teacher: TeacherRole = TeacherRole()
+    critic: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=4e-4))
+
+
+@dataclass(frozen=True)
+class DistillConfig(Places):
+    """Self Forcing: student, teacher and critic."""
+
+    OUTPUTS, INPUTS = ("output",), ("teacher", "student", "critic")
+
+    output: str = "outputs/distilled"
+    """Run directory: checkpoints, samples, and the distilled student."""
+    teacher: str = "outputs/teacher/model"
+    """Model directory of the frozen teacher."""
+    student: str = "outputs/initial/model"
+    """Model directory of the initial student."""
+    critic: str | None = None
+    """Model directory that the critic starts from, of the student's size; null takes the teacher."""
+    iterations: int = 500
+    """Critic updates; every `student_every`-th begins with a student update."""
+    student_every: int = 5
+    """Iterations for one student update."""
+    batch: int = 16
+    """Videos per update, over all ranks."""
+    inputs: Literal["rollout", "teacher_forcing", "diffusion_forcing"] = "rollout"
+    """What the student makes the scored videos from: its own rollout, or (the baselines) real videos,
+    noised chunk by chunk."""
+    rollout_frames: int | None = None
+    """Longest rollout in latent frames; lengths are drawn between video.frames and this, and the last
+    video.frames are scored. Null is video.frames."""
+    given_frames: int = 0
+    """First latent frames of each rollout that are a real video's; 1 trains image-to-video."""
+    overlap: bool = True
+    """Request the next rollout while the critic trains; the results are the same to the bit."""
+    cache_gradient: Literal["constant", "released"] = "constant"
+    """Cached keys and values are constants, or pass gradient on as the released code does."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss on the whole video."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    """The critic's classification branch, for the adversarial losses."""
+    roles: RolesConfig = RolesConfig()
+    """Ranks and optimizers of the three roles."""
+    checkpoint_every: int = 50
+    """Iterations between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept; the newest complete one always is."""
+    sample_every: int = 100
+    """Iterations between sample videos; 0 makes none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(
+            self, 1, "iterations", "student_every", "batch", "checkpoint_every", "keep", "rollout_frames"
+        )
+        at_least(self, 0, "given_frames", "sample_every")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the student needs real videos to make its own."""
+        return self.inputs != "rollout" or self.given_frames > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective reads the teacher; an adversarial one alone does not."""
+        return any(name.removeprefix("data_") in TeacherWorker.makes for name in self.objective.reads)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Places):
+    """Evaluation of teacher, initial and distilled student, as far as they are there."""
+
+    OUTPUTS, INPUTS = ("output",), ("prompts", "features")
+
+    output: str = "outputs/evaluation"
+    """Where the report is written."""
+    suite: str = "video"
+    """What is measured: `video` what any video has; others, such as an example's own, ask for data of one
+    kind."""
+    prompts: str | None = None
+    """Text file of one prompt a line; null takes the suite's own, such as those of the held-out videos."""
+    features: str | None = None
+    """TorchScript file of frames [N, channels, H, W] in [−1, 1] to features [N, D] for the kernel distance
+    of suite video; null compares latents."""
+    videos: int = 256
+    """Videos generated by each model."""
+    frames: int = 27
+    """Latent frames of each of the students' videos; those beyond the trained length show drift."""
+    batch: int = 64
+    """Videos generated together."""
+    teacher_steps: int = 32
+    """Euler steps of the teacher's sampler."""
+    teacher_guidance: float = 3.0
+    """Classifier-free guidance of the teacher's sampler, in the form cond + guidance · (cond − uncond)."""
+    threads: int = 1
+    """Threads that torch uses in each actor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "videos", "frames", "batch", "teacher_steps", "threads")
+        at_least(self, -1, "teacher_guidance")
