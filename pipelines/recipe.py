@@ -86,14 +86,18 @@ def _layers(path: Path, kind: type, above: tuple[Path, ...]) -> list[str]:
         return own
     if not isinstance(base, str):
         raise ValueError(f"base must be the path or the name of one recipe, not {_shown(base)} (in {path}).")
-    # Beside the recipe, or shipped: what lies in the working directory is not part of a recipe.
-    found = next((each for each in (path.parent / base, RECIPES / f"{base}.yaml") if each.is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"there is no recipe {base!r} beside {path}, which names it as its base, nor one that ships "
-            "under that name."
-        )
-    return [*_layers(found, kind, (*above, path.resolve())), *own]
+    return [*_layers(beside(base, path), kind, (*above, path.resolve())), *own]
+
+
+def beside(name: str, path: Path) -> Path:
+    """The recipe that the file `path` names: beside it, or one that ships; what lies in the working directory
+    is no part of it."""
+    for found in (path.parent / name, RECIPES / f"{name}.yaml"):
+        if os.path.isfile(found):
+            return found
+    raise ValueError(
+        f"there is no recipe {_shown(name)} beside {path}, which names it, nor one that ships under that name."
+    )
 
 
 def check_names(body: Mapping[Any, Any], kind: type, *, source: str = "", prefix: str = "") -> None:

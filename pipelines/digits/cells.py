@@ -3,12 +3,15 @@ settings."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from jsonargparse import ArgumentError, ArgumentParser
+
+from infra.settings import check_local
 from orchestrator.config import RunConfig
 from pipelines.cli import parse
-from pipelines.recipe import EXPERIMENTS, read_yaml, settings, shipped
+from pipelines.recipe import EXPERIMENTS, beside, check_names, read_yaml, settings, shipped
 
 REFERENCES = ("real", "teacher", "initial")
 """What is measured once, beside the cells."""
@@ -23,7 +26,7 @@ class Cell:
     stage: Literal["initialize", "distill"]
     group: str
     """What the table compares: cells of one group share a colour."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Experiment:
     recipe: str
     results: str
     """Directory, below `root`, of the measurements, the pictures and (with `.md`) the report."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
 
@@ -45,13 +48,25 @@ def open_experiment(name: str) -> Experiment:
     none."""
     path = shipped(name, EXPERIMENTS)
     body = read_yaml(path)
-    try:
-        cells = tuple(Cell(name, **cell) for name, cell in body.pop("cells").items())
-        return Experiment(
-            name=path.stem, cells=cells, seeds=tuple(body.pop("seeds")), settings=body.pop("settings"), **body
+    check_names(body, Experiment, source=f" (in {path})")
+    cells = body.get("cells")
+    if not (isinstance(cells, dict) and cells and all(isinstance(cell, dict) for cell in cells.values())):
+        raise ValueError(
+            f"{path} is not an experiment: cells must hold settings by name, like `a: {{title: A}}`."
         )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not an experiment: {error}.") from None
+    body |= {"name": path.stem, "cells": [{"name": name, **cell} for name, cell in cells.items()]}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Experiment, "experiment")
+    try:
+        experiment = parser.instantiate(parser.parse_object({"experiment": body})).experiment
+    except ArgumentError as error:
+        raise ValueError(
+            f"{path} is not an experiment: {' '.join(str(error).split()).rstrip('.')}."
+        ) from None
+    if not experiment.seeds:
+        raise ValueError(f"{path} is not an experiment: seeds is empty; name one at least.")
+    check_local(experiment.results, "results")
+    return replace(experiment, recipe=str(beside(experiment.recipe, path)))
 
 
 def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

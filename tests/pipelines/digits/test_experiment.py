@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -94,6 +95,21 @@ def test_an_experiment_that_is_none_is_named(tmp_path: Path, capfd: pytest.Captu
         in capfd.readouterr().err
     )
     wrong = tmp_path / "wrong.yaml"
-    wrong.write_text("cells: {a: {titel: A}}")
-    assert cli.main(["experiment", str(wrong)]) == 2
-    assert "is not an experiment" in capfd.readouterr().err
+    whole = {"title": "A", "recipe": str(TINY_RECIPE), "results": "docs/a", "settings": {}, "seeds": [0]}
+    whole["cells"] = {"a": {"title": "A", "stage": "distill", "group": "a"}}
+    for change, says in (
+        ({"cells": {"a": {"titel": "A"}}}, "Option 'titel' is not accepted"),
+        ({"cells": {"a": {"title": "A", "stage": "train", "group": "a"}}}, 'Parser key "stage"'),
+        ({"cells": ["a"]}, "cells must hold settings by name"),
+        ({"seeds": 3}, 'Parser key "experiment.seeds"'),
+        ({"seeds": []}, "seeds is empty"),
+        ({"settings": [1]}, "settings"),
+        ({"recipe": [1]}, 'Parser key "experiment.recipe"'),
+        ({"recipe": "none"}, f"there is no recipe 'none' beside {wrong}"),
+        ({"results": "s3://bucket/a"}, "results is s3://bucket/a; only paths of"),
+        ({"seed": 1}, f"there is no setting seed (in {wrong}); the nearest is seeds."),
+    ):
+        wrong.write_text(yaml.safe_dump(whole | change))
+        assert cli.main(["experiment", str(wrong)]) == 2, change
+        said = capfd.readouterr().err
+        assert says in said and said.count("\n") == 1, said
