@@ -16,19 +16,17 @@ SHORT_SIDE = 256
 class Codec(Protocol):
     """What pipelines need of a video codec."""
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """Latents of frames."""
-        ...
+    def encode(self, frames: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames of latents, clamped to [−1, 1]."""
-        ...
 
 
 class SpaceToDepth:
     """Each block of `factor` × `factor` pixels becomes channels; nothing is lost and nothing is learned.
 
-    Pixels are normalised by `mean` and `std`, as a VAE's latents are, so that a noise level means the same for all data.
+    Pixels are normalised by `mean` and `std`, as a VAE's latents are, so that a noise level means the same
+    for all data.
     """
 
     def __init__(self, factor: int = 2, mean: float = 0.0, std: float = 1.0):
@@ -45,10 +43,14 @@ class SpaceToDepth:
         return (frames * self.std + self.mean).clamp(-1, 1)
 
 
+def to_bytes(frames: Tensor) -> Tensor:
+    """Frames of any shape in [−1, 1] → uint8."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def to_uint8(frames: Tensor) -> np.ndarray:
     """Frames [T, channels, height, width] in [−1, 1], 1 or 3 channels → uint8 [T, height, width, 3]."""
-    pixels = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    pixels = rearrange(pixels, "t c h w -> t h w c")
+    pixels = rearrange(to_bytes(frames.float()).cpu().numpy(), "t c h w -> t h w c")
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 

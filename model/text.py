@@ -36,8 +36,8 @@ class TextEncoder(Protocol):
 class ByteEncoder(nn.Module):
     """A small encoder without a vocabulary, one token a word, trained with the teacher and then frozen.
 
-    A word is the sum of its UTF-8 bytes, each multiplied by its place in the word: words that share letters or
-    even all of them start out nearly orthogonal, as the embeddings of a vocabulary do (Plate, Holographic
+    A word is the sum of its UTF-8 bytes, each multiplied by its place in the word: words that share letters
+    or even all of them start out nearly orthogonal, as the embeddings of a vocabulary do (Plate, Holographic
     Reduced Representations, 1995).
     """
 
@@ -56,8 +56,8 @@ class ByteEncoder(nn.Module):
             words = split_words(prompt)
             if len(words) > self.text_len:
                 raise ValueError(
-                    f"the prompt {shorten(prompt, 60)!r} has {len(words)} words, more than the {self.text_len} that this "
-                    "model reads; shorten it."
+                    f"the prompt {shorten(prompt, 60)!r} has {len(words)} words, more than the "
+                    f"{self.text_len} that this model reads; shorten it."
                 )
             for column, word in enumerate(words):
                 tokens[row, column, : len(word)] = torch.tensor(list(word))

@@ -1,8 +1,8 @@
 """`self-forcing evaluate`: teacher, initial and distilled student, as far as they are there, measured by a
 suite.
 
-All generate videos for the same prompts, the students from the same noise, in Ray tasks; the recipe's
-suite measures them, frame index by frame index, inside the trained length and beyond it.
+All generate videos for the same prompts, the students from the same noise, in Ray tasks; the recipe's suite
+measures them, frame index by frame index, inside the trained length and beyond it.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
+from model.codec import to_bytes
 from orchestrator.cluster import connect, release, reserve
 from orchestrator.config import RunConfig
 from pipelines import suites, vbench
@@ -35,18 +36,15 @@ class Job:
     """The videos that one model makes."""
 
     model: str
-    manifest: str
-    """Hash of the model's manifest, which names its weights."""
+    manifest: str  # hash of the model's manifest, which names its weights
     seed: int
     videos: int
     frames: int
     sampler: Mapping[str, Any] | None
     """A teacher's steps, guidance and negative_prompt; none for a student, whose checkpoint says how it
     generates."""
-    prompts: tuple[str, ...]
-    """One after the other, and from the start again."""
-    latents: bool
-    """Whether latents are kept beside pixels."""
+    prompts: tuple[str, ...]  # one after the other, and from the start again
+    latents: bool  # whether latents are kept beside pixels
 
     def identity(self) -> dict[str, Any]:
         """What decides the videos; wherever the model lies."""
@@ -58,14 +56,12 @@ class Job:
         return [self.prompts[i % len(self.prompts)] for i in samples]
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """What evaluation made and found, by model and, under `real`, of real videos where there are any."""
 
     videos: dict[str, Videos]
     rows: dict[str, Row]
-    reference: str
-    """What was compared with: held_out, teacher or none."""
+    reference: str  # what was compared with: held_out, teacher or none
 
 
 def evaluate(
@@ -85,30 +81,28 @@ def evaluate(
     if export is not None:
         vbench.check(suite.prompts(config), config.evaluate.videos)
     card = student_of(models).card
-    rollout = card.rollout
+    rollout, trained = card.rollout, card.video.frames
     assert rollout is not None, "a student's card says how it generates"
     jobs = {name: job_of(config, suite, model) for name, model in models.items()}
-    trained = card.video.frames
-    measured = measure_models(
+    videos, rows, reference = measure_models(
         config, suite, models, jobs, chunk=rollout.chunk, trained=trained, resume=resume
     )
     if export is not None:
-        made = {name: measured.videos[name] for name in models}
-        vbench.export(Path(export), made, fps=card.video.fps)
-    sheet = suite.sheet(jobs[next(iter(jobs))].prompts)
+        vbench.export(Path(export), {name: videos[name] for name in models}, fps=card.video.fps)
+    sheet = suite.sheet(next(iter(jobs.values())).prompts)
     report = Report(
         config=config,
         suite=suite,
-        reference=measured.reference,
+        reference=reference,
         models={
             name: {"path": job.model, "manifest": job.manifest, "lineage": dict(models[name].card.lineage)}
             for name, job in jobs.items()
         },
-        rows=measured.rows,
+        rows=rows,
         trained=trained,
         chunk=rollout.chunk,
         steps=len(rollout.steps),
-        samples=samples(measured.videos, sheet),
+        samples=samples(videos, sheet),
         sample_prompts=sheet,
         seconds=time.monotonic() - began,
     )
@@ -145,19 +139,15 @@ def measure_models(
     half = config.evaluate.videos // 2
     if held_out is None and "teacher" in videos and half >= 2:
         # No video is compared with itself.
-        source, reference, measured["teacher"] = (
-            "teacher",
-            videos["teacher"][half:],
-            videos["teacher"][:half],
-        )
+        source, made = "teacher", videos["teacher"]
+        reference, measured["teacher"] = made[half:], made[:half]
     if prepared is None:
         prepared = prepare.remote(config, reference)
     say("evaluate: measuring")
+    measure = _task(config, suite.measure)
     settings = {"chunk": chunk, "trained": trained, "seed": config.seed}
-    measuring = [
-        _task(config, suite.measure).remote(prepared, each, **settings) for each in measured.values()
-    ]
-    return Measured(videos, dict(zip(measured, _get(measuring), strict=True)), source)
+    rows = _get([measure.remote(prepared, each, **settings) for each in measured.values()])
+    return Measured(videos, dict(zip(measured, rows, strict=True)), source)
 
 
 def student_of(models: Mapping[str, ModelDirectory]) -> ModelDirectory:
@@ -166,22 +156,18 @@ def student_of(models: Mapping[str, ModelDirectory]) -> ModelDirectory:
 
 
 def samples(videos: Mapping[str, Videos], prompts: list[str]) -> dict[str, Tensor]:
-    """One video of each of P prompts, uint8 `[P, F, channels, H, W]`; the first one where a set of videos has
-    none.
+    """One video of each of P prompts, uint8 `[P, F, channels, H, W]`; black where a set of videos has none.
 
     Where there are no pixels the first channel of the latents stands for them, in grey.
     """
 
-    def picture(made: Videos) -> Tensor:
-        if made.pixels is not None:
-            return made.pixels
-        assert made.latents is not None, "videos have pixels or latents"
-        first = made.latents[:, :, :1].float()
-        low, high = first.amin(), first.amax()
-        return ((first - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
-
     def pick(made: Videos, prompt: str) -> Tensor:
-        shown = picture(made)
+        shown = made.pixels
+        if shown is None:
+            assert made.latents is not None, "videos have pixels or latents"
+            first = made.latents[:, :, :1].float()
+            low, high = first.amin(), first.amax()
+            shown = ((first - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
         if prompt in made.prompts:
             return shown[list(made.prompts).index(prompt)]
         return torch.zeros_like(shown[0])
@@ -190,8 +176,8 @@ def samples(videos: Mapping[str, Videos], prompts: list[str]) -> dict[str, Tenso
 
 
 def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> dict[str, Videos]:
-    """The videos of every job, in the order of the jobs: generated in Ray tasks of one batch each, and stored
-    under `evaluate.output` model by model."""
+    """The videos of every job, in that order: made in Ray tasks of a batch each, and stored model by
+    model."""
     settings, roles = config.evaluate, config.distill.roles
     made = _stored(settings.output, jobs) if resume else {}
     parts: dict[str, list[Any]] = {}
@@ -256,18 +242,16 @@ def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
                 f"{setting}: the model at {path} takes embedded prompts, and evaluation writes its prompts "
                 "as text."
             )
-        if model.card.video.frames > settings.frames:
+        if (trained := model.card.video.frames) > settings.frames:
             raise ValueError(
-                f"evaluate.frames is {settings.frames}, less than the {model.card.video.frames} frames that "
-                "the model at "
-                f"{path} is trained on; use at least {model.card.video.frames}."
+                f"evaluate.frames is {settings.frames}, less than the {trained} frames that the model at "
+                f"{path} is trained on; use at least {trained}."
             )
     if not models.keys() & {"initial", "distilled"}:
         places = " nor ".join(f"at {path} ({setting})" for setting, path in list(paths.values())[1:])
         raise ValueError(
             f"there is no student to evaluate, neither {places}; run `self-forcing initialize` or "
-            "`self-forcing "
-            "distill` first, or set either."
+            "`self-forcing distill` first, or set either."
         )
     for name, (setting, path) in paths.items():
         if name not in models:
@@ -343,7 +327,7 @@ def _generator(model: str, manifest: str, threads: int) -> Generator:
 
 
 def generate(job: Job, samples: range) -> dict[str, Tensor]:
-    """A Ray task: some of a job's videos, `[len(samples), F, …]`: `pixels` in 8 bits where there is a codec,
+    """A Ray task: the videos `samples`, `[len(samples), F, …]`: `pixels` in 8 bits where there is a codec,
     and `latents` where the job keeps them."""
     generator = _generator(job.model, job.manifest, torch.get_num_threads())
     prompts, noise = job.prompts_of(samples), [(job.seed, "evaluate", i) for i in samples]
@@ -354,7 +338,7 @@ def generate(job: Job, samples: range) -> dict[str, Tensor]:
     made = {}
     if generator.codec is not None:
         frames = generator.decode(latents)[:, : job.frames]
-        made["pixels"] = ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().contiguous()
+        made["pixels"] = to_bytes(frames).contiguous()
     if job.latents:
         made["latents"] = latents[:, : job.frames].float().contiguous()
     return made

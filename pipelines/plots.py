@@ -26,8 +26,7 @@ class Look:
     style: str
 
 
-# Okabe and Ito's palette, which stays apart for colour-blind readers; line styles for those who print in
-# grey.
+# Okabe and Ito's palette stays apart for colour-blind readers; line styles for those who print in grey.
 LOOKS = {
     "real": Look("real videos", "#6e6e6e", ":"),
     "teacher": Look("teacher", "#0072B2", "--"),
@@ -41,10 +40,8 @@ class Panel:
     """One metric by frame."""
 
     label: str
-    curves: Mapping[str, Estimate]
-    """Row → `[F]`."""
-    share: bool = False
-    """Whether it lies between 0 and 1."""
+    curves: Mapping[str, Estimate]  # row → `[F]`
+    share: bool = False  # whether it lies between 0 and 1
 
 
 def _figure(width: float, height: float, dpi: int) -> "Figure":
@@ -52,20 +49,17 @@ def _figure(width: float, height: float, dpi: int) -> "Figure":
     a desktop, which may not even be installed, would end the import of matplotlib."""
     named = os.environ.pop("MPLBACKEND", None)
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     finally:
         if named is not None:
             os.environ["MPLBACKEND"] = named
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def plot_curves(
     path: Path, panels: Sequence[Panel], *, trained: int, looks: Mapping[str, Look] = LOOKS
 ) -> None:
-    """Metrics by frame with their intervals, a panel for each, two abreast, and a curve for each row."""
+    """Metrics by frame with their intervals: a panel for each, two abreast, and a curve for each row."""
     names = list(panels[0].curves)
     lines, columns = -(-len(panels) // 2), min(2, len(panels))
     rows = -(-len(names) // 4)
@@ -79,19 +73,12 @@ def plot_curves(
             label = look.label if index == 1 else None
             axes.plot(frames, estimate.value, look.style, color=look.color, linewidth=2, label=label)
         axes.axvline(trained - 0.5, color="0.3", linewidth=1)
-        axes.annotate(
-            "trained length",
-            (trained - 0.5, 1.01),
-            xycoords=("data", "axes fraction"),
-            ha="right",
-            color="0.3",
-            fontsize=9,
-        )
+        place, units = (trained - 0.5, 1.01), ("data", "axes fraction")
+        axes.annotate("trained length", place, xycoords=units, ha="right", color="0.3", fontsize=9)
         if panel.share:
             axes.set_ylim(-0.02, 1.04)
         axes.set_xlim(0, max(len(estimate.value) for estimate in panel.curves.values()) - 1)
-        axes.set_xlabel("frame")
-        axes.set_ylabel(panel.label)
+        axes.set(xlabel="frame", ylabel=panel.label)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4 if rows == 1 else 3, frameon=False)
@@ -117,9 +104,8 @@ def plot_samples(
         height, width = strips[0].shape[0], strips[0].shape[1] // frames
         axes.imshow(np.concatenate(strips), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.axvline(trained * width - 1, color="#D55E00", linewidth=2)
-        axes.set_yticks(
-            [height * (row + 0.5) for row in range(len(strips))], [looks[name].label for name in samples]
-        )
+        rows = [height * (row + 0.5) for row in range(len(strips))]
+        axes.set_yticks(rows, [looks[name].label for name in samples])
         starts = range(0, frames, chunk)
         axes.set_xticks([width * (frame + 0.5) for frame in starts], [str(frame) for frame in starts])
         axes.tick_params(length=0)
@@ -130,8 +116,8 @@ def plot_samples(
 
 
 def _strip(video: Tensor, frames: int) -> np.ndarray:
-    """Frames `[F, channels, H, W]` side by side with grey between and behind them: `[H + 1, frames · (W +
-    1)]`, and 3 colours if there are."""
+    """Frames `[F, channels, H, W]` side by side, grey between and behind them: `[H + 1, frames (W + 1)(,
+    3)]`."""
     padded = torch.nn.functional.pad(video, (0, 1, 0, 1), value=96)
     missing = torch.full((frames - len(padded), *padded.shape[1:]), 96, dtype=padded.dtype)
     strip = torch.cat([padded, missing]).permute(2, 0, 3, 1).flatten(1, 2)

@@ -1,8 +1,8 @@
 """`self-forcing promote`: moves an alias to another version of a registered model, or back.
 
-The version has to pass the gate: of what `evaluate` measured of the version that the alias names now, and
-the suite of that evaluation compares, nothing may have become worse by more than a margin. Servers that
-follow the alias load what it names next.
+The version has to pass the gate: of what `evaluate` measured of the version that the alias names now, and the
+suite of that evaluation compares, nothing may have become worse by more than a margin. Servers that follow
+the alias load what it names next.
 """
 
 import json
@@ -68,8 +68,8 @@ def compared_by(
         if here != there:
             raise Refused(
                 f"there is nothing to compare: {names[0]} was measured with {what} {here} and {names[1]} "
-                f"with {there}; "
-                "evaluate both alike and register them with --metrics, or promote with --ungated."
+                f"with {there}; evaluate both alike and register them with --metrics, or promote with "
+                "--ungated."
             )
     return suites.compared(second)
 
@@ -105,14 +105,12 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
     if not new:
         raise Refused(
             f"{version} was registered without metrics, and {before} serves; register it with --metrics, or "
-            "promote "
-            "with --ungated."
+            "promote with --ungated."
         )
     if not now:
         say(
             f"promote: there is nothing to compare {version} with: {before} was registered without metrics; "
-            "the next "
-            "promotion is compared with what is promoted now"
+            "the next promotion is compared with what is promoted now"
         )
         return
     compared = compared_by(how, how_now, names)

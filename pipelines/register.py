@@ -17,7 +17,8 @@ from workers.streamer import check
 
 
 def command(_: None, options: Any) -> None:
-    """Register a model, and perhaps promote it; ValueError if it cannot stream or the metrics are another's."""
+    """Register a model, and perhaps promote it; ValueError if it cannot stream or the metrics are
+    another's."""
     Reference(options.name, alias=options.alias)
     model = Path(options.model).absolute()
     card = check(str(model))[0].card

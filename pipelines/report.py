@@ -5,12 +5,11 @@ It computes nothing but shares of what a suite measured.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.table import Table
 from torch import Tensor
@@ -30,9 +29,10 @@ SPANS = {"inside": "inside the trained length", "beyond": "beyond it", "overall"
 SHEET = "contact_sheet.png"
 REFERENCES = {
     "held_out": "Reference: held-out videos of data.held_out.",
-    "teacher": "Reference: the teacher's samples, of which its own row has the other half; there are no held-out "
-    "videos.",
-    "none": "There is no reference: neither held-out videos nor a teacher; what compares with one is undefined.",
+    "teacher": "Reference: the teacher's samples, of which its own row has the other half; there are no "
+    "held-out videos.",
+    "none": "There is no reference: neither held-out videos nor a teacher; what compares with one is "
+    "undefined.",
 }
 
 
@@ -40,27 +40,19 @@ REFERENCES = {
 class Report:
     """Everything that an evaluation found."""
 
-    config: RunConfig
-    """With absolute paths."""
+    config: RunConfig  # with absolute paths
     suite: Suite
-    reference: str
-    """A key of REFERENCES."""
+    reference: str  # a key of REFERENCES
     models: Mapping[str, Mapping[str, Any]]
     """Of those of teacher, initial and distilled that there are: path, manifest and lineage."""
-    rows: Mapping[str, Row]
-    """Of the models, and of real videos where there are any."""
-    trained: int
-    """Frames of the trained length."""
-    chunk: int
-    """Frames that the students denoise together."""
-    steps: int
-    """Denoising steps of the students for each chunk."""
+    rows: Mapping[str, Row]  # of the models, and of real videos where there are any
+    trained: int  # frames of the trained length
+    chunk: int  # frames that the students denoise together
+    steps: int  # denoising steps of the students for each chunk
     samples: Mapping[str, Tensor]
     """Of each row a few videos for the contact sheet, uint8 `[P, F, channels, H, W]`."""
-    sample_prompts: Sequence[str]
-    """The P prompts of the samples."""
-    seconds: float
-    """How long it took."""
+    sample_prompts: Sequence[str]  # P of them
+    seconds: float  # how long it took
 
     def relative(self, name: str, metric: str) -> Estimate:
         """What share of the teacher's `metric`, inside the trained length, a model reaches.
@@ -93,7 +85,7 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
         return
     for name, row in report.rows.items():
         for frame in range(row.frames):
-            curves = {metric: _at(estimate, frame) for metric, estimate in row.by_frame.items()}
+            curves = {metric: estimate.at(frame) for metric, estimate in row.by_frame.items()}
             tracker.metrics(frame, _tracked(name, curves))
         for span in SPANS:
             scalars = {f"{metric}_{span}": estimate for metric, estimate in getattr(row, span).items()}
@@ -103,48 +95,34 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
 
 
 def write_pictures(report: Report, output: Path) -> list[str]:
-    """Draw curves and the contact sheet, and return the names of those that could be drawn; the others are
-    said."""
-    metrics, drawn = report.suite.metrics, []
-    for picture in (*report.pictures(), SHEET):
+    """Draw curves and the contact sheet, say what could not be drawn, and return the names of what could."""
+    drawn, pictures = [], report.pictures()
+    for picture in (*pictures, SHEET):
         try:
             if picture == SHEET:
-                plot_samples(
-                    output / picture,
-                    report.samples,
-                    report.sample_prompts,
-                    trained=report.trained,
-                    chunk=report.chunk,
-                )
+                shown = (report.samples, report.sample_prompts)
+                plot_samples(output / picture, *shown, trained=report.trained, chunk=report.chunk)
             else:
-                panels = [
-                    Panel(
-                        metrics[name].words,
-                        {row: found.by_frame[name] for row, found in report.rows.items()},
-                        share=metrics[name].share,
-                    )
-                    for name in report.pictures()[picture]
-                ]
+                panels = []
+                for name in pictures[picture]:
+                    metric = report.suite.metrics[name]
+                    curves = {row: found.by_frame[name] for row, found in report.rows.items()}
+                    panels.append(Panel(metric.words, curves, share=metric.share))
                 plot_curves(output / picture, panels, trained=report.trained)
-        except (
-            Exception
-        ) as error:  # the numbers are written; a library's trouble with a picture must not end the run
+        except Exception as error:  # numbers are written; trouble with a picture must not end the run
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            say(
-                f"evaluate: {picture} could not be drawn ({reason}); the numbers are in {output}/metrics.json"
-            )
+            where = f"{output}/metrics.json"
+            say(f"evaluate: {picture} could not be drawn ({reason}); the numbers are in {where}")
         else:
             drawn.append(picture)
     return drawn
 
 
 def summary_table(report: Report) -> Table:
-    """The headline's curve for a terminal of 80 columns, chunk by chunk, and half the width of its 95 %
-    interval."""
+    """The headline's curve for 80 columns, chunk by chunk, with half the width of its 95 % interval."""
     headline, verdicts = report.suite.headline, report.suite.verdicts(report.rows)
-    words = report.suite.metrics[headline].words
     caption = f"{verdicts[-1].claim}: {verdicts[-1].value:+.2f}" if verdicts else None
-    table = Table(title=f"{words[0].upper()}{words[1:]} by frame", caption=caption)
+    table = Table(title=f"{_capital(report.suite.metrics[headline].words)} by frame", caption=caption)
     table.add_column("frames", no_wrap=True)
     for name in report.rows:
         table.add_column(name, justify="right", no_wrap=True)
@@ -161,10 +139,11 @@ def summary_table(report: Report) -> Table:
 def _drift(report: Report) -> Iterator[tuple[str, list[Estimate]]]:
     """Frames of each chunk and the headline of every row in it, NaN where the row has no such frame."""
     curves = [row.by_chunk[report.suite.headline] for row in report.rows.values()]
-    nothing = Estimate(*[torch.tensor(math.nan)] * 3)
     for index in range(max(len(curve.value) for curve in curves)):
         first, last = index * report.chunk, (index + 1) * report.chunk - 1
-        estimates = [_at(curve, index) if index < len(curve.value) else nothing for curve in curves]
+        estimates = [
+            curve.at(index) if index < len(curve.value) else Estimate.undefined() for curve in curves
+        ]
         yield f"{first}–{last}" if last > first else str(first), estimates
 
 
@@ -173,20 +152,21 @@ def _show_briefly(estimate: Estimate) -> str:
     return "–" if math.isnan(value) else f"{value:.2f} ± {half:.2f}"
 
 
-def _at(estimate: Estimate, index: int) -> Estimate:
-    return Estimate(estimate.value[index], estimate.low[index], estimate.high[index])
-
-
 def _show(estimate: Estimate) -> str:
-    value, low, high = (part.item() for part in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (part.item() for part in estimate)
     return "–" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def _capital(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
 def _tracked(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
-    values = {}
-    for metric, estimate in estimates.items():
-        for suffix, part in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high)):
-            values[f"evaluation/{name}/{metric}{suffix}"] = part.item()
+    values = {
+        f"evaluation/{name}/{metric}{suffix}": part.item()
+        for metric, estimate in estimates.items()
+        for suffix, part in zip(("", "_low", "_high"), estimate, strict=True)
+    }
     return {key: value for key, value in values.items() if not math.isnan(value)}
 
 
@@ -196,32 +176,32 @@ def _relative(path: str, root: str) -> str:
 
 def estimates_json(values: Mapping[str, Estimate]) -> dict[str, Any]:
     """Value and interval of each metric, as JSON knows them."""
-    parts = ("value", "low", "high")
     return {
-        metric: {part: _finite(getattr(e, part).tolist()) for part in parts} for metric, e in values.items()
+        metric: {part: _finite(each.tolist()) for part, each in estimate._asdict().items()}
+        for metric, estimate in values.items()
     }
 
 
 def _json(report: Report) -> dict[str, Any]:
-    tables = ("by_frame", "by_chunk", *SPANS)
-    basis = {"reference": report.reference, **report.suite.basis(report.config)}
+    config, suite, tables = report.config, report.suite, ("by_frame", "by_chunk", *SPANS)
+    basis = {"reference": report.reference, **suite.basis(config)}
     shares = {
-        name: estimates_json({metric: report.relative(name, metric) for metric in report.suite.shares})
+        name: estimates_json({metric: report.relative(name, metric) for metric in suite.shares})
         for name in report.models
-        if name != "teacher" and "teacher" in report.models and report.suite.shares
+        if name != "teacher" and "teacher" in report.models and suite.shares
     }
+    output = _relative(config.evaluate.output, config.root)
     return {
         "format": FORMAT,
-        "suite": suites.described(report.config.evaluate.suite, report.suite, basis),
-        "seed": report.config.seed,
-        "settings": asdict(report.config.evaluate)
-        | {"output": _relative(report.config.evaluate.output, report.config.root)},
+        "suite": suites.described(config.evaluate.suite, suite, basis),
+        "seed": config.seed,
+        "settings": asdict(config.evaluate) | {"output": output},
         "trained_frames": report.trained,
         "chunk": report.chunk,
         "steps": report.steps,
         "seconds": round(report.seconds, 1),
         "models": {
-            name: {**model, "path": _relative(model["path"], report.config.root)}
+            name: {**model, "path": _relative(model["path"], config.root)}
             for name, model in report.models.items()
         },
         "rows": {
@@ -230,7 +210,7 @@ def _json(report: Report) -> dict[str, Any]:
         },
         "relative_to_teacher_inside": shares,
         "verdicts": [
-            asdict(v) | {"value": _finite(v.value), "met": v.met} for v in report.suite.verdicts(report.rows)
+            asdict(v) | {"value": _finite(v.value), "met": v.met} for v in suite.verdicts(report.rows)
         ],
         "made_with": versions() | git_commit(),
     }
@@ -246,80 +226,56 @@ def _finite(value: Any) -> Any:
 def _markdown(report: Report) -> str:
     settings, rows, suite = report.config.evaluate, report.rows, report.suite
     metrics, words = suite.metrics, suite.metrics[suite.headline].words
-    output = _relative(settings.output, report.config.root)
-
-    def table(head: Sequence[str], lines: Iterator[Sequence[str]]) -> list[str]:
-        return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)] + [""]
-
-    def metric_lines(span: str, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        for name, row in rows.items():
-            yield [LOOKS[name].label, *(_show(getattr(row, span)[metric]) for metric in names)]
-
-    teacher = (
-        f", the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps at "
-        "guidance "
-        f"{settings.teacher_guidance:g}"
-        if "teacher" in rows
-        else ""
-    )
+    labels = [LOOKS[name].label for name in rows]
     pictures = report.pictures()
     shown = [name for names in pictures.values() for name in names]
     first = metrics[suite.headline].picture
-    lines = [
+
+    def table(head: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
+        cells = list(head)
+        return "\n".join(f"| {' | '.join(line)} |" for line in (cells, ["---"] * len(cells), *lines))
+
+    teacher = ""
+    if "teacher" in rows:
+        teacher = (
+            f", the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps at "
+            f"guidance {settings.teacher_guidance:g}"
+        )
+    blocks = [
         f"# {suite.title}",
-        "",
         f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of "
-        f"{report.chunk} with "
-        f"{report.steps} steps a chunk{teacher}. Brackets hold 95 % bootstrap intervals over videos. "
-        + REFERENCES[report.reference],
-        "",
+        f"{report.chunk} with {report.steps} steps a chunk{teacher}. Brackets hold 95 % bootstrap intervals "
+        f"over videos. {REFERENCES[report.reference]}",
     ]
     if first in pictures:
-        lines += [f"![{words} by frame]({first})", ""]
+        blocks.append(f"![{words} by frame]({first})")
     if verdicts := suite.verdicts(rows):
-        asked = (
-            [
-                v.claim,
-                f"{v.value:.3f}",
-                f"{'more than' if v.bound == 0 else 'at least'} {v.bound:g}",
-                "yes" if v.met else "no",
-            ]
-            for v in verdicts
-        )
-        lines += ["## What was asked", "", *table(["", "measured", "asked for", "met"], asked)]
+        asked = []
+        for verdict in verdicts:
+            bound = f"{'more than' if verdict.bound == 0 else 'at least'} {verdict.bound:g}"
+            asked.append([verdict.claim, f"{verdict.value:.3f}", bound, "yes" if verdict.met else "no"])
+        blocks += ["## What was asked", table(["", "measured", "asked for", "met"], asked)]
     for span, title in SPANS.items():
-        lines += [f"## {title.capitalize()}", ""]
+        blocks.append(f"## {title.capitalize()}")
         for names in [shown] if len(shown) <= 4 else pictures.values():
-            lines += table(["", *(metrics[name].words for name in names)], metric_lines(span, names))
-    lines += [
-        f"## {words[0].upper()}{words[1:]} by frame",
-        "",
-        *table(
-            ["frames", *(LOOKS[name].label for name in rows)],
-            ([label, *map(_show, estimates)] for label, estimates in _drift(report)),
-        ),
-        f"![samples]({SHEET})",
-        "",
-    ]
+            found = ([_show(getattr(row, span)[metric]) for metric in names] for row in rows.values())
+            lines = [[label, *cells] for label, cells in zip(labels, found, strict=True)]
+            blocks.append(table(["", *(metrics[name].words for name in names)], lines))
+    drift = ([label, *map(_show, estimates)] for label, estimates in _drift(report))
+    blocks += [f"## {_capital(words)} by frame", table(["frames", *labels], drift), f"![samples]({SHEET})"]
     for picture, names in pictures.items():
         if picture != first:
-            lines += [f"![{', '.join(metrics[name].words for name in names)}]({picture})", ""]
-    undefined = [metrics[name].words for name in metrics if name not in shown]
-    lines += [
+            blocks.append(f"![{', '.join(metrics[name].words for name in names)}]({picture})")
+    notes = [f"*{_capital(metrics[name].words)}*: {metrics[name].explained}" for name in shown]
+    notes += suite.notes
+    if undefined := [metric.words for name, metric in metrics.items() if name not in shown]:
+        notes.append(f"Not defined for these videos: {', '.join(undefined)}.")
+    notes.append("A dash is a value that is not defined.")
+    blocks += [
         "## How it was measured",
-        "",
-        *(
-            f"- *{metrics[name].words[0].upper()}{metrics[name].words[1:]}*: {metrics[name].explained}"
-            for name in shown
-        ),
-        *(f"- {note}" for note in suite.notes),
-        *([f"- Not defined for these videos: {', '.join(undefined)}."] if undefined else []),
-        "- A dash is a value that is not defined.",
-        "",
-        "All numbers are in `metrics.json`. Computed in "
-        f"{report.seconds:.0f} s; to do it again from the same directory:",
-        "",
-        f"    self-forcing evaluate {output}/config.yaml",
-        "",
+        "\n".join(f"- {note}" for note in notes),
+        f"All numbers are in `metrics.json`. Computed in {report.seconds:.0f} s; to do it again from the "
+        "same directory:",
+        f"    self-forcing evaluate {_relative(settings.output, report.config.root)}/config.yaml",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(blocks) + "\n"

@@ -1,5 +1,4 @@
-"""What an evaluation suite is: what it measures by frame index, and which of its numbers a promotion
-compares.
+"""What an evaluation suite is: what it measures by frame index, and which numbers a promotion compares.
 
 Generating, storing and resuming videos, intervals, the report and its pictures are common to all suites
 (`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. `docs/adding-a-suite.md`
@@ -16,19 +15,21 @@ from torch import Tensor
 
 from model.metrics import Estimate, difference_of_means, mean_over_videos
 from orchestrator.config import RunConfig
+from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
+
+REFERENCE_VIDEOS = 400
+"""Held-out videos that others are compared with; more would narrow no interval that matters."""
 
 
 @dataclass(frozen=True)
 class Videos:
     """Videos of one model, or real ones."""
 
-    prompts: Sequence[str]
-    """N prompts."""
+    prompts: Sequence[str]  # N of them
     pixels: Tensor | None = None
     """uint8 `[N, F, channels, height, width]`; none where there is no codec to make them."""
-    latents: Tensor | None = None
-    """float32 `[N, F, C, H, W]`, where the suite asks for them."""
+    latents: Tensor | None = None  # float32 `[N, F, C, H, W]`, where the suite asks for them
 
     def __getitem__(self, part: slice) -> "Videos":
         pixels, latents = (None if each is None else each[part] for each in (self.pixels, self.latents))
@@ -42,22 +43,18 @@ class Videos:
 
 @dataclass(frozen=True)
 class Row:
-    """The videos of one model, or real ones, measured. Each mapping goes from a metric's name to its
-    estimate, which is NaN where the metric is not defined (such as any beyond the trained length for a
-    teacher)."""
+    """The videos of one model, or real ones, measured.
 
-    frames: int
-    """Frames of each video."""
-    by_frame: Mapping[str, Estimate]
-    """`[frames]`."""
-    by_chunk: Mapping[str, Estimate]
-    """`[chunks]`, means over a chunk's frames."""
-    inside: Mapping[str, Estimate]
-    """Scalars: means over the frames of the trained length."""
-    beyond: Mapping[str, Estimate]
-    """Scalars: means over the frames after it."""
-    overall: Mapping[str, Estimate]
-    """Scalars: means over all frames."""
+    Each mapping goes from a metric's name to its estimate, which is NaN where the metric is not defined, such
+    as any beyond the trained length for a teacher.
+    """
+
+    frames: int  # of each video
+    by_frame: Mapping[str, Estimate]  # `[frames]`
+    by_chunk: Mapping[str, Estimate]  # `[chunks]`, means over a chunk's frames
+    inside: Mapping[str, Estimate]  # scalars: means over the frames of the trained length
+    beyond: Mapping[str, Estimate]  # over the frames after it
+    overall: Mapping[str, Estimate]  # over all frames
 
 
 @dataclass(frozen=True)
@@ -65,22 +62,17 @@ class Metric:
     """How a metric is shown."""
 
     words: str
-    picture: str
-    """File of its curve; metrics that share one are its panels."""
-    explained: str
-    """One line for the report: what it is, in which unit."""
-    share: bool = False
-    """Whether it lies between 0 and 1."""
+    picture: str  # file of its curve; metrics that share one are its panels
+    explained: str  # one line for the report: what it is, in which unit
+    share: bool = False  # whether it lies between 0 and 1
 
 
 @dataclass(frozen=True)
 class Compared:
     """How a promotion compares a number."""
 
-    sign: int
-    """1 where more is better, −1 where less is."""
-    margin: float
-    """By how much it may be worse, in its own unit."""
+    sign: int  # 1 where more is better, −1 where less is
+    margin: float  # by how much it may be worse, in its own unit
 
 
 @dataclass(frozen=True)
@@ -88,10 +80,8 @@ class Verdict:
     """A claim about the models and whether the numbers support it."""
 
     claim: str
-    value: float
-    """What was measured; NaN supports no claim."""
-    bound: float
-    """The least that is asked for; a difference, whose bound is 0, must exceed it."""
+    value: float  # what was measured; NaN supports no claim
+    bound: float  # the least that is asked for; a difference, whose bound is 0, must exceed it
 
     @property
     def met(self) -> bool:
@@ -105,14 +95,11 @@ class Suite(ABC):
     version: int
     """Raised with every change of what a number means; numbers of two versions are never compared."""
     metrics: ClassVar[Mapping[str, Metric]]
-    headline: str
-    """The metric that is tabled chunk by chunk."""
+    headline: str  # the metric that is tabled chunk by chunk
     compared: ClassVar[Mapping[str, Compared]]
     """What a promotion compares: `METRIC_SPAN`, the span one of inside, beyond and overall."""
-    latents = False
-    """Whether it measures latents beside pixels."""
-    shares: Sequence[str] = ()
-    """Metrics that are also given as shares of the teacher's."""
+    latents = False  # whether it measures latents beside pixels
+    shares: Sequence[str] = ()  # metrics that are also given as shares of the teacher's
     notes: Sequence[str] = ()
     """Lines for the report's section on how it was measured, beside the metrics' own."""
 
@@ -136,7 +123,7 @@ class Suite(ABC):
 
     @abstractmethod
     def prepare(self, config: RunConfig, reference: Videos | None) -> Any:
-        """What measuring needs, made once in a Ray task, beside the generation of videos where that can be."""
+        """What measuring needs, made once in a Ray task, if possible beside the generation of videos."""
 
     @abstractmethod
     def measure(self, prepared: Any, videos: Videos, *, chunk: int, trained: int, seed: int) -> Row:
@@ -156,39 +143,52 @@ class Suite(ABC):
 
 
 def row_of(
-    by_frame: Mapping[str, Estimate],
-    *,
     values: Mapping[str, Tensor],
-    references: Mapping[str, Tensor],
+    *,
+    references: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Estimate] | None = None,
     chunk: int,
     trained: int,
     seed: int,
 ) -> Row:
-    """The row of estimates `[F]`, with averages over chunks and spans.
+    """The row of means over videos, given video by video as `values` `[N, F]`, and of `others` `[F]`.
 
-    What is a mean over videos is averaged video by video, from its `values` `[N, F]` and, if it is a
-    difference, those of the `references` `[M, F]`; any other interval is the mean of the frames' intervals,
-    hence never too narrow.
+    A metric that is a difference has the values that are subtracted among the `references` `[M, F]`. Chunks
+    and spans are averaged video by video too; an interval of `others` is there the mean of the frames'
+    intervals, hence never too narrow. `chunk` and `trained` are in frames.
     """
-    frames = len(next(iter(by_frame.values())).value)
+    frames = next(iter(values.values())).shape[1]
     chunks = [slice(first, min(first + chunk, frames)) for first in range(0, frames, chunk)]
     spans = [*chunks, slice(0, trained), slice(trained, frames), slice(0, frames)]
 
     def over(part: Tensor) -> Tensor:
         return torch.stack([part[..., span].nanmean(-1) for span in spans], dim=-1)
 
-    averages = {}
-    for metric, estimate in by_frame.items():
-        if metric in references:
-            averages[metric] = difference_of_means(over(values[metric]), over(references[metric]), seed=seed)
-        elif metric in values:
-            averages[metric] = mean_over_videos(over(values[metric]), seed=seed)
+    by_frame, averages = {}, {}
+    for metric, each in values.items():
+        if references and metric in references:
+            real = references[metric]
+            by_frame[metric] = difference_of_means(each, real, seed=seed)
+            averages[metric] = difference_of_means(over(each), over(real), seed=seed)
         else:
-            averages[metric] = Estimate(over(estimate.value), over(estimate.low), over(estimate.high))
+            by_frame[metric] = mean_over_videos(each, seed=seed)
+            averages[metric] = mean_over_videos(over(each), seed=seed)
+    for metric, estimate in (others or {}).items():
+        by_frame[metric], averages[metric] = estimate, Estimate(*map(over, estimate))
+    picked = [
+        {metric: estimate.at(which) for metric, estimate in averages.items()}
+        for which in (slice(0, len(chunks)), -3, -2, -1)
+    ]
+    return Row(frames, by_frame, *picked)
 
-    def pick(which: Any) -> dict[str, Estimate]:
-        return {
-            metric: Estimate(e.value[which], e.low[which], e.high[which]) for metric, e in averages.items()
-        }
 
-    return Row(frames, by_frame, pick(slice(0, len(chunks))), pick(-3), pick(-2), pick(-1))
+def held_out_rows(config: RunConfig, data: ParquetDataset) -> tuple[int, list[dict[str, Any]]]:
+    """How many of data.held_out's videos to measure, and the rows of these and of those to compare them with.
+
+    ValueError where there are too few.
+    """
+    count = min(config.evaluate.videos, len(data) // 2)
+    if count < 2:
+        path = config.data.held_out
+        raise ValueError(f"data.held_out at {path} holds {len(data)} videos; evaluation needs at least 4.")
+    return count, [data.row(i) for i in range(min(len(data), count + max(count, REFERENCE_VIDEOS)))]

@@ -1,5 +1,5 @@
-"""Videos under the names that VBench's command line expects: `{prompt}-{index}.mp4`, index 0 to 4, for
-each model.
+"""Videos under the names that VBench's command line expects: `{prompt}-{index}.mp4`, index 0 to 4, for each
+model.
 
 `vbench evaluate --videos_path DIR/MODEL --dimension …` reads the prompt from a file's name (Huang et al.,
 VBench, 2024; its prompts/README.md), so a prompt is written as it is, or refused.
@@ -25,16 +25,14 @@ def check(prompts: Sequence[str], videos: int) -> None:
     if videos < SAMPLES * len(prompts):
         raise ValueError(
             f"--export-vbench needs {SAMPLES} videos of each of the {len(prompts)} prompts: evaluate.videos "
-            f"is {videos}; make "
-            f"it {SAMPLES * len(prompts)}, or name fewer prompts with evaluate.prompts."
+            f"is {videos}; make it {SAMPLES * len(prompts)}, or name fewer prompts with evaluate.prompts."
         )
     for prompt in prompts:
         name = f"{prompt}-{SAMPLES - 1}"
         if "/" in prompt or "\0" in prompt or len(name.encode()) > _LONGEST:
             raise ValueError(
                 f"--export-vbench: the prompt {prompt[:60]!r} cannot be the name of a file, which has no "
-                "'/' and at most "
-                f"{_LONGEST - 2} bytes; leave it out of evaluate.prompts."
+                f"'/' and at most {_LONGEST - 2} bytes; leave it out of evaluate.prompts."
             )
 
 

@@ -30,8 +30,8 @@ class ObjectiveConfig:
     """The loss on the student's whole video."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"dmd": 1.0})
-    """Weight of each loss that takes part: `dmd` (distribution matching), `sid` (score identity), `gan` (adversarial) or
-    `relativistic_gan`."""
+    """Weight of each loss that takes part: `dmd` (distribution matching), `sid` (score identity), `gan`
+    (adversarial) or `relativistic_gan`."""
     sid_alpha: float = 1.0
     """Weight of SiD's second term; the published runs use 1."""
 
@@ -59,6 +59,7 @@ class ObjectiveConfig:
         return sum(losses[1:], start=losses[0])
 
     def statistics(self, leaves: Leaves) -> dict[str, float]:
-        """What the losses report of their leaves beside their value; losses that share a name share its meaning."""
+        """What the losses report of their leaves beside their value; losses that share a name share its
+        meaning."""
         named = [each for loss in self.weights for each in LOSSES[loss].statistics.items()]
         return {name: measure(leaves).item() for name, measure in named}

@@ -1,6 +1,5 @@
 """Flow matching (Lipman et al. 2022): pretraining, the critic on the student's videos, and autoregressive
-training under teacher forcing or diffusion forcing.
-"""
+training under teacher forcing or diffusion forcing."""
 
 import torch
 from torch import Tensor
@@ -10,8 +9,7 @@ from model.schedule import TIMESTEPS, FlowSchedule
 
 def flow_matching_loss(velocity: Tensor, noise: Tensor, x0: Tensor, weight: Tensor | None = None) -> Tensor:
     """`mean((velocity − (noise − x0))²)` over everything; with `weight` [B, F] the mean over samples and
-    frames of `weight` times a frame's own mean.
-    """
+    frames of `weight` times a frame's own mean."""
     square = (velocity - (noise - x0)).square()
     return square.mean() if weight is None else (weight * square.mean(dim=(2, 3, 4))).mean()
 

@@ -142,10 +142,9 @@ def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mappi
         f"# {experiment.title}",
         "",
         f"`{command}` ({count} of {every} cells, seeds {', '.join(map(str, experiment.seeds))}; "
-        f"{found.total / 60:.0f} minutes in all). "
-        f"{config.evaluate.videos} videos of each model, in chunks of {config.rollout.chunk} frames; the "
-        "trained length is "
-        f"{config.video.frames} frames. Numbers are means over seeds ± their standard deviation.",
+        f"{found.total / 60:.0f} minutes in all). {config.evaluate.videos} videos of each model, in chunks "
+        f"of {config.rollout.chunk} frames; the trained length is {config.video.frames} frames. Numbers are "
+        "means over seeds ± their standard deviation.",
         "",
         _kept(report),
         "",
@@ -188,8 +187,7 @@ def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mappi
         f"![samples]({folder}/contact_sheet.png)",
         "",
         "Bands go from the lowest to the highest seed. Every cell's numbers, versions and commit are in "
-        f"`{folder}/cells/`. "
-        "[The evaluation of one run](digits/report.md) says how each number is measured.",
+        f"`{folder}/cells/`. [The evaluation of one run](digits/report.md) says how each number is measured.",
         "",
     ]
     return "\n".join(lines)

@@ -105,7 +105,8 @@ def load_or_train(directory: str | Path, seed: int) -> DigitReader:
 
 @torch.inference_mode()
 def read_videos(reader: DigitReader, videos: Tensor) -> tuple[Tensor, Tensor]:
-    """Videos `[N, F, 1, 16, 16]` in [-1, 1] to logits `[N, F, 10]` and features `[N, F, 64]`, frame by frame."""
+    """Videos `[N, F, 1, 16, 16]` in [-1, 1] to logits `[N, F, 10]` and features `[N, F, 64]`, frame by
+    frame."""
     outputs = [reader(frames) for frames in videos.flatten(0, 1).split(2048)]
     logits, features = (
         torch.cat(parts).unflatten(0, videos.shape[:2]) for parts in zip(*outputs, strict=True)

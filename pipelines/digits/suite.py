@@ -1,6 +1,4 @@
-"""The suite `digits`: a classifier reads the digit in every frame, and the content must move as the prompt
-says.
-"""
+"""The suite `digits`: a classifier reads the digit in every frame, and the content must move as prompted."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,21 +8,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from model.metrics import Estimate, diversity_ratio, kernel_distance, mean_over_videos
+from model.codec import to_bytes
+from model.metrics import Estimate, diversity_ratio, kernel_distance
 from orchestrator.config import RunConfig
 from pipelines.console import say
 from pipelines.digits.digit_reader import DigitReader, load_or_train, read_videos
 from pipelines.digits.metrics import correct_digits, followed_motion
 from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
-from pipelines.suite import Compared, Metric, Row, Suite, Verdict, Videos, row_of
+from pipelines.suite import Compared, Metric, Row, Suite, Verdict, Videos, held_out_rows, row_of
 from workers.data_check import check
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory, TextConfig
 
 READER_SEED = 0
 """The reader is one instrument for all runs, whatever their seed."""
-REFERENCE_VIDEOS = 400
-"""Real videos that others are compared with; more would narrow no interval that matters."""
 SHEET = tuple(PROMPTS[i] for i in (0, 13, 26, 39))
 """Prompts on the contact sheet: four digits, four directions."""
 
@@ -34,18 +31,14 @@ class Prepared:
     """The instrument, and what it sees in the real videos that others are compared with."""
 
     reader: DigitReader
-    features: Tensor
-    """`[M, F, D]`."""
-    prompts: Tensor
-    """`[M]`, as numbers."""
+    features: Tensor  # `[M, F, D]`
+    prompts: Tensor  # `[M]`, as numbers
 
 
 def numbers(prompts: Sequence[str]) -> Tensor:
     """Each of N prompts as an integer, digit by digit and direction by direction, `[N]`."""
-    parsed = [parse_prompt(prompt) for prompt in prompts]
-    return torch.tensor(
-        [digit * len(DIRECTIONS) + DIRECTIONS.index(direction) for digit, direction in parsed]
-    )
+    parsed = map(parse_prompt, prompts)
+    return torch.tensor([digit * len(DIRECTIONS) + DIRECTIONS.index(way) for digit, way in parsed])
 
 
 class Digits(Suite):
@@ -68,15 +61,13 @@ class Digits(Suite):
             "diversity within a prompt, real = 1",
             "diversity.png",
             "how far apart the correctly read frames of one prompt are in the classifier's features, as a "
-            "share of how "
-            "far apart real ones are.",
+            "share of how far apart real ones are.",
         ),
         "kernel_distance": Metric(
             "kernel distance to real videos",
             "distance.png",
             "unbiased squared maximum mean discrepancy between the classifier's features of generated and "
-            "real "
-            "frames of one index; the real videos' row compares two disjoint sets of real videos.",
+            "real frames of one index; the real videos' row compares two disjoint sets of real videos.",
         ),
     }
     headline = "digit_accuracy"
@@ -91,8 +82,7 @@ class Digits(Suite):
     shares = ("digit_accuracy", "diversity")
     notes = (
         "Intervals of diversity and distance over several frames are means of the frames' intervals, hence "
-        "never "
-        "too narrow.",
+        "never too narrow.",
     )
 
     def check(self, config: RunConfig, models: Mapping[str, ModelDirectory]) -> None:
@@ -107,8 +97,7 @@ class Digits(Suite):
             if codec is None or codec.decode(one).shape[2:] != (1, CANVAS, CANVAS):
                 raise ValueError(
                     f"the {name} model at {model.path} makes no frames of 1×{CANVAS}×{CANVAS}, which moving "
-                    "digits "
-                    "have; evaluate.suite video measures any."
+                    "digits have; evaluate.suite video measures any."
                 )
 
     def prompts(self, config: RunConfig) -> list[str]:
@@ -117,27 +106,19 @@ class Digits(Suite):
     def held_out(
         self, config: RunConfig, models: Mapping[str, ModelDirectory]
     ) -> tuple[Videos, Videos] | None:
-        path, settings, skip = config.data.held_out, config.evaluate, config.data.skip_damaged
+        path, frames, skip = config.data.held_out, config.evaluate.frames, config.data.skip_damaged
         data = ParquetDataset(path, ["prompt", "video"], skip_damaged=skip)
-        frames = len(data.row(0)["video"])
-        if frames < settings.frames:
+        longest = len(data.row(0)["video"])
+        if longest < frames:
             raise ValueError(
-                f"evaluate.frames is {settings.frames}, and the videos of data.held_out at {path} have "
-                f"{frames}; "
-                f"use at most {frames}, or prepare longer ones with data.source_settings.held_out_frames."
+                f"evaluate.frames is {frames}, and the videos of data.held_out at {path} have {longest}; use "
+                f"at most {longest}, or prepare longer ones with data.source_settings.held_out_frames."
             )
-        wanted = replace(config.video, frames=settings.frames)
-        text = TextConfig()
+        wanted, text = replace(config.video, frames=frames), TextConfig()
         for note in check("data.held_out", path, text, None, video=wanted, longer=True, skip_damaged=skip):
             say(f"evaluate: {note}")
-        count = min(settings.videos, len(data) // 2)
-        if count < 2:
-            raise ValueError(
-                f"data.held_out at {path} holds {len(data)} videos; evaluation needs at least 4."
-            )
-        rows = [data.row(i) for i in range(min(len(data), count + max(count, REFERENCE_VIDEOS)))]
-        pixels = torch.stack([row["video"][: settings.frames] for row in rows])
-        pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+        count, rows = held_out_rows(config, data)
+        pixels = to_bytes(torch.stack([row["video"][:frames] for row in rows]))
         videos = Videos([row["prompt"] for row in rows], pixels)
         return videos[:count], videos[count:]
 
@@ -156,72 +137,55 @@ class Digits(Suite):
         shifts = torch.tensor([expected_shift(DIRECTIONS[number % len(DIRECTIONS)]) for number in prompts])
         # Nothing precedes the first frame.
         followed = torch.cat([torch.full((count, 1), math.nan), followed_motion(frames, shifts)], dim=1)
-        nothing = torch.full((length,), math.nan)
-        by_frame = {
-            "digit_accuracy": mean_over_videos(correct, seed=seed),
-            "motion_following": mean_over_videos(followed, seed=seed),
-            "diversity": Estimate(nothing, nothing, nothing),
-            "kernel_distance": kernel_distance(features, real, seed=seed),
-        }
+        diversity = Estimate.undefined(length)
         if all(len(each.unique()) < len(each) for each in (prompts, prepared.prompts)):
-            by_frame["diversity"] = diversity_ratio(
+            diversity = diversity_ratio(
                 features, prompts, correct, real_features=real, real_prompts=prepared.prompts, seed=seed
             )
-        values = {"digit_accuracy": correct, "motion_following": followed}
-        return row_of(by_frame, values=values, references={}, chunk=chunk, trained=trained, seed=seed)
+        return row_of(
+            {"digit_accuracy": correct, "motion_following": followed},
+            others={"diversity": diversity, "kernel_distance": kernel_distance(features, real, seed=seed)},
+            chunk=chunk,
+            trained=trained,
+            seed=seed,
+        )
 
     def sheet(self, prompts: Sequence[str]) -> list[str]:
         return list(SHEET)
 
     def verdicts(self, rows: Mapping[str, Row]) -> list[Verdict]:
-        """What a distillation is asked for: quality, motion, diversity, and no drift. Asked of all three
-        models only."""
+        """Asked of all three models only: quality, motion, diversity, and no drift."""
         if not {"teacher", "initial", "distilled"} <= rows.keys():
             return []
-        real, teacher, initial, distilled = (
-            rows[name] for name in ("real", "teacher", "initial", "distilled")
-        )
-        accuracy = "digit_accuracy"
+        teacher, initial, distilled = (rows[name] for name in ("teacher", "initial", "distilled"))
+        accuracy, inside = "digit_accuracy", "inside the trained length"
 
         def share(metric: str) -> Tensor:
             return distilled.inside[metric].value / teacher.inside[metric].value
 
-        def gap(upper: Estimate, lower: Estimate) -> Tensor:
-            """Between two intervals; negative where they overlap."""
-            return upper.low - lower.high
+        def gap(span: str) -> Tensor:
+            """Between the intervals of accuracy; negative where they overlap."""
+            return getattr(distilled, span)[accuracy].low - getattr(initial, span)[accuracy].high
 
-        gaps = gap(distilled.by_chunk[accuracy], initial.by_chunk[accuracy])[1:]
-        asked = {
-            "the reader's accuracy on held-out real videos": (real.overall[accuracy].value, 0.98),
-            "the teacher's digit accuracy": (teacher.inside[accuracy].value, 0.9),
-            "distilled student: digit accuracy inside the trained length, as a share of the teacher's": (
-                share(accuracy),
-                0.9,
-            ),
-            "distilled student: motion following inside the trained length": (
-                distilled.inside["motion_following"].value,
-                0.9,
-            ),
-            "distilled student: diversity inside the trained length, as a share of the teacher's": (
-                share("diversity"),
-                0.7,
-            ),
-            "digit accuracy, distilled above initial: the smallest gap between 95 % intervals from the "
-            "second chunk on": (
+        gaps = gap("by_chunk")[1:]
+        above = distilled.overall[accuracy].value - initial.overall[accuracy].value
+        motion = distilled.inside["motion_following"].value
+        student, gain = "distilled student:", "digit accuracy, distilled above initial: the"
+        asked = [
+            ("the reader's accuracy on held-out real videos", rows["real"].overall[accuracy].value, 0.98),
+            ("the teacher's digit accuracy", teacher.inside[accuracy].value, 0.9),
+            (f"{student} digit accuracy {inside}, as a share of the teacher's", share(accuracy), 0.9),
+            (f"{student} motion following {inside}", motion, 0.9),
+            (f"{student} diversity {inside}, as a share of the teacher's", share("diversity"), 0.7),
+            (
+                f"{gain} smallest gap between 95 % intervals from the second chunk on",
                 gaps.min() if len(gaps) else torch.tensor(math.nan),
                 0.0,
             ),
-            "digit accuracy, distilled above initial: the gap between 95 % intervals beyond the trained "
-            "length": (
-                gap(distilled.beyond[accuracy], initial.beyond[accuracy]),
-                0.0,
-            ),
-            "digit accuracy, distilled above initial: the difference on average": (
-                distilled.overall[accuracy].value - initial.overall[accuracy].value,
-                0.0,
-            ),
-        }
-        return [Verdict(claim, value.item(), bound) for claim, (value, bound) in asked.items()]
+            (f"{gain} gap between 95 % intervals beyond the trained length", gap("beyond"), 0.0),
+            (f"{gain} difference on average", above, 0.0),
+        ]
+        return [Verdict(claim, value.item(), bound) for claim, value, bound in asked]
 
 
 SUITE = Digits()
