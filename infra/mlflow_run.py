@@ -1,7 +1,7 @@
 """One run on the MLflow side: found or created, and given the records of a spool.
 
-With `infra/registry.py` the only module that imports mlflow, and not before it is used: that takes a second. Every call
-here may fail for want of a server, and every one may be repeated: repetitions change nothing.
+With `infra/registry.py` the only module that imports mlflow, and not before it is used: that takes a second.
+Every call here may fail for want of a server, and every one may be repeated: repetitions change nothing.
 """
 
 import importlib
@@ -19,11 +19,9 @@ from infra.spool import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 _KEY_TAG = "self_forcing.key"  # this side's name for a run, by which it is found again
-_POINTS_PER_REQUEST = 1000  # the most that log_batch takes
-_NAMES_PER_REQUEST = 100  # the same for params and tags
 _LONGEST_PARAM = 6000  # characters; MLflow cuts longer ones
 _ARTIFACT_ATTEMPTS = 3
 _SLOWEST_UPLOAD = 1e6  # bytes a second, of an artifact and of what a server does with it
@@ -39,13 +37,12 @@ _ENVIRONMENT = {
 
 
 def load_mlflow() -> None:
-    """Imports mlflow with settings that suit a client in the background; what the environment sets comes first."""
+    """Imports mlflow with settings for a client in the background; what the environment sets comes first."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     importlib.import_module("mlflow.tracking")
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.WARNING
-    )  # it reports a new database at length
+    # It reports a new database at length.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
 @dataclass
@@ -55,55 +52,45 @@ class MlflowRun:
     client: "MlflowClient"
     run_id: str
     experiment_id: str
-    created: bool
-    """Whether nothing had been delivered to it when it was opened."""
+    created: bool  # nothing had been delivered to it when it was opened
     _artifact_attempts: int = 0
 
     @classmethod
     def open(cls, uri: str, *, experiment: str, run_id: str, name: str, start_ms: int) -> Self:
-        """Finds the run by MLflow's id or by the caller's key for it; creates it where there is none.
+        """Finds a run, or creates it; its `experiment` too.
 
-        Args:
-            uri: tracking URI.
-            experiment: name of the experiment, created if absent.
-            run_id: MLflow's id, or the key under which an earlier call created the run.
-            name: shown in the UI.
-            start_ms: when the run began, in milliseconds since 1970.
+        `run_id` is MLflow's id, or the caller's key under which an earlier call created the run. `name` is
+        shown in the UI; `start_ms` is when the run began, in milliseconds since 1970.
         """
         from mlflow.tracking import MlflowClient
 
-        if database := sqlite_file(uri):
+        database = sqlite_file(uri)
+        if database:
             database.parent.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(uri)
         run = _find_run(client, run_id)
         created = run is None
         if run is None:
+            # Artifacts lie beside an sqlite file, where MLflow would take the current directory.
+            place = (database.parent / "mlflow-artifacts").as_uri() if database else None
             found = client.get_experiment_by_name(experiment)
-            experiment_id = (
-                found.experiment_id
-                if found
-                else client.create_experiment(experiment, artifact_location=_artifact_location(uri))
-            )
-            run = client.create_run(
-                experiment_id, start_time=start_ms, run_name=name, tags={_KEY_TAG: run_id}
-            )
+            place_id = found.experiment_id if found else client.create_experiment(experiment, place)
+            tags = {_KEY_TAG: run_id}
+            run = client.create_run(place_id, start_time=start_ms, run_name=name, tags=tags)
         return cls(client, run.info.run_id, run.info.experiment_id, created)
 
     def deliver(self, records: Sequence[Record]) -> list[str]:
-        """Delivers metrics (any number), or one record of another kind.
+        """Delivers metrics (any number), or one record of another kind; says why records were refused for
+        good.
 
-        Returns:
-            Why records were refused for good, one reason each.
-
-        Raises:
-            Exception: whatever kept the records from arriving; repeat the call later.
+        Raises whatever kept the records from arriving; repeat the call later.
         """
         from mlflow.exceptions import MlflowException
 
         try:
             match records[0]["kind"]:
                 case "metrics":
-                    self._metrics(records)
+                    self._log("metrics", _metrics(records), at_once=1000)
                 case "open":
                     self._opening(records[0])
                 case "artifact":
@@ -120,16 +107,11 @@ class MlflowRun:
             return [reason for part in parts for reason in self.deliver([part])]
         return []
 
-    def _metrics(self, records: Sequence[Record]) -> None:
-        from mlflow.entities import Metric
-
-        points = [
-            Metric(_allowed(name), value, record["time"], record["step"])
-            for record in records
-            for name, value in record["values"].items()
-        ]
-        for chunk in _chunks(points, _POINTS_PER_REQUEST):
-            self.client.log_batch(self.run_id, metrics=chunk, synchronous=True)
+    def _log(self, what: str, items: Sequence[Any], *, at_once: int = 100) -> None:
+        """In requests of at most `at_once`, which is what MLflow takes."""
+        for start in range(0, len(items), at_once):
+            some = {what: items[start : start + at_once]}
+            self.client.log_batch(self.run_id, **some, synchronous=True)
 
     def _opening(self, opening: Record) -> None:
         from mlflow.entities import Param, RunTag
@@ -144,13 +126,8 @@ class MlflowRun:
         tags |= {
             f"resumed.{name}": value for name, value in params.items() if known.get(name, value) != value
         }
-        new = [Param(name, value) for name, value in params.items() if name not in known]
-        for some in _chunks(new, _NAMES_PER_REQUEST):
-            self.client.log_batch(self.run_id, params=some, synchronous=True)
-        for some in _chunks(
-            [RunTag(_allowed(name), value) for name, value in tags.items()], _NAMES_PER_REQUEST
-        ):
-            self.client.log_batch(self.run_id, tags=some, synchronous=True)
+        self._log("params", [Param(name, value) for name, value in params.items() if name not in known])
+        self._log("tags", [RunTag(_allowed(name), value) for name, value in tags.items()])
 
     def _link(self, opening: Record) -> dict[str, str]:
         """Tags that lead from this run to its parents; on the parents it sets tags that lead here."""
@@ -159,10 +136,9 @@ class MlflowRun:
             parent = _find_run(self.client, parent_id)
             tags[f"lineage.{role}"] = parent.info.run_id if parent else parent_id
             if parent:
-                self.client.set_tag(
-                    parent.info.run_id, f"lineage.child.{self.run_id}", opening["tags"]["stage"]
-                )
-                links.append(f"[{role}](#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id})")
+                here = parent.info
+                self.client.set_tag(here.run_id, f"lineage.child.{self.run_id}", opening["tags"]["stage"])
+                links.append(f"[{role}](#/experiments/{here.experiment_id}/runs/{here.run_id})")
         return tags | ({"mlflow.note.content": "From " + ", ".join(links)} if links else {})
 
     def _artifact(self, record: Record) -> list[str]:
@@ -174,9 +150,7 @@ class MlflowRun:
             with _patience(path):
                 log(self.run_id, str(path), record["folder"])
         except Exception as error:
-            self.client.get_run(
-                self.run_id
-            )  # raises where the server is down, and then the artifact waits too
+            self.client.get_run(self.run_id)  # raises where the server is down: the artifact waits too
             self._artifact_attempts += 1
             if self._artifact_attempts < _ARTIFACT_ATTEMPTS:
                 raise
@@ -194,7 +168,7 @@ def upload_seconds(path: Path) -> float:
 
 @contextmanager
 def _patience(path: Path) -> Iterator[None]:
-    """MLflow's limit on a request plus the time for these files: a server answers when it has stored a file elsewhere."""
+    """MLflow's limit on a request, plus the time in which a server stores these files elsewhere."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     usual = os.environ.setdefault(name, _ENVIRONMENT[name])
     os.environ[name] = str(int(usual) + math.ceil(upload_seconds(path)))
@@ -204,33 +178,19 @@ def _patience(path: Path) -> Iterator[None]:
         os.environ[name] = usual
 
 
-def system_monitors() -> list[Any]:
-    """MLflow's own monitors of CPU, memory, disk, network and GPUs, as far as this machine has what they need."""
-    monitors: list[Any] = []
-    for module, name in (
-        ("cpu_monitor", "CPUMonitor"),
-        ("disk_monitor", "DiskMonitor"),
-        ("network_monitor", "NetworkMonitor"),
-        ("gpu_monitor", "GPUMonitor"),
-    ):
-        try:
-            monitors.append(
-                getattr(importlib.import_module(f"mlflow.system_metrics.metrics.{module}"), name)()
-            )
-        except (ImportError, RuntimeError):  # no psutil; no NVIDIA driver
-            continue
-    return monitors
+def system_monitor() -> Any:
+    """MLflow's monitor of CPU, memory, disk, network and GPUs.
+
+    It is asked and not started: its own thread asks the server before every sample.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    return SystemMetricsMonitor(run_id=None)
 
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file of an sqlite tracking URI."""
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
-
-
-def _artifact_location(uri: str) -> str | None:
-    """Beside an sqlite file, where MLflow would take the current directory; a server decides for itself."""
-    database = sqlite_file(uri)
-    return (database.parent / "mlflow-artifacts").as_uri() if database else None
 
 
 def _allowed(name: str) -> str:
@@ -245,13 +205,18 @@ def _points(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _metrics(records: Sequence[Record]) -> list["Metric"]:
+    from mlflow.entities import Metric
+
+    return [
+        Metric(_allowed(name), value, each["time"], each["step"])
+        for each in records
+        for name, value in each["values"].items()
+    ]
 
 
 def _find_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run with this id of MLflow's, or with this id of ours; `None` where there is none, or it was deleted."""
+    """The run with this id of MLflow's or of ours; `None` where there is none, or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,7 +1,7 @@
 """Takes secrets out of what is about to be recorded somewhere that other people read.
 
-Three signs give a secret away: the name it goes by, the shape it has inside a longer text, and being the value of an
-environment variable with such a name. When in doubt it is taken out.
+Three signs give a secret away: the name it goes by, the shape it has inside a longer text, and being the
+value of an environment variable with such a name. When in doubt it is taken out.
 """
 
 import os
@@ -21,19 +21,16 @@ _IN_TEXT = (
     (re.compile(r"(authorization[\"']?\s*[=:]\s*[\"']?)[^\n\"']+", re.IGNORECASE), rf"\1{REDACTED}"),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9+/_.=\-]{12,}"), rf"\1 {REDACTED}"),
     # tokens with a well-known beginning: Hugging Face, GitHub, OpenAI and its like, AWS, Databricks, Slack
-    (
-        re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|AKIA|ASIA|dapi|xox[abp]-)[A-Za-z0-9_\-]{12,}"),
-        REDACTED,
-    ),
+    (re.compile(r"\b(hf_|gh[pousr]_|github_pat_|sk-|AKIA|ASIA|dapi|xox[abp]-)[A-Za-z0-9_\-]{12,}"), REDACTED),
 )
 _ASSIGNED = re.compile(r"""([A-Za-z_][\w.\-]*)(["']?\s*[=:]\s*["']?)([^\s&;,"']+)""")
 _OPTION = re.compile(r"""(--[A-Za-z][\w.\-]*)(\s+["']?)([^\s"']+)""")
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a value that goes by `name` (of a setting, an environment variable, a query parameter) is a secret.
+    """Whether a setting, environment variable or query parameter of this name holds a secret.
 
-    `HF_TOKEN`, `apiKey` and `aws.secret_access_key` are; `tokens_per_frame`, `tokenizer` and `monkey` are not.
+    `HF_TOKEN`, `apiKey` and `aws.secret_access_key` do; `tokens_per_frame`, `tokenizer` and `monkey` do not.
     """
     if _CERTAIN.search(re.sub("[^a-z]", "", name.lower())):
         return True
@@ -60,6 +57,10 @@ class Redactor:
             text = pattern.sub(replacement, text)
         return _OPTION.sub(_redact_value, _ASSIGNED.sub(_redact_value, text))
 
+    def line(self, text: str) -> str:
+        """The same on one line, of at most 300 characters."""
+        return self.text(" ".join(text.split()))[:300]
+
     def tree(self, value: Any, name: str = "") -> Any:
         """Nested mappings and sequences without the secrets in them, in types that YAML and JSON have.
 
@@ -80,6 +81,5 @@ class Redactor:
 
 def _redact_value(match: re.Match[str]) -> str:
     name, separator, value = match.groups()
-    if looks_secret(name):
-        return f"{name}{separator}{REDACTED}"
-    return f"{name}{separator}{_ASSIGNED.sub(_redact_value, value)}"  # https://host/?token=… is an assignment in one
+    # https://host/?token=… is an assignment in one.
+    return name + separator + (REDACTED if looks_secret(name) else _ASSIGNED.sub(_redact_value, value))

@@ -1,19 +1,18 @@
 """Models under names and versions, in MLflow's model registry.
 
-A version is a copy of a model directory among the artifacts of a run of its own. So whoever trains into that directory
-again changes no version, an earlier one can be served again, and every machine that reaches the tracking server can
-fetch it. An alias names one version; a server that follows `models:/NAME@ALIAS` looks where it points.
+A version is a copy of a model directory among the artifacts of a run of its own. So whoever trains into that
+directory again changes no version, an earlier one can be served again, and every machine that reaches the
+tracking server can fetch it. An alias names one version; a server that follows `models:/NAME@ALIAS` looks
+where it points.
 
-`promote` moves an alias and notes the version before as a tag of the new one, so that `roll_back` can return to it.
-Whether a version is good enough is not decided here.
-
-mlflow is imported when the registry is first asked.
+`promote` moves an alias and notes the version before as a tag of the new one, so that `roll_back` can return
+to it. Whether a version is good enough is not decided here. mlflow is imported when the registry is first
+asked.
 """
 
 import hashlib
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ from infra import storage
 from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file
 from infra.provenance import git_commit, versions
 from infra.redaction import Redactor
+from infra.spool import record
 from infra.tracking import checked_uri, flatten, root_cause
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _FOLDER = "model"  # of the run's artifacts
 _BEFORE = "self_forcing.before."  # and the alias: the version that promotion replaced
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""What MLflow answers where there is no such model, version or alias; the last also for names that it does not allow."""
+"""What MLflow answers where there is no such model, version or alias; the last also for forbidden names."""
 
 
 class NotRegistered(ValueError):
@@ -59,15 +59,14 @@ class Reference:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.\-]+", self.name):
             raise ValueError(
-                f"a registered model cannot be called {self.name!r}; use letters, digits, and any of '_', '.' and '-'."
+                f"a registered model cannot be called {self.name!r}; use letters, digits, and any of '_', "
+                "'.' and '-'."
             )
-        if self.alias is None:
-            return
-        if not re.fullmatch(r"[\w\-]+", self.alias) or re.fullmatch(
-            r"latest|v\d+", self.alias, re.IGNORECASE
-        ):
+        allowed, reserved = r"[\w\-]+", r"(?i)latest|v\d+"
+        if self.alias and (not re.fullmatch(allowed, self.alias) or re.fullmatch(reserved, self.alias)):
             raise ValueError(
-                f"an alias cannot be called {self.alias!r}; use letters, digits, '_' and '-', but neither latest nor v1."
+                f"an alias cannot be called {self.alias!r}; use letters, digits, '_' and '-', but neither "
+                "latest nor v1."
             )
 
 
@@ -77,10 +76,8 @@ class Version:
 
     name: str
     version: int
-    source: str
-    """URI of the model directory among the run's artifacts, for `Registry.fetch`."""
-    run_id: str
-    """MLflow's id of the run that holds the version's metrics, params and artifacts."""
+    source: str  # URI of the model directory among the run's artifacts
+    run_id: str  # MLflow's, of the run that holds the version's metrics, params and artifacts
 
     def __str__(self) -> str:
         return f"models:/{self.name}/{self.version}"
@@ -103,8 +100,7 @@ class Registry:
         """`uri`: tracking URI; ValueError where it is of no known kind. Nothing is asked yet."""
         self._redactor = Redactor()
         self.uri = checked_uri(uri, self._redactor)
-        self.where = self._redactor.text(self.uri)
-        """The URI without secrets, for messages."""
+        self.where = self._redactor.text(self.uri)  # without secrets, for messages
 
     def register(
         self,
@@ -120,83 +116,68 @@ class Registry:
         """Copies a model directory into a run of its own, and makes that the next version of `name`.
 
         Args:
-            name: registered model, created if absent.
+            name: registered model, created if absent; ValueError where MLflow allows no such name.
             model: complete model directory on this machine.
             experiment: where the run belongs, created if absent.
             params: nested; they become the run's params under dotted names.
             metrics: what was measured of it.
-            lineage: role → tracking run id of the model and its ancestors; the runs are linked where they are found.
+            lineage: role → tracking run id of the model and its ancestors; the runs are linked where found.
             files: kept with the run, under `evaluation`.
-
-        Raises:
-            ValueError: MLflow allows no such name.
         """
         Reference(name)
+        tags = {"stage": "register", **versions(), **git_commit()}
+        opening = record("open", params=flatten(self._redactor.tree(params)), tags=tags, parents=lineage)
+        records = [opening, record("artifact", path=str(model), folder=_FOLDER)]
+        records += [record("artifact", path=str(file), folder="evaluation") for file in files]
+        if metrics:
+            records.append(record("metrics", step=0, values=metrics))
         with self._asking():
             run = MlflowRun.open(
                 self.uri,
                 experiment=experiment,
                 run_id=uuid.uuid4().hex,
                 name=f"register {name}",
-                start_ms=_now_ms(),
+                start_ms=opening["time"],
             )
-            records: list[dict[str, Any]] = [
-                {
-                    "kind": "open",
-                    "params": flatten(self._redactor.tree(params)),
-                    "tags": {"stage": "register", **versions(), **git_commit()},
-                    "parents": lineage,
-                },
-                {"kind": "artifact", "path": str(model), "folder": _FOLDER},
-            ]
-            records += [{"kind": "artifact", "path": str(file), "folder": "evaluation"} for file in files]
-            if metrics:
-                records.append({"kind": "metrics", "time": _now_ms(), "step": 0, "values": metrics})
             status = "FAILED"
             try:
-                for record in records:
-                    if refused := run.deliver([record]):
-                        raise ValueError(
-                            f"the registry at {self.where} refused a part of the model: {refused[0]}."
-                        )
+                for each in records:
+                    if refused := run.deliver([each]):
+                        where = f"the registry at {self.where}"
+                        raise ValueError(f"{where} refused a part of the model: {refused[0]}.")
                 made = self._create_version(name, run.run_id, lineage)
                 status = "FINISHED"
             finally:
                 with suppress(Exception):  # what went wrong before it matters more
-                    run.deliver([{"kind": "close", "status": status, "time": _now_ms()}])
+                    run.deliver([record("close", status=status)])
         return made
 
     def resolve(self, uri: str) -> Version:
-        """The version that a `models:/…` URI names now, by one request, so that it can be asked every few seconds.
+        """The version that a `models:/…` URI names now, by one request, so that it can be asked every few
+        seconds.
 
-        Raises:
-            ValueError: it is no such URI.
-            NotRegistered: there is no such model, version or alias.
+        ValueError for another URI; NotRegistered where there is no such model, version or alias.
         """
-        reference = parse(uri)
+        wanted = parse(uri)
         try:
             with self._asking():
-                if reference.alias is not None:
-                    return _version(self._client.get_model_version_by_alias(reference.name, reference.alias))
-                return _version(self._client.get_model_version(reference.name, str(reference.version)))
+                if wanted.alias is not None:
+                    return _version(self._client.get_model_version_by_alias(wanted.name, wanted.alias))
+                return _version(self._client.get_model_version(wanted.name, str(wanted.version)))
         except NotRegistered:
-            model = self._model(reference.name)
-        if reference.alias is not None:
-            raise NotRegistered(
-                f"{reference.name} has no alias {reference.alias} in the registry at {self.where}; "
-                f"it has {', '.join(sorted(model.aliases)) or 'none'}."
-            )
-        with self._asking():
-            known = sorted(
-                int(v.version) for v in self._client.search_model_versions(f"name = '{reference.name}'")
-            )
+            what, known = f"alias {wanted.alias}", sorted(self._model(wanted.name).aliases)
+        if wanted.alias is None:
+            with self._asking():
+                found = self._client.search_model_versions(f"name = '{wanted.name}'")
+            what, known = f"version {wanted.version}", [str(n) for n in sorted(int(v.version) for v in found)]
         raise NotRegistered(
-            f"{reference.name} has no version {reference.version} in the registry at {self.where}; "
-            f"it has {', '.join(map(str, known)) or 'none'}."
+            f"{wanted.name} has no {what} in the registry at {self.where}; it has "
+            f"{', '.join(known) or 'none'}."
         )
 
     def named(self, name: str, alias: str) -> Version | None:
-        """The version of `name` that an alias names, if there is such an alias; NotRegistered where there is no such model."""
+        """The version that an alias of `name` names, if there is one; NotRegistered where there is no such
+        model."""
         version = self._model(name).aliases.get(alias)
         return None if version is None else self.resolve(f"models:/{name}/{version}")
 
@@ -209,12 +190,9 @@ class Registry:
     def fetch(self, version: Version, cache: Path) -> Path:
         """A local directory with the version's model, whole.
 
-        That of the registry itself where this machine has it; otherwise it is downloaded into `cache`, once, by whichever
-        of several processes is first.
-
-        Raises:
-            StorageError: what the registry holds is unfinished or damaged, or lies on another machine's disk.
-            RegistryUnavailable: also where it has lost the files.
+        That of the registry itself where this machine has it; otherwise it is downloaded into `cache`, once,
+        by whichever of several processes is first. StorageError where what the registry holds is unfinished
+        or damaged, or lies on another machine's disk; RegistryUnavailable also where it has lost the files.
         """
         split = urlsplit(version.source)
         if split.scheme in ("", "file"):
@@ -233,14 +211,15 @@ class Registry:
         shutil.rmtree(target, ignore_errors=True)  # what tidies caches may have taken a part of it
         staging = Path(storage.begin(target))
         try:
-            self._download(version, staging)
+            with self._asking():
+                from mlflow.artifacts import download_artifacts
+
+                download_artifacts(version.source, dst_path=str(staging), tracking_uri=self.uri)
             (downloaded,) = staging.iterdir()
-            try:
-                storage.place(downloaded, target)
-            except storage.StorageError as error:
-                raise storage.StorageError(
-                    f"{version} is damaged in the registry at {self.where}: {error}"
-                ) from None
+            storage.place(downloaded, target)
+        except storage.StorageError as error:
+            where = f"{version} is damaged in the registry at {self.where}"
+            raise storage.StorageError(f"{where}: {error}") from None
         finally:
             shutil.rmtree(staging)
         return target
@@ -259,11 +238,8 @@ class Registry:
     def roll_back(self, name: str, alias: str) -> tuple[Version, Version]:
         """Has `alias` name the version again that the last `promote` replaced.
 
-        Returns:
-            The version that it named, and the one that it names now.
-
-        Raises:
-            NotRegistered: there is no such model or alias, or nothing to go back to.
+        Returns the version that it named, and the one that it names now. NotRegistered where there is no such
+        model or alias, or nothing to go back to.
         """
         left = self.resolve(f"models:/{name}@{alias}")
         number, tag = str(left.version), _BEFORE + alias
@@ -271,8 +247,8 @@ class Registry:
             before = self._client.get_model_version(name, number).tags.get(tag)
         if before is None:
             raise NotRegistered(
-                f"there is nothing to go back to: {alias} names version {number} of {name}, and no promotion put it "
-                "in the place of another."
+                f"there is nothing to go back to: {alias} names version {number} of {name}, and no "
+                "promotion put it in the place of another."
             )
         restored = self.resolve(f"models:/{name}/{before}")
         with self._asking():
@@ -284,9 +260,8 @@ class Registry:
     def _client(self) -> "MlflowClient":
         database = sqlite_file(self.uri)
         if database and not database.exists():  # MLflow would make an empty one
-            raise NotRegistered(
-                f"there is no registry yet at {self.where}; `self-forcing register` makes one."
-            )
+            what = f"there is no registry yet at {self.where}"
+            raise NotRegistered(f"{what}; `self-forcing register` makes one.")
         from mlflow.tracking import MlflowClient
 
         return MlflowClient(self.uri, registry_uri=self.uri)
@@ -296,9 +271,8 @@ class Registry:
             with self._asking():
                 return self._client.get_registered_model(name)
         except NotRegistered:
-            raise NotRegistered(
-                f"there is no model {name} in the registry at {self.where}; `self-forcing register` makes one."
-            ) from None
+            what = f"there is no model {name} in the registry at {self.where}"
+            raise NotRegistered(f"{what}; `self-forcing register` makes one.") from None
 
     def _create_version(self, name: str, run_id: str, lineage: Mapping[str, str]) -> Version:
         from mlflow.exceptions import MlflowException
@@ -312,12 +286,6 @@ class Registry:
         tags = {f"lineage.{role}": ancestor for role, ancestor in lineage.items()}
         return _version(self._client.create_model_version(name, source, run_id, tags, await_creation_for=0))
 
-    def _download(self, version: Version, folder: Path) -> None:
-        from mlflow.artifacts import download_artifacts
-
-        with self._asking():
-            download_artifacts(artifact_uri=version.source, dst_path=str(folder), tracking_uri=self.uri)
-
     @contextmanager
     def _asking(self) -> Iterator[None]:
         """What MLflow raises, as NotRegistered or RegistryUnavailable."""
@@ -330,17 +298,10 @@ class Registry:
             raise
         except Exception as error:  # databases and object stores raise what their clients raise
             if isinstance(error, MlflowException) and error.error_code in _ABSENT:
-                raise NotRegistered(self._one_line(str(error))) from None
-            reason = self._one_line(root_cause(error)).rstrip(".")
+                raise NotRegistered(self._redactor.line(str(error))) from None
+            reason = self._redactor.line(root_cause(error)).rstrip(".")
             raise RegistryUnavailable(f"the registry at {self.where} does not answer ({reason}).") from error
-
-    def _one_line(self, reason: str) -> str:
-        return self._redactor.text(" ".join(reason.split()))[:300]
 
 
 def _version(version: "ModelVersion") -> Version:
     return Version(version.name, int(version.version), version.source or "", version.run_id or "")
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

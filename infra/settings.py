@@ -1,7 +1,8 @@
-"""How a part of a configuration refuses a value: it names its own field, and whoever composes it adds where the part is.
+"""How a part of a configuration refuses a value: it names its own field, and whoever composes it adds where
+the part is.
 
-A part is a frozen dataclass. It knows its fields and not under which name it is used (`student.dim`, `teacher.dim`), so
-it raises `Invalid`; `part` puts the name before the field's, level by level.
+A part is a frozen dataclass. It knows its fields and not under which name it is used (`student.dim`,
+`teacher.dim`), so it raises `Invalid`; `part` puts the name before the field's, level by level.
 """
 
 import math
@@ -12,7 +13,8 @@ from typing import Any, ClassVar
 
 
 class Invalid(ValueError):
-    """A setting has a value that cannot work. The message is one sentence: the setting's name, then the problem."""
+    """A setting has a value that cannot work. The message is one sentence: the setting's name, then the
+    problem."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name} {problem}")
@@ -56,7 +58,8 @@ def share(config: Any, *names: str) -> None:
 
 
 def check_local(path: str, name: str) -> None:
-    """Invalid where the `path` that the setting `name` holds is a URL, which a file system would take for a directory."""
+    """Invalid where the `path` that the setting `name` holds is a URL, which a file system would take for a
+    directory."""
     if "://" in path:
         raise Invalid(name, f"is {path}; only paths of local and shared file systems work here.")
 

@@ -1,13 +1,14 @@
 """An append-only file of records on their way to somewhere else, and how far they have got.
 
-`spool.jsonl` holds every record of a run, in order; `state.json` holds the offset up to which they have arrived, and
-the identity that the far side has given to the run. Both outlive the process. The offset moves after a delivery, so a
-process killed in between delivers those records again: deliveries must be idempotent.
+`spool.jsonl` holds every record of a run, in order; `state.json` holds the offset up to which they have
+arrived, and the identity that the far side has given to the run. Both outlive the process. The offset moves
+after a delivery, so a process killed in between delivers those records again: deliveries must be idempotent.
 
 One process writes and reads a spool; calls are not synchronised here.
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from typing import Any
 from infra import storage
 
 Record = dict[str, Any]
+
+
+def record(kind: str, **fields: Any) -> Record:
+    """A record of now; its time is in milliseconds since 1970."""
+    return {"kind": kind, "time": int(time.time() * 1000), **fields}
 
 
 class Spool:
@@ -27,18 +33,16 @@ class Spool:
         self.path = folder / "spool.jsonl"
         self._state = folder / "state.json"
         self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  open for as long as the run is
-        self._size = self._cut_unfinished_line()
+        # A process killed while it wrote leaves half a line.
+        self._size = self.path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(self._size)
         state = json.loads(self._state.read_text()) if self._state.exists() else {}
         self.run_id: str | None = state.get("run_id", run_id)
         self.offset: int = min(state.get("offset", 0), self._size)
         """Bytes of the spool that have arrived."""
 
     def append(self, records: Sequence[Record]) -> None:
-        """Writes whole records or none; they survive this process.
-
-        Raises:
-            OSError: the disk is full, or the like; nothing was written.
-        """
+        """Writes whole records or none; they survive this process. OSError where nothing could be written."""
         rest = memoryview(b"".join(json.dumps(record).encode() + b"\n" for record in records))
         size = self._size + len(rest)
         try:
@@ -64,16 +68,9 @@ class Spool:
         storage.write_text(self._state, json.dumps({"run_id": run_id, "offset": offset}))
         self.offset, self.run_id = offset, run_id
 
-    def _cut_unfinished_line(self) -> int:
-        """A process killed while it wrote leaves half a line. Returns the size of the whole ones."""
-        content = self.path.read_bytes()
-        size = content.rfind(b"\n") + 1
-        self._file.truncate(size)
-        return size
-
 
 def find_spool(root: Path, run_id: str) -> Path | None:
-    """The folder under `root` whose spool belongs to `run_id`: the folder's own name or the far side's identity."""
+    """The folder under `root` whose own name, or the far side's for its run, is `run_id`."""
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         state = folder / "state.json"
         if folder.name == run_id or (state.exists() and json.loads(state.read_text())["run_id"] == run_id):

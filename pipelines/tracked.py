@@ -27,7 +27,7 @@ def tracking(
     config: RunConfig, stage: str, output: str, parents: Mapping[str, str], resume_run_id: str | None = None
 ) -> Iterator[Tracker]:
     """A tracker of one stage, and where to look at it."""
-    with Tracker.start(
+    with Tracker(
         config.tracking,
         folder=Path(output),
         run_name=f"{stage} {output.removeprefix(f'{config.root}/').removeprefix('outputs/')}",

@@ -1,9 +1,10 @@
 """The only place that makes anything durable: single files, and directories whose files belong together.
 
 `write_file`, `write_text` and `write_bytes` write one file on a local or shared file system. `begin`,
-`writing`, `publish` and `reading` are for directories that are whole or do not exist (`infra.storage.directories`).
-`Files` holds small files by name, in a directory or under s3://. Whatever else is asked of s3:// is
-refused in one sentence; docs/adding-a-storage-back-end.md says what a back end must give.
+`writing`, `publish` and `reading` are for directories that are whole or do not exist
+(`infra.storage.directories`). `Files` holds small files by name, in a directory or under s3://. Whatever else
+is asked of s3:// is refused in one sentence; docs/adding-a-storage-back-end.md says what a back end must
+give.
 """
 
 from infra.storage.directories import (

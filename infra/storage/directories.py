@@ -1,8 +1,8 @@
 """Directories that are whole or do not exist: what checkpoints and artifacts need from a file system.
 
-A directory is filled aside, in a hidden sibling, and published by one process, which hashes every file, writes a
-manifest last and renames. Whoever sees the final name sees all of it, however many processes wrote it and whenever
-one of them was killed.
+A directory is filled aside, in a hidden sibling, and published by one process, which hashes every file,
+writes a manifest last and renames. Whoever sees the final name sees all of it, however many processes wrote
+it and whenever one of them was killed.
 
     staging = begin(path)                         # one process; the name is sent to all ranks
     with writing(staging) as directory: ...       # every rank writes its own files
@@ -46,7 +46,8 @@ _HASHING_THREADS = min(8, os.cpu_count() or 1)
 
 
 def begin(path: Location) -> str:
-    """Makes an empty staging directory beside `path` and returns its location, to be shared with every writer.
+    """Makes an empty staging directory beside `path` and returns its location, to be shared with every
+    writer.
 
     What killed writers left beside `path` is removed. The calling process must live until `publish`.
 
@@ -77,7 +78,8 @@ def writing(staging: Location) -> Iterator[Path]:
 
 
 def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> None:
-    """Turns `staging` into `path` atomically, replacing what was there. Called once, after every writer is done.
+    """Turns `staging` into `path` atomically, replacing what was there. Called once, after every writer is
+    done.
 
     Args:
         staging: what `begin(path)` returned; it is gone afterwards, whether this succeeds or fails.
@@ -85,8 +87,8 @@ def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> N
         metadata: JSON-serialisable and finite; `read_metadata` returns it.
 
     Raises:
-        StorageError: `staging` does not exist, holds something that is neither file nor directory, or cannot be
-            written.
+        StorageError: `staging` does not exist, holds something that is neither file nor directory, or cannot
+            be written.
     """
     source, target = local(staging), local(path)
     if not source.is_dir():
@@ -131,7 +133,8 @@ def reading(path: Location) -> Iterator[Path]:
 
 
 def is_complete(path: Location) -> bool:
-    """Whether `path` was published and every file still has its size. Cheap: it hashes no file (see `verify`)."""
+    """Whether `path` was published and every file still has its size. Cheap: it hashes no file (see
+    `verify`)."""
     target = local(path)
     try:
         _check_complete(target)
@@ -182,13 +185,15 @@ def manifest_digest(path: Location) -> str:
 
 
 def newest_complete(parent: Location) -> str | None:
-    """The complete child of `parent` that was published last, or `None` (also where `parent` does not exist)."""
+    """The complete child of `parent` that was published last, or `None` (also where `parent` does not
+    exist)."""
     children = _complete_children(local(parent))
     return str(children[-1][1]) if children else None
 
 
 def prune(parent: Location, *, keep: int) -> list[str]:
-    """Removes all but the `keep` newest complete children of `parent`; returns what was removed, oldest first.
+    """Removes all but the `keep` newest complete children of `parent`; returns what was removed, oldest
+    first.
 
     Children that are not complete are left for a person to look at.
 
@@ -229,7 +234,8 @@ def _write_manifest(source: Path, target: Path, metadata: Mapping[str, Any]) -> 
 
 
 def _exchange(source: Path, target: Path) -> Path | None:
-    """Rename `source` to `target`; where what was there went, for a rename cannot replace a directory with files."""
+    """Rename `source` to `target`; where what was there went, for a rename cannot replace a directory with
+    files."""
     _refuse_file(target)
     replaced = new_aside(target)
     try:
@@ -248,7 +254,8 @@ def _exchange(source: Path, target: Path) -> Path | None:
 
 
 def _prune(child: Path) -> bool:
-    """Whether it went by our hand. It is renamed first: nobody sees a half-deleted directory under its own name."""
+    """Whether it went by our hand. It is renamed first: nobody sees a half-deleted directory under its own
+    name."""
     aside = new_aside(child)
     try:
         patiently(lambda: os.rename(child, aside))

@@ -1,4 +1,5 @@
-"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go, and read by many."""
+"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go, and read by
+many."""
 
 import os
 import re
@@ -21,7 +22,8 @@ class Files:
     """
 
     def __init__(self, location: str):
-        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or made yet."""
+        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or made
+        yet."""
         if not _SCHEME.match(location):
             self.location = os.path.abspath(location)
             self._system: FileSystem = LocalFileSystem()

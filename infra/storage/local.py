@@ -1,7 +1,8 @@
-"""What a local or shared file system is asked for: names that appear whole, and what killed writers left, removed.
+"""What a local or shared file system is asked for: names that appear whole, and what killed writers left,
+removed.
 
-Everything is written aside, under a hidden name that says which process writes it, and renamed. A hidden name whose
-process is gone is a leftover; it is removed by whoever next writes in the same place.
+Everything is written aside, under a hidden name that says which process writes it, and renamed. A hidden name
+whose process is gone is a leftover; it is removed by whoever next writes in the same place.
 """
 
 import errno
@@ -23,7 +24,8 @@ Location = str | os.PathLike[str]
 T = TypeVar("T")
 
 FOREIGN_LEFTOVER_S = 24 * 3600.0
-"""Another machine's processes cannot be asked for, so what they write counts as left when it is as old as this."""
+"""Another machine's processes cannot be asked for, so what they write counts as left when it is as old as
+this."""
 
 _log = logging.getLogger(__name__)
 _ASIDE = re.compile(
@@ -39,7 +41,8 @@ _WAITS_S = (0.05, 0.1, 0.2, 0.4)
 
 
 class StorageError(ValueError):
-    """Something is missing, unfinished, damaged or cannot be written; the message names it, and the file if any."""
+    """Something is missing, unfinished, damaged or cannot be written; the message names it, and the file if
+    any."""
 
 
 def local(location: Location) -> Path:
@@ -51,7 +54,8 @@ def local(location: Location) -> Path:
     text = os.fspath(location)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # `Path` turns s3://bucket into s3:/bucket
         raise StorageError(
-            f"{text!r} is not supported as a location here yet; give a local path or a path on a shared file system."
+            f"{text!r} is not supported as a location here yet; give a local path or a path on a shared "
+            "file system."
         )
     return Path(text).absolute()
 
@@ -63,7 +67,8 @@ def write_file(path: Location) -> Iterator[Path]:
     It has the suffix of `path` and lies in the same directory, which is made where there is none.
 
     Raises:
-        StorageError: the file cannot be written: a disk that is full or read-only, a directory in the way, and the like.
+        StorageError: the file cannot be written: a disk that is full or read-only, a directory in the way,
+            and the like.
     """
     target = local(path)
     with explained(target), whole_file(target) as aside:
@@ -83,7 +88,8 @@ def write_bytes(path: Location, content: bytes) -> None:
 
 @contextmanager
 def write_directory(path: Location) -> Iterator[Path]:
-    """An empty directory that becomes `path`, which must not exist, when the block is left; removed if it fails.
+    """An empty directory that becomes `path`, which must not exist, when the block is left; removed if it
+    fails.
 
     For data sets, which are read by the tools of others too; what is ours alone has a manifest (`begin`).
 
@@ -148,7 +154,8 @@ def is_aside(path: Path) -> bool:
 
 
 def leftovers(parent: Path, name: str | None = None) -> list[Path]:
-    """Hidden names in `parent` whose writers are gone, sorted; those of one target where `name` says which."""
+    """Hidden names in `parent` whose writers are gone, sorted; those of one target where `name` says
+    which."""
     if not parent.is_dir():
         return []
     with os.scandir(parent) as entries:
@@ -177,7 +184,8 @@ def warn_left(path: Path, error: OSError) -> None:
 
 
 def patiently(action: Callable[[], T]) -> T:
-    """The action's result; it is repeated for a moment while the file system says that something is in use."""
+    """The action's result; it is repeated for a moment while the file system says that something is in
+    use."""
     for wait in _WAITS_S:
         try:
             return action()
@@ -212,7 +220,8 @@ def _is_left(path: Path) -> bool:
 
 @cache
 def _host() -> str:
-    """Whose process numbers these are: containers of one machine may share its name, but not its processes."""
+    """Whose process numbers these are: containers of one machine may share its name, but not its
+    processes."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -221,7 +230,8 @@ def _host() -> str:
 
 
 def _started(pid: int) -> int:
-    """When a process started, in ticks, since numbers are used again; −1 if there is none, 0 if nobody can say."""
+    """When a process started, in ticks, since numbers are used again; −1 if there is none, 0 if nobody can
+    say."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except FileNotFoundError:

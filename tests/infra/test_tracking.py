@@ -22,7 +22,7 @@ STEPS = list(range(400))
 def start(uri: str, folder: Path, **overrides: Any) -> Tracker:
     config = TrackingConfig(uri=uri, system_metrics_every_s=overrides.pop("system_metrics_every_s", 0))
     defaults = {"run_name": folder.name, "stage": "distill", "params": {"student": {"lr": 1e-4}}}
-    return Tracker.start(config, folder=folder, **(defaults | overrides))
+    return Tracker(config, folder=folder, **(defaults | overrides))
 
 
 def steps_and_values(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -121,7 +121,7 @@ import sys, time
 from pathlib import Path
 from infra.tracking import Tracker, TrackingConfig
 uri, folder = sys.argv[1], Path(sys.argv[2])
-tracker = Tracker.start(TrackingConfig(uri=uri, system_metrics_every_s=0), folder=folder, run_name="crash",
+tracker = Tracker(TrackingConfig(uri=uri, system_metrics_every_s=0), folder=folder, run_name="crash",
                         stage="distill", params={"lr": 1, "updates": 200})
 for step in range(250):
     tracker.metrics(step, {"loss": step / 2})

@@ -139,7 +139,7 @@ def test_tiny_models_are_measured_reported_and_not_generated_twice(
         evaluate(replace(config, evaluate=replace(config.evaluate, frames=3)), tracker=None, resume=False)
 
     output = Path(located.evaluate.output)
-    with Tracker.start(
+    with Tracker(
         config.tracking, folder=output, run_name="evaluate", stage="evaluate", params=asdict(config)
     ) as tracker:
         report = evaluate(config, tracker=tracker, resume=False)
