@@ -1,13 +1,15 @@
 """Ray itself: reach a cluster or start one here, ship our code to it, and reserve a share of its machines.
 
-The same pipeline runs in three places, and `connect` finds out which: on this machine (no address: a Ray of our own,
-stopped at the end), on a running cluster (`--address` or `RAY_ADDRESS`), and inside a Ray job (Ray sets `RAY_ADDRESS`).
+The same pipeline runs in three places, and `connect` finds out which: on this machine (no address: a Ray of
+our own, stopped at the end), on a running cluster (`--address` or `RAY_ADDRESS`), and inside a Ray job (Ray
+sets `RAY_ADDRESS`).
 
-**Tokens.** A cluster with token authentication refuses every call that lacks its token. Ray looks for the token in
-`RAY_AUTH_TOKEN`, then in the file that `RAY_AUTH_TOKEN_PATH` names, then in `~/.ray/auth_token`, and sends it only if
-`RAY_AUTH_MODE` is `token`. Given an explicit address, Ray leaves an unset `RAY_AUTH_MODE` unset, and so sends nothing;
-`use_token` sets it wherever a token can be found. A Ray started here always has tokens on, and writes a new one to
-`~/.ray/auth_token` if there is none (into its own environment where that cannot be written). Workers and jobs inherit the token from the node that they run on.
+**Tokens.** A cluster with token authentication refuses every call that lacks its token. Ray looks for the
+token in `RAY_AUTH_TOKEN`, then in the file that `RAY_AUTH_TOKEN_PATH` names, then in `~/.ray/auth_token`, and
+sends it only if `RAY_AUTH_MODE` is `token`. Given an explicit address, Ray leaves an unset `RAY_AUTH_MODE`
+unset, and so sends nothing; `use_token` sets it wherever a token can be found. A Ray started here always has
+tokens on, and writes a new one to `~/.ray/auth_token` if there is none (into its own environment where that
+cannot be written). Workers and jobs inherit the token from the node that they run on.
 """
 
 import logging
@@ -37,7 +39,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 PACKAGES = ("orchestrator", "workers", "model", "pipelines", "infra")
 CODE_ROOT = Path(__file__).resolve().parents[1]
-# On top of .gitignore and .rayignore, which Ray reads, and of .git, .venv, venv and __pycache__, which it leaves out.
+# On top of .gitignore and .rayignore, which Ray reads, and of .git, .venv, venv and __pycache__, which it
+# leaves out.
 EXCLUDES = ["outputs", "mlruns", "mlartifacts", "*.egg-info", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
 TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to what `ray get-auth-token` prints on the head node"
 
@@ -65,14 +68,15 @@ def connect(
 ) -> Iterator[Cluster]:
     """Make this process a Ray driver for the length of the `with` block.
 
-    `address` is `host:port`, `auto` (a cluster running on this machine), `local` (start one) or `None`: `RAY_ADDRESS`
-    if that is set, as it is inside a Ray job, and otherwise `local`. If this process is a driver already, that
-    connection is used and left open. `num_cpus` (logical; default: the machine's) and `object_store_bytes` (default:
-    Ray's, 30 % of memory, within /dev/shm) matter to a Ray started here only. `worker_logs` prints what workers print.
+    `address` is `host:port`, `auto` (a cluster running on this machine), `local` (start one) or `None`:
+    `RAY_ADDRESS` if that is set, as it is inside a Ray job, and otherwise `local`. If this process is a
+    driver already, that connection is used and left open. `num_cpus` (logical; default: the machine's) and
+    `object_store_bytes` (default: Ray's, 30 % of memory, within /dev/shm) matter to a Ray started here only.
+    `worker_logs` prints what workers print.
 
-    On a running cluster, workers import the code that this process imports: the checkout becomes their working
-    directory, or an installed wheel's packages are shipped. So a relative path means something else to a worker:
-    make paths absolute first. Inside a job, the job's own environment stays as it is.
+    On a running cluster, workers import the code that this process imports: the checkout becomes their
+    working directory, or an installed wheel's packages are shipped. So a relative path means something else
+    to a worker: make paths absolute first. Inside a job, the job's own environment stays as it is.
 
     Raises `ValueError` if the cluster cannot be reached within `timeout_s` seconds or refuses the token.
     """
@@ -94,8 +98,8 @@ def connect(
 def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) -> None:
     _set_token_mode(os.environ.get("RAY_AUTH_MODE", "token"))
     _ensure_token()
-    # Inherited by the node and its workers. A runtime environment would do as well, but every worker would then
-    # start from cold.
+    # Inherited by the node and its workers. A runtime environment would do as well, but every worker would
+    # then start from cold.
     paths = [str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
     try:
@@ -118,8 +122,8 @@ def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) 
 def _join(options: dict, address: str, timeout_s: float) -> None:
     if "://" in address:
         raise ValueError(
-            f"address {address} is not one that a pipeline can run from: give host:port of the cluster's control"
-            " service (GCS), or hand the run over with `self-forcing submit`."
+            f"address {address} is not one that a pipeline can run from: give host:port of the cluster's "
+            "control service (GCS), or hand the run over with `self-forcing submit`."
         )
     use_token()
     address = probe(address, timeout_s)
@@ -130,9 +134,9 @@ def _join(options: dict, address: str, timeout_s: float) -> None:
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise ValueError(
-            f"this machine cannot work on the Ray cluster at {address} ({reason}): start the pipeline on one of the"
-            f" cluster's nodes under Ray {ray.__version__} and Python {sys.version.split()[0]}, or hand it over with"
-            " `self-forcing submit`."
+            f"this machine cannot work on the Ray cluster at {address} ({reason}): start the pipeline on "
+            f"one of the cluster's nodes under Ray {ray.__version__} and Python {sys.version.split()[0]}, "
+            "or hand it over with `self-forcing submit`."
         ) from error
 
 
@@ -145,9 +149,11 @@ def _describe(*, started_here: bool) -> Cluster:
 
 
 def use_token() -> None:
-    """Have this process send Ray's token if it can find one, unless `RAY_AUTH_MODE` says otherwise (see above).
+    """Have this process send Ray's token if it can find one, unless `RAY_AUTH_MODE` says otherwise (see
+    above).
 
-    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or if a token is asked for and there is none.
+    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or if a token is asked for and there
+    is none.
     """
     mode = os.environ.get("RAY_AUTH_MODE")
     tokens = AuthenticationTokenLoader.instance()
@@ -155,8 +161,8 @@ def use_token() -> None:
         found = tokens.has_token(ignore_auth_mode=True)
     except AuthenticationError as error:
         raise ValueError(
-            f"RAY_AUTH_TOKEN_PATH is {os.environ.get('RAY_AUTH_TOKEN_PATH')}, which cannot be read or is empty:"
-            f" {TOKEN_ADVICE}."
+            f"RAY_AUTH_TOKEN_PATH is {os.environ.get('RAY_AUTH_TOKEN_PATH')}, which cannot be read or is "
+            f"empty: {TOKEN_ADVICE}."
         ) from error
     if mode == "token" and not found:
         raise ValueError(f"RAY_AUTH_MODE is token, but there is no token: {TOKEN_ADVICE}.")
@@ -164,7 +170,8 @@ def use_token() -> None:
 
 
 def _ensure_token() -> None:
-    """Make the token of a Ray started here; where the home directory cannot be written, for this process and its own."""
+    """Make the token of a Ray started here; where the home directory cannot be written, for this process and
+    its own."""
     logging.getLogger(generate_and_save_token.__module__).setLevel(logging.WARNING)
     tokens = AuthenticationTokenLoader.instance()
     if os.environ["RAY_AUTH_MODE"] != "token" or tokens.has_token(ignore_auth_mode=True):
@@ -178,17 +185,18 @@ def _ensure_token() -> None:
 
 def _set_token_mode(mode: str) -> None:
     os.environ["RAY_AUTH_MODE"] = mode
-    # Ray reads the variable once, when it is imported. Read again only where it must be: that also forgets the
-    # settings that a connected process has from its cluster.
+    # Ray reads the variable once, when it is imported. Read again only where it must be: that also forgets
+    # the settings that a connected process has from its cluster.
     if (get_authentication_mode() == AuthenticationMode.TOKEN) != (mode == "token"):
         Config.initialize("")
 
 
 def probe(address: str, timeout_s: float) -> str:
-    """Ask the control service at `address` (`host:port` or `auto`) whether it lives, and return its `host:port`.
+    """Ask the control service at `address` (`host:port` or `auto`) whether it lives, and return its
+    `host:port`.
 
-    `ray.init` would retry an unreachable address for minutes and a wrong token for 20 s, both noisily.
-    Raises `ValueError` for no answer within `timeout_s` seconds, another answer than Ray's, or a refused token.
+    `ray.init` would retry an unreachable address for minutes and a wrong token for 20 s, both noisily. Raises
+    `ValueError` for no answer within `timeout_s` seconds, another answer than Ray's, or a refused token.
     """
     unfound: Exception | None = None
     found = None
@@ -215,8 +223,9 @@ def probe(address: str, timeout_s: float) -> str:
                 else "nothing there speaks Ray"
             )
             raise ValueError(
-                f"cannot reach a Ray cluster at {found} within {timeout_s:g} s ({met}): check that it runs and that"
-                " the address names its control service (GCS, port 6379 by default), not its dashboard."
+                f"cannot reach a Ray cluster at {found} within {timeout_s:g} s ({met}): check that it runs "
+                "and that the address names its control service (GCS, port 6379 by default), not its "
+                "dashboard."
             ) from error
     return found
 
@@ -224,8 +233,9 @@ def probe(address: str, timeout_s: float) -> str:
 def code_environment(working_dir: Path | None) -> dict:
     """The Ray runtime environment in which a cluster's workers can import our packages.
 
-    They run in a copy of `working_dir` (`None`: where the node runs them); if our packages are not in it, those that
-    this process imports are shipped beside it. What .gitignore, .rayignore and `EXCLUDES` name stays behind.
+    They run in a copy of `working_dir` (`None`: where the node runs them); if our packages are not in it,
+    those that this process imports are shipped beside it. What .gitignore, .rayignore and `EXCLUDES` name
+    stays behind.
     """
     environment: dict = {"excludes": EXCLUDES}
     if working_dir is not None:
@@ -242,11 +252,13 @@ def _is_checkout() -> bool:
 def reserve(
     bundles: Sequence[Mapping[str, float]], *, purpose: str, strategy: str = "PACK", timeout_s: float = 60.0
 ) -> PlacementGroup:
-    """Reserve `bundles` (each a mapping like `{"CPU": 1, "GPU": 1}`, all of it on one node) as a placement group.
+    """Reserve `bundles` (each a mapping like `{"CPU": 1, "GPU": 1}`, all of it on one node) as a placement
+    group.
 
-    `strategy` is Ray's: `PACK`, `SPREAD`, `STRICT_PACK` (one node for all) or `STRICT_SPREAD` (a node for each).
-    Waits up to `timeout_s` seconds, so that a cluster may grow or another run may end. Raises `ValueError` with
-    `purpose`, what was asked for, what the cluster has and what is free, having withdrawn the request.
+    `strategy` is Ray's: `PACK`, `SPREAD`, `STRICT_PACK` (one node for all) or `STRICT_SPREAD` (a node for
+    each). Waits up to `timeout_s` seconds, so that a cluster may grow or another run may end. Raises
+    `ValueError` with `purpose`, what was asked for, what the cluster has and what is free, having withdrawn
+    the request.
     """
     group = placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
     try:
@@ -280,7 +292,8 @@ def _missing(bundles: Sequence[Mapping[str, float]], strategy: str) -> str:
 
     def amounts(names: Sequence[str]) -> str:
         return ", ".join(
-            f"{name}: {asked[name]:g} asked for, {total.get(name, 0):g} in the cluster, {_floor(free.get(name, 0))} free"
+            f"{name}: {asked[name]:g} asked for, {total.get(name, 0):g} in the cluster, "
+            f"{_floor(free.get(name, 0))} free"
             for name in names
         )
 

@@ -18,8 +18,9 @@ def place(
 ) -> tuple[PlacementGroup, dict[str, list[Options]]]:
     """Reserve room for all ranks of all roles, and say with which Ray options each actor is to be created.
 
-    Colocated, rank i of every role shares one bundle, and its devices; disaggregated, a role has bundles of its own, spread over nodes.
-    `grows` is whether more nodes may come; if not, there is nothing to wait for. ValueError says which resource is missing.
+    Colocated, rank i of every role shares one bundle, and its devices; disaggregated, a role has bundles of
+    its own, spread over nodes. `grows` is whether more nodes may come; if not, there is nothing to wait for.
+    ValueError says which resource is missing.
     """
     if config.mode == "colocated":
         bundles, places = _colocated(roles)

@@ -1,6 +1,7 @@
 """N ranks of a role as one handle: say the same to all of them, or share samples out over them.
 
-Tensors go from worker to worker through the object store; this module holds references and reads `Stats` only.
+Tensors go from worker to worker through the object store; this module holds references and reads `Stats`
+only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,10 +40,11 @@ class WorkerGroup:
     def scatter(
         self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()
     ) -> tuple["Request", Batch]:
-        """Ask for a verb, with the samples shared out evenly: each rank gets the plan and its part of every column.
+        """Ask for a verb, with the samples shared out evenly: each rank gets the plan and its part of every
+        column.
 
-        Returns what to wait for, and the columns `makes` of what the verb makes, in the order of the samples; what
-        nobody names is neither sent nor kept. `Worker.answer` is the other half.
+        Returns what to wait for, and the columns `makes` of what the verb makes, in the order of the samples;
+        what nobody names is neither sent nor kept. `Worker.answer` is the other half.
         """
         share = len(batch) // len(self.actors)
         if share * len(self.actors) != len(batch):

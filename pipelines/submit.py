@@ -1,7 +1,8 @@
 """`self-forcing submit`: run a command as a Ray job, follow it from here, and stop it.
 
-The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. What it knows of
-the cluster is the job server's address. What it deliberately does not know is what the command does with its settings.
+The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. What
+it knows of the cluster is the job server's address. What it deliberately does not know is what the command
+does with its settings.
 
 Ray runs a job once. So it is this process that hands a failed job in again, with `--resume`.
 """
@@ -54,10 +55,11 @@ def submit(
     wait: bool = True,
     retries: int = 0,
 ) -> int:
-    """Run `self-forcing COMMAND RECIPE OVERRIDES` as a job and return its exit code (0 at once unless `wait`).
+    """Run `self-forcing COMMAND RECIPE OVERRIDES` as a job and return its exit code (0 at once unless
+    `wait`).
 
-    `recipe` is a file below `working_dir` (default: here), or the name of one that ships with the package. See
-    `run_job`. Raises `ValueError`, before anything is sent, for a command or a recipe that there is not.
+    `recipe` is a file below `working_dir` (default: here), or the name of one that ships with the package.
+    See `run_job`. Raises `ValueError`, before anything is sent, for a command or a recipe that there is not.
     """
     jobs = [name for name, each in COMMANDS.items() if RESUME in each.options]
     if command not in jobs:
@@ -96,12 +98,14 @@ def command(_: None, options: Any) -> int:
 def run_job(
     words: Sequence[str], *, address: str | None, working_dir: Path, wait: bool = True, retries: int = 0
 ) -> int:
-    """Run the command line `words` as a job in a copy of `working_dir`, print its output and return its exit code.
+    """Run the command line `words` as a job in a copy of `working_dir`, print its output and return its exit
+    code.
 
-    A job that fails is handed in again, up to `retries` times, with `--resume` at the end; one that was stopped, or
-    that refused its input (exit code 2), is not. The code is the command's own, 143 for a job that was stopped, 130
-    if following ended with Ctrl-C (the job runs on), 1 if the job never got to start or the cluster was lost.
-    Raises `ValueError` for a cluster that cannot be reached, refuses the token or refuses the job.
+    A job that fails is handed in again, up to `retries` times, with `--resume` at the end; one that was
+    stopped, or that refused its input (exit code 2), is not. The code is the command's own, 143 for a job
+    that was stopped, 130 if following ended with Ctrl-C (the job runs on), 1 if the job never got to start or
+    the cluster was lost. Raises `ValueError` for a cluster that cannot be reached, refuses the token or
+    refuses the job.
     """
     if retries and not wait:
         raise ValueError(
@@ -155,9 +159,11 @@ def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClie
 
 
 def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) -> int:
-    """Stop a job and wait until it has stopped. Returns 0, also if it had ended before; 1 if it would not end.
+    """Stop a job and wait until it has stopped. Returns 0, also if it had ended before; 1 if it would not
+    end.
 
-    Ray sends SIGTERM and, three seconds later, SIGKILL (`RAY_JOB_STOP_WAIT_TIME_S` on the cluster changes that).
+    Ray sends SIGTERM and, three seconds later, SIGKILL (`RAY_JOB_STOP_WAIT_TIME_S` on the cluster changes
+    that).
     """
     client = job_client(address)
     _details(client, job_id)
@@ -173,8 +179,9 @@ def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) ->
 
 
 def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmissionClient:
-    """The job server of the cluster at `address`: `http://host:port` of its dashboard, `host:port` of its control
-    service, or `auto`. `None`: `RAY_API_SERVER_ADDRESS`, then `RAY_ADDRESS`, then a cluster on this machine.
+    """The job server of the cluster at `address`: `http://host:port` of its dashboard, `host:port` of its
+    control service, or `auto`. `None`: `RAY_API_SERVER_ADDRESS`, then `RAY_ADDRESS`, then a cluster on this
+    machine.
 
     Raises `ValueError` if nothing answers within `timeout_s` seconds or the token is refused.
     """
@@ -197,8 +204,8 @@ def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmission
         raise ValueError(f"the job server at {address} {refused}: {cluster.TOKEN_ADVICE}.") from error
     except (OSError, RuntimeError, requests.RequestException) as error:
         raise ValueError(
-            f"no Ray job server answers at {address}: give http://host:port of the cluster's dashboard (port 8265 by"
-            " default), or host:port of its control service (GCS, port 6379 by default)."
+            f"no Ray job server answers at {address}: give http://host:port of the cluster's dashboard "
+            "(port 8265 by default), or host:port of its control service (GCS, port 6379 by default)."
         ) from error
 
 
@@ -225,13 +232,14 @@ def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path) ->
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"the cluster did not take the job ({reason}): if {working_dir} is too large, name in .gitignore or"
-            " .rayignore what the job does not need."
+            f"the cluster did not take the job ({reason}): if {working_dir} is too large, name in "
+            ".gitignore or .rayignore what the job does not need."
         ) from error
 
 
 async def _follow(client: JobSubmissionClient, job_id: str) -> JobDetails:
-    """Copy the job's output to stdout until it ends. A connection that breaks is made anew, and no line comes twice."""
+    """Copy the job's output to stdout until it ends. A connection that breaks is made anew, and no line comes
+    twice."""
     printed = 0
 
     async def copy() -> None:
@@ -273,7 +281,8 @@ def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
         return client.get_job_info(job_id)
     except RuntimeError as error:
         raise ValueError(
-            f"the cluster at {client.get_address()} has no job {job_id}: `ray job list` shows those that it has."
+            f"the cluster at {client.get_address()} has no job {job_id}: `ray job list` shows those that it "
+            "has."
         ) from error
 
 

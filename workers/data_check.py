@@ -1,7 +1,8 @@
 """Checks of a whole data set before anything starts; a mistake is one sentence that names the row.
 
-Only what is light is read: footers, the `_shape` and `_dtype` columns of tensors, and text. A million rows take
-seconds. What takes the content (numbers that are not finite, bytes that are missing) is found when a row is decoded.
+Only what is light is read: footers, the `_shape` and `_dtype` columns of tensors, and text. A million rows
+take seconds. What takes the content (numbers that are not finite, bytes that are missing) is found when a row
+is decoded.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ def check(
     longer: bool = False,
     skip_damaged: bool = False,
 ) -> list[str]:
-    """What a person should know of the data set `setting` at `path`: how many damaged shards are left out, if any.
+    """What a person should know of the data set `setting` at `path`: how many damaged shards are left out, if
+    any.
 
     Args:
         setting: the setting that names it, for messages.
@@ -128,8 +130,8 @@ def _check_text(data: ParquetDataset, name: str, where: str, text_len: int | Non
             words = len(split_words(texts[row].as_py()))
             if words > text_len:
                 raise ValueError(
-                    f"{where} has a {name} of {words} words ({_row(shard, row)}), more than the {text_len} that the "
-                    "model reads; shorten it."
+                    f"{where} has a {name} of {words} words ({_row(shard, row)}), more than the {text_len} "
+                    "that the model reads; shorten it."
                 )
 
 

@@ -51,7 +51,8 @@ def tensor_fields(name: str) -> list[pa.Field]:
 
 
 def encode_tensor(name: str, tensor: Tensor) -> Row:
-    """`tensor` (any shape, any device) as the three columns of one row; its dtype must be one that the reader knows."""
+    """`tensor` (any shape, any device) as the three columns of one row; its dtype must be one that the reader
+    knows."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype}; a data set stores {', '.join(_DTYPES)}")
@@ -60,22 +61,26 @@ def encode_tensor(name: str, tensor: Tensor) -> Row:
 
 
 def dataset_schema(fields: Sequence[pa.Field], *, kind: str, provenance: Mapping[str, Any]) -> pa.Schema:
-    """A schema for writing shards, carrying the format version, the kind of data, and (JSON-able) where it came from."""
+    """A schema for writing shards, carrying the format version, the kind of data, and (JSON-able) where it
+    came from."""
     description = {"format_version": FORMAT_VERSION, "kind": kind, "provenance": dict(provenance)}
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(description, sort_keys=True).encode()})
 
 
 def dataset_description(schema: pa.Schema) -> dict[str, Any]:
-    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty for files written by other tools."""
+    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty for files written by
+    other tools."""
     return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
 
 
 def digest(path: str | Path) -> str:
-    """A SHA-256 that tells data sets apart, cheap for terabytes: it reads less than 1 MiB a shard and its footer.
+    """A SHA-256 that tells data sets apart, cheap for terabytes: it reads less than 1 MiB a shard and its
+    footer.
 
-    Covered are every shard's name, size and footer (schema, provenance, rows, sizes, offsets and statistics of every
-    column chunk), small shards as a whole, and of larger ones evenly spaced blocks. Where the data set lies and when
-    it was written are not. Bytes changed in place between those blocks stay unseen; checksums find those on reading.
+    Covered are every shard's name, size and footer (schema, provenance, rows, sizes, offsets and statistics
+    of every column chunk), small shards as a whole, and of larger ones evenly spaced blocks. Where the data
+    set lies and when it was written are not. Bytes changed in place between those blocks stay unseen;
+    checksums find those on reading.
 
     Raises:
         ValueError: there is no data set at `path`.
@@ -123,7 +128,8 @@ class ParquetDataset:
         shuffle_bytes: int = SHUFFLE_BYTES,
         skip_damaged: bool = False,
     ) -> None:
-        """With `skip_damaged` shards that cannot be read are left out and counted in `skipped`; that reads every shard once."""
+        """With `skip_damaged` shards that cannot be read are left out and counted in `skipped`; that reads
+        every shard once."""
         if shuffle_bytes < 1:
             raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")
         self.columns = tuple(columns)
@@ -207,7 +213,8 @@ class ParquetDataset:
                 raise ValueError(_damaged(file, error)) from error
 
     def nulls(self, shard: Path, column: str) -> list[int]:
-        """The first row of each row group of `shard` that, as its statistics say, lacks values of `column`."""
+        """The first row of each row group of `shard` that, as its statistics say, lacks values of
+        `column`."""
         metadata, found = self._metadata[self._shards.index(shard)], []
         first = 0
         for index in range(metadata.num_row_groups):
@@ -250,7 +257,8 @@ class ParquetDataset:
         return int(self._window[1][place - starts[window]])
 
     def _draw_windows(self, generator: np.random.Generator) -> list[np.ndarray]:
-        """All row groups in random order, cut into windows of at most `shuffle_bytes` (and at least one group)."""
+        """All row groups in random order, cut into windows of at most `shuffle_bytes` (and at least one
+        group)."""
         order = generator.permutation(len(self._groups))
         cuts, filled = [], 0
         for place, group in enumerate(order):
