@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -178,14 +178,21 @@ def _patience(path: Path) -> Iterator[None]:
         os.environ[name] = usual
 
 
-def system_monitor() -> Any:
-    """MLflow's monitor of CPU, memory, disk, network and GPUs.
+def system_monitors() -> list[Any]:
+    """MLflow's own monitors of CPU, memory, disk, network and GPUs, where this machine has what they need.
 
-    It is asked and not started: its own thread asks the server before every sample.
+    Its `SystemMetricsMonitor`, which holds them all, opens the tracking store as soon as it is made.
     """
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    return SystemMetricsMonitor(run_id=None)
+    monitors: list[Any] = []
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        with suppress(ImportError, RuntimeError):  # no NVIDIA library; no driver
+            monitors.append(kind())
+    return monitors
 
 
 def sqlite_file(uri: str) -> Path | None:

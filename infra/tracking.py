@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from infra import storage
-from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file, system_monitor, upload_seconds
+from infra.mlflow_run import MlflowRun, load_mlflow, sqlite_file, system_monitors, upload_seconds
 from infra.provenance import git_commit, versions
 from infra.redaction import Redactor
 from infra.settings import at_least
@@ -126,7 +126,7 @@ class Tracker:
         self._warned = False
         # A run resumed from a checkpoint repeats the steps since; those points are there already.
         self._earlier_steps = _last_steps(self._spool)
-        self._monitor = system_monitor() if config.system_metrics_every_s > 0 else None
+        self._monitors = system_monitors() if config.system_metrics_every_s > 0 else []
         system = [step for name, step in self._earlier_steps.items() if name.startswith("system/")]
         self._system_step = 1 + max(system, default=-1)
         clean = self._redactor.tree(params)
@@ -228,7 +228,7 @@ class Tracker:
     def _work(self) -> None:
         wait = 0.0
         ship_at = time.monotonic()
-        sample_at = ship_at + self._config.system_metrics_every_s if self._monitor else math.inf
+        sample_at = ship_at + self._config.system_metrics_every_s if self._monitors else math.inf
         while True:
             deadline = self._deadline
             if deadline is None:
@@ -253,15 +253,14 @@ class Tracker:
 
     def _sample_system(self) -> None:
         values: dict[str, float] = {}
-        if self._monitor is not None:
-            try:
-                self._monitor.collect_metrics()
-                values = {f"system/{name}": v for name, v in self._monitor.aggregate_metrics().items()}
-                for each in self._monitor.monitors:
-                    each.clear_metrics()
-            except Exception as error:  # a machine that cannot be asked is no reason to stop recording
-                _log.debug("No more system metrics: %s", error)
-                self._monitor = None
+        try:
+            for monitor in self._monitors:
+                monitor.collect_metrics()
+                values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+        except Exception as error:  # a machine that cannot be asked is no reason to stop recording
+            _log.debug("No more system metrics: %s", error)
+            self._monitors = []
         self.metrics(self._system_step, values)
         self._system_step += 1
 

@@ -216,7 +216,7 @@ def test_sqlite_file_needs_no_server_and_holds_no_secret(
         },
         tags={"login": "password=S3CR3T-tag", "credential": "S3CR3T-credential"},
         run_name="of S3CR3T-environment",
-        system_metrics_every_s=0,
+        system_metrics_every_s=60,
     )
     tracker.metrics(1, {"loss": 1.0, "bad//name": 1.0})
     tracker.metrics(2, {"loss": 2.0})
@@ -234,7 +234,9 @@ def test_sqlite_file_needs_no_server_and_holds_no_secret(
     assert client.get_run(tracker.run_id).data.params["hub.token"] == "[redacted]"
     assert [entry.path for entry in client.list_artifacts(tracker.run_id)] == ["config.yaml"]
     files = [entry for entry in tmp_path.rglob("*") if entry.is_file()]
-    assert {"mlflow db.sqlite", "config.yaml", "spool.jsonl"} <= {entry.name for entry in files}
+    names = {entry.name for entry in files}
+    assert {"mlflow db.sqlite", "config.yaml", "spool.jsonl"} <= names
+    assert "mlflow.db" not in names, "MLflow's monitors open no store of their own"
     assert [entry for entry in files if b"S3CR3T" in entry.read_bytes()] == []
 
 
