@@ -20,7 +20,7 @@ from orchestrator.roles import placed_roles
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_video
 from pipelines.tracked import located, run_id_of, tracking
-from workers.data_check import check
+from workers.data_check import check, check_negative
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
 
 SAMPLES = 8
@@ -60,6 +60,9 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
     notes += check("data.train", config.data.train, *settings, skip_damaged=skip)
     if config.data.real is not None:
         notes += check("data.real", config.data.real, *settings, video=config.video, skip_damaged=skip)
+    if config.distill.needs_teacher:
+        guide = config.distill.roles.teacher
+        check_negative(guide.negative_prompt, guide.negative_embedding, config.teacher)
     for note in notes:
         say(f"distill: {note}")
     return models

@@ -127,6 +127,8 @@ def check(config: RunConfig) -> ModelDirectory:
     else:
         assert data.real is not None, "the config asks for real videos"
         notes += data_check.check("data.real", data.real, *settings, video=config.video, skip_damaged=skip)
+    guide = config.distill.roles.teacher
+    data_check.check_negative(guide.negative_prompt, guide.negative_embedding, config.student)
     for note in notes:
         say(f"initialize: {note}")
     return source

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from model.text import split_words
 from model.transformer import TransformerConfig
@@ -59,6 +61,30 @@ def check(
     if video is not None:
         _check_videos(data, where, video, longer=longer)
     return [f"left out {data.skipped} damaged shards of {where}"] if data.skipped else []
+
+
+def check_negative(prompt: str, file: str | None, sizes: TransformerConfig) -> None:
+    """ValueError unless the teacher's negative prompt fits a model of these sizes: its text, or the tensor
+    `embedding` [text_len, text_dim] of `file`."""
+    setting = "distill.roles.teacher"
+    if file is None:
+        if (words := len(split_words(prompt))) > sizes.text_len:
+            raise ValueError(
+                f"{setting}.negative_prompt has {words} words, more than the {sizes.text_len} that the model "
+                "reads; shorten it."
+            )
+        return
+    where = f"{setting}.negative_embedding at {file}"
+    try:
+        embedding = load_file(file)["embedding"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{where} is no safetensors file with the tensor `embedding`: {error}.") from None
+    shape = (sizes.text_len, sizes.text_dim)
+    if embedding.shape != shape or not embedding.isfinite().all():
+        raise ValueError(
+            f"{where} has a tensor `embedding` of {tuple(embedding.shape)}, and finite numbers of {shape} are "
+            "expected (text_len × text_dim of the model)."
+        )
 
 
 def video_column(video: VideoConfig) -> str:

@@ -176,6 +176,10 @@ def test_real_videos_that_do_not_fit_are_named(
     )
     (real / "00001.parquet").write_bytes(b"not Parquet")
     assert "real/00001.parquet is damaged or not a Parquet file" in complaint(*arguments)
+    long = f"--distill.roles.teacher.negative_prompt={'a two ' * 9}"
+    for command in ("distill", "initialize"):
+        says = complaint(command, TINY_RECIPE, f"--root={tmp_path}", long)
+        assert says.startswith("distill.roles.teacher.negative_prompt has 18 words, more than the 8 that")
     short = ("--video.frames=8", "--distill.given_frames=0")
     assert "is trained on 6 frames, too short for the 8 video.frames" in complaint(*arguments[:3], *short)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from model.rollout_plan import RolloutConfig
+from model.transformer import TransformerConfig
 from orchestrator.config import RunConfig
 from pipelines import cli
 from pipelines.commands import COMMANDS
 from pipelines.console import summary
 from pipelines.recipe import settings
-from tests.fixtures import TINY_RECIPE
+from tests.fixtures import TINY_RECIPE, write_model
 
 Refused = Callable[..., str]
 
@@ -209,13 +211,18 @@ def test_where_runs_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize(
     "words",
-    [("promote", "digits", "1"), ("promote", "digits", "--rollback"), ("serve", "--model", "models:/digits@serving")],
+    [("register", "STUDENT", "--name", "digits"), ("promote", "digits", "1"), ("promote", "digits", "--rollback"), ("serve", "--model", "models:/digits@serving")],
 )  # fmt: skip
 def test_the_registry_is_where_the_environment_says(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    said = refused(*words)
+    student = str(tmp_path / "student")
+    rollout = RolloutConfig(chunk=2, window=4, positions="relative", steps=(1000, 500))
+    write_model(
+        student, TransformerConfig(dim=12, ffn_dim=12, num_heads=1, num_layers=1), seed=1, rollout=rollout
+    )
+    said = refused(*(word.replace("STUDENT", student) for word in words))
     assert "http://127.0.0.1:9" in said and "does not answer" in said
 
 

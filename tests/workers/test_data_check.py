@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.transformer import TransformerConfig
-from workers.data_check import check
+from workers.data_check import check, check_negative
 from workers.dataset import ParquetDataset, encode_tensor
 from workers.model_directory import TextConfig, VideoConfig
 
@@ -121,3 +122,28 @@ def test_the_content_of_videos_is_not_read(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pq, "read_table", noted)
     check("data.train", path, TEXT, SIZES, video=PIXELS)
     assert set(columns) == {"prompt", "video_shape", "video_dtype"}
+
+
+def test_a_negative_prompt_that_does_not_fit(tmp_path: Path) -> None:
+    check_negative("one two three four", None, SIZES)
+    with pytest.raises(
+        ValueError, match=r"negative_prompt has 5 words, more than the 4 that the model reads"
+    ):
+        check_negative("one two three four five", None, SIZES)
+    file = tmp_path / "negative.safetensors"
+    where = "distill.roles.teacher.negative_embedding at "
+    for content, says in (
+        (None, "is no safetensors file with the tensor `embedding`: .*o such file"),
+        ({"other": torch.zeros(4, 16)}, "is no safetensors file with the tensor `embedding`: 'embedding'"),
+        ({"embedding": torch.zeros(1, 4, 16)}, r"has a tensor `embedding` of \(1, 4, 16\), and finite"),
+        ({"embedding": torch.full((4, 16), torch.nan)}, r"and finite numbers of \(4, 16\) are expected"),
+    ):
+        if content is not None:
+            save_file(content, file)
+        with pytest.raises(ValueError, match=where + f".*{says}"):
+            check_negative("", str(file), SIZES)
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        check_negative("", str(file), SIZES)
+    save_file({"embedding": torch.zeros(4, 16)}, file)
+    check_negative("", str(file), SIZES)
