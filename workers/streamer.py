@@ -172,13 +172,14 @@ class Streamer:
         """
         if not self.free:
             raise NoSlot(f"all {self.slots} slots are taken.")
-        stream.row, stream.number = self.free.pop(0), next(self._numbers)
+        # What can fail comes before the slot is taken.
         stream.context = self.text.encode([stream.prompt])
         if stream.next_prompt is not None:
             prompt, _, reencode = stream.next_prompt
             self.change_prompt(stream, prompt, reencode=reencode)
-        stream.rollout.cache = self.cache.row(stream.row)
+        stream.rollout.cache = self.cache.row(self.free[0])
         stream.rollout.reencode()
+        stream.row, stream.number = self.free.pop(0), next(self._numbers)
         self.streams[stream.number] = stream
 
     @torch.inference_mode()

@@ -39,15 +39,13 @@ class StreamServer:
         """What viewers hold, for whoever asks by a deployment handle; all but the slots is none when nobody is there."""
         return self.service.census()
 
-    def __del__(self) -> None:
-        self.service.models.stop()
-
 
 def api(service: Service) -> FastAPI:
     """The HTTP and WebSocket interface of one replica."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.models.start()
         tasks = [asyncio.create_task(service.report()), asyncio.create_task(job_worker.work(service))]
         if service.config.registered:
             tasks.append(asyncio.create_task(service.models.follow()))
@@ -55,6 +53,7 @@ def api(service: Service) -> FastAPI:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await service.models.stop()
 
     app = FastAPI(
         title="self-forcing", summary="Real-time autoregressive video, streamed.", lifespan=lifespan

@@ -1,18 +1,18 @@
-"""The engine of one model: a thread that ticks, another that decodes, a queue for slots, and a bounded outbox for each viewer.
+"""The engine of one model: its streams, who waits for a slot, and a bounded outbox for each viewer.
 
-A viewer who reads slowly pauses only its own stream. Whatever changes streams happens on the ticking thread, between two ticks.
+All of it runs on the replica's event loop, but for the model's own work: ticks, and what changes streams, go through an
+executor of one thread, in the order in which they are asked for, so that a change comes between two ticks. A viewer who
+reads slowly pauses only its own stream.
 """
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,9 @@ STUCK_S = 120.0
 
 Encode = Callable[[np.ndarray, bool], Any]
 """Frames uint8 [f, height, width, 3] of one chunk, and whether it is the last → what the viewer is sent."""
+OnPlace = Callable[[int], None]
+"""Takes the place in the queue, from 1, whenever it changes."""
+T = TypeVar("T")
 
 
 class StreamEnded(RuntimeError):
@@ -47,135 +50,122 @@ class Chunk:
     """When it could be sent, in seconds of `time.monotonic`."""
 
 
+@dataclass(eq=False)
 class Viewer:
     """One viewer's side of a stream."""
 
-    def __init__(self, engine: "Engine", encode: Encode, first_frame: int):
-        self.stream: Stream
-        """Set by `Engine`, once there is a slot."""
-        self.engine = engine
-        """Whose ticking thread this stream belongs to; changed by that thread alone."""
-        self.encode = encode
-        self.first_frame = first_frame
-        """Frames before this one are made and not shown."""
-        self.paused = False
-        """Whether the viewer asked for a pause; the ticking thread's, as is the next."""
-        self.gone = False
-        self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
-        self._lock = threading.Lock()
-        self._unread = 0
-
-    def put(self, item: Chunk | Exception | None) -> None:
-        """From any thread: a chunk, why there will be none, or the end."""
-        self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
-
-    def count(self, chunks: int) -> None:
-        """From any thread: chunks made, or read if negative."""
-        with self._lock:
-            self._unread += chunks
+    engine: "Engine"
+    """Where the stream is made; another one once it has moved."""
+    stream: Stream
+    encode: Encode
+    first_frame: int
+    """Frames before this one are made and not shown."""
+    frames: int | None
+    """Frames that were asked for; the last chunk may have more."""
+    has_slot: bool = True
+    paused: bool = False
+    """Whether the viewer asked for a pause."""
+    gone: bool = False
+    unread: int = 0
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the stream is changed or moved, so that one thing happens to it at a time."""
+    outbox: "asyncio.Queue[Chunk | Exception | None]" = field(default_factory=asyncio.Queue)
 
     @property
     def halted(self) -> bool:
         """Whether no chunk is to be made now: the viewer paused, or has enough to read."""
-        return self.paused or self._unread >= BUFFERED
+        return self.paused or self.unread >= BUFFERED
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Chunks until the stream ends; StreamEnded where it cannot go on."""
-        while (item := await self._outbox.get()) is not None:
+        while (item := await self.outbox.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
-            self.count(-1)
-            self.engine.wake()
+            self.unread -= 1
+            self.engine.changed.set()
 
     def close(self) -> None:
         """End the stream; also from a task that is being cancelled, so there is nothing to wait for."""
-        self._ask(lambda engine: engine.closed(self))
+        if not self.gone:
+            self.gone = True
+            self.engine.close(self)
 
     async def change_prompt(self, prompt: str, *, reencode: bool = True) -> None:
         """As `Streamer.change_prompt`."""
-        await asyncio.wrap_future(
-            self._ask(lambda engine: engine.streamer.change_prompt(self.stream, prompt, reencode=reencode))
-        )
+        async with self.changing:
+            change = self.engine.streamer.change_prompt
+            await self.engine.on_model(change, self.stream, prompt, reencode=reencode)
 
-    async def pause(self) -> None:
+    def pause(self) -> None:
         """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host memory."""
+        self.paused = True
+        self.engine.admit()
 
-        def paused(_: "Engine") -> None:
-            self.paused = True
-
-        await asyncio.wrap_future(self._ask(paused))
-
-    async def resume(self, on_place: Callable[[int], None]) -> None:
-        """Go on; first in the queue where the slot was given up. `on_place`: as in `Engine.open`."""
-        done: Future[None] = Future()
-        asked = self._ask(lambda engine: engine.resumed(self, done, on_place))
-        asked.add_done_callback(lambda _: _fail(done, asked.exception()))
-        await asyncio.wrap_future(done)
-
-    def _ask(self, command: "Callable[[Engine], None]", done: Future | None = None) -> Future:
-        """Have a command run on the ticking thread of wherever the stream is by then."""
-        engine, answer = self.engine, done or Future()
-
-        def run() -> None:
-            if self.engine is not engine:
-                self._ask(command, answer)
+    async def resume(self, on_place: OnPlace) -> None:
+        """Go on; first in the queue where the slot was given up. StreamEnded where the engine stops."""
+        if not self.has_slot and not self.gone:
+            await self.engine.claim(on_place, first=True)
+            if self.gone:
+                self.engine.release()
                 return
-            try:
-                command(engine)
-                answer.set_result(None)
-            except Exception as error:
-                _fail(answer, error)
-
-        engine.post(run, answer)
-        return answer
+            self.has_slot = True
+            async with self.changing:
+                await self.engine.on_model(self.engine.streamer.unpark, self.stream)
+        self.paused = False
+        self.engine.changed.set()
 
 
 @dataclass
 class Waiter:
     """Somebody who waits for a slot."""
 
-    start: Callable[[], Any]
-    """Takes the slot."""
-    done: Future
-    on_place: Callable[[int], None]
-    """Called from the ticking thread with the place in the queue, from 1, whenever it changes."""
+    granted: asyncio.Future
+    on_place: OnPlace
     place: int = 0
 
 
-@dataclass
 class Engine:
-    """All viewers of one `Streamer`."""
+    """All viewers of one `Streamer`. `start` and whatever comes after it belong to one event loop."""
 
-    streamer: Streamer
-    queue: int
-    """How many may wait for a slot."""
-    decoder: Executor
-    """Of one thread, so that a stream's chunks stay in order, also where it moves to another model."""
-    viewers: dict[int, Viewer] = field(default_factory=dict)
-    failure: BaseException | None = None
-    """What ended the ticking thread, if anything did."""
+    def __init__(self, streamer: Streamer, places: int, decoder: Executor):
+        """`places` in the queue; `decoder` has one thread, so that a stream's chunks stay in order, also where it moves.
 
-    def __post_init__(self) -> None:
-        codec = self.streamer.card.video.make_codec()
+        ValueError where the model's latents cannot be shown.
+        """
+        codec = streamer.card.video.make_codec()
         if codec is None:
             raise ValueError(
-                f"the model at {self.streamer.model} has video.codec none; its latents cannot be shown."
+                f"the model at {streamer.model} has video.codec none; its latents cannot be shown."
             )
-        self.codec = codec
-        self._commands: list[tuple[Callable[[], Any], Future]] = []
+        self.streamer, self.codec, self.places = streamer, codec, places
+        self.viewers: dict[int, Viewer] = {}
+        """By number of the stream."""
+        self.changed = asyncio.Event()
+        """Set when something happened that may let a stream go on."""
+        self.failure: Exception | None = None
+        """What ended the ticks, if anything did."""
+        self._decoder = decoder
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="tick")
+        self._free = streamer.slots
+        """Slots that nobody holds or was granted; the streamer's own count follows it."""
         self._queue: deque[Waiter] = deque()
-        self._wake = threading.Condition()
-        self._stopped = False
         self._successor: Engine | None = None
         self._ticking_since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="tick", daemon=True)
-        self._thread.start()
+        self._task: asyncio.Task | None = None
+
+    def start(self) -> None:
+        """Tick from now on."""
+        self._task = asyncio.create_task(self._run())
 
     @property
     def idle(self) -> bool:
         return not self.viewers and not self._queue
+
+    @property
+    def free(self) -> int:
+        """Slots for newcomers."""
+        return 0 if self._queue else self._free
 
     @property
     def waiting(self) -> int:
@@ -197,224 +187,214 @@ class Engine:
         encode: Encode,
         *,
         first_frame: int = 0,
-        on_place: Callable[[int], None] | None = None,
+        on_place: OnPlace | None = None,
     ) -> Viewer:
         """A viewer of a new stream, as `Streamer.open`; close it when the viewer is gone.
 
-        With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it would not or cannot wait.
+        With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it would not or
+        cannot wait, StreamEnded where the engine stops.
         """
-        viewer = Viewer(self, encode, first_frame)
-
-        def opened() -> Viewer:
-            viewer.stream = self.streamer.open(prompt, seed, frames)
-            self.viewers[viewer.stream.number] = viewer
-            return viewer
-
-        done: Future[Viewer] = Future()
-        self.post(
-            lambda: self._enter(Waiter(opened, done, on_place or _nothing), waits=on_place is not None), done
-        )
+        await self.claim(on_place)
+        opening = asyncio.ensure_future(self.on_model(self.streamer.open, prompt, seed, frames))
         try:
-            return await asyncio.wrap_future(done)
-        except asyncio.CancelledError:
-            # The viewer left while the stream was being opened.
-            done.add_done_callback(_close_unseen)
+            stream = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the viewer left while the stream was being opened
+            opening.add_done_callback(self._discard)
             raise
+        except BaseException:
+            self.release()
+            raise
+        viewer = Viewer(self, stream, encode, first_frame, frames)
+        self.viewers[stream.number] = viewer
+        self.changed.set()
+        return viewer
 
     def move_to(self, successor: "Engine") -> None:
-        """Have every stream go on there, from its next chunk on."""
+        """Have every stream go on there, between two chunks and as slots are free."""
+        self._successor = successor
+        self.changed.set()
 
-        def moving() -> None:
-            self._successor = successor
+    async def stop(self) -> None:
+        """End every stream and the ticks."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._end(StreamEnded("this server stopped."))
+        await asyncio.to_thread(self._model.shutdown)
 
-        self.post(moving)
+    async def on_model(self, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """What `work` answers once the model is free for it; StreamEnded where the engine stops."""
+        self._check_running()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._model, partial(work, *arguments, **options))
 
-    def stop(self) -> None:
-        """End every stream and the thread."""
-        with self._wake:
-            self._stopped = True
-            self._wake.notify()
-        self._thread.join()
+    @property
+    def _running(self) -> bool:
+        return self._task is not None and not self._task.done()
 
-    def wake(self) -> None:
-        """Something changed that may let a stream go on."""
-        with self._wake:
-            self._wake.notify()
+    def _check_running(self) -> None:
+        if not self._running:
+            raise StreamEnded("this server is shutting down.")
 
-    def post(self, command: Callable[[], Any], answer: Future | None = None) -> None:
-        """Have a command run on the ticking thread between two ticks; `answer` fails where it fails or cannot run."""
-        answer = answer or Future()
-        with self._wake:
-            if not self._stopped:
-                self._commands.append((command, answer))
-                self._wake.notify()
-                return
-        _fail(answer, StreamEnded("this server is shutting down."))
+    # Slots. What is decided here at once, the streamer does when its turn comes, in the same order.
 
-    # From here on, the ticking thread.
-
-    def closed(self, viewer: Viewer) -> None:
-        viewer.gone = True
-        self.streamer.close(viewer.stream)
-        self.viewers.pop(viewer.stream.number, None)
-
-    def resumed(self, viewer: Viewer, done: Future, on_place: Callable[[int], None]) -> None:
-        """`done` when the stream goes on, which may take a slot."""
-
-        def unparked() -> None:
-            if not viewer.gone:
-                self.streamer.unpark(viewer.stream)
-                viewer.paused = False
-
-        if viewer.stream.parked is not None:
-            self._enter(Waiter(unparked, done, on_place), waits=True, first=True)
-        else:
-            viewer.paused = False
-            done.set_result(None)
-
-    def _hand_over(self) -> None:
-        """Give streams that are between two chunks to the successor; one that is parked goes when it is back."""
-        successor = self._successor
-        if successor is None:
-            return
-        for number, viewer in list(self.viewers.items()):
-            if viewer.stream.row is not None and viewer.stream.rollout.between_chunks:
-                self.streamer.close(viewer.stream)
-                del self.viewers[number]
-                viewer.engine = successor
-                successor.post(partial(successor._receive, viewer))
-
-    def _receive(self, viewer: Viewer) -> None:
-        def adopted() -> None:
-            if not viewer.gone:
-                self.streamer.adopt(viewer.stream)
-                self.viewers[viewer.stream.number] = viewer
-
-        self._enter(Waiter(adopted, Future(), _nothing), waits=True, first=True)
-
-    def _enter(self, waiter: Waiter, *, waits: bool, first: bool = False) -> None:
+    async def claim(self, on_place: OnPlace | None, *, first: bool = False) -> None:
         """Take a slot now, or wait for one; NoSlot where there is neither a slot nor a place in the queue."""
-        self._admit()
-        if not self._queue and self._slot():
-            self._start(waiter)
-        elif not waits or (not first and len(self._queue) >= self.queue):
+        self._check_running()
+        if not self._queue and self._take():
+            return
+        if on_place is None or (not first and len(self._queue) >= self.places):
             raise NoSlot(f"all {self.streamer.slots} slots are taken.")
-        else:
-            (self._queue.appendleft if first else self._queue.append)(waiter)
+        waiter = Waiter(asyncio.get_running_loop().create_future(), on_place)
+        (self._queue.appendleft if first else self._queue.append)(waiter)
+        self.admit()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+                self.admit()
+            elif not waiter.granted.cancelled() and waiter.granted.exception() is None:
+                self.release()
+            raise
 
-    def _slot(self) -> bool:
-        """Whether a slot is free; a paused stream gives up its own."""
-        if self.streamer.free:
-            return True
-        for viewer in self.viewers.values():
-            if viewer.paused and viewer.stream.row is not None:
-                self.streamer.park(viewer.stream)
-                return True
-        return False
+    def release(self) -> None:
+        """Give a slot up, to who has waited longest."""
+        self._free += 1
+        self.admit()
 
-    @staticmethod
-    def _start(waiter: Waiter) -> None:
-        if waiter.done.set_running_or_notify_cancel():
-            try:
-                waiter.done.set_result(waiter.start())
-            except Exception as error:
-                waiter.done.set_exception(error)
-
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Give free slots to who has waited longest, and tell the others their places."""
-        self._queue = deque(waiter for waiter in self._queue if not waiter.done.cancelled())
-        while self._queue and self._slot():
-            self._start(self._queue.popleft())
+        while self._queue and self._take():
+            self._queue.popleft().granted.set_result(None)
         for place, waiter in enumerate(self._queue, start=1):
             if place != waiter.place:
                 waiter.place = place
                 waiter.on_place(place)
 
-    def _halted(self) -> set[int]:
-        """Streams that make no chunk now: paused by their viewers, or ahead of them."""
-        return {number for number, viewer in self.viewers.items() if viewer.halted}
-
-    def _run(self) -> None:
-        try:
-            while self._await_work():
-                self._ticking_since = time.monotonic()
-                for event in self.streamer.tick(paused=self._halted()):
-                    self._deliver(event)
-                self._ticking_since = None
-        except BaseException as error:
-            self.failure = error
-            with self._wake:
-                self._stopped = True
-            raise
-        finally:
-            end = StreamEnded("this server stopped." if self.failure is None else "the model failed.")
-            for answer in [
-                *(answer for _, answer in self._commands),
-                *(waiter.done for waiter in self._queue),
-            ]:
-                _fail(answer, end)
-            for viewer in self.viewers.values():
-                viewer.put(end)
-
-    def _await_work(self) -> bool:
-        """Carry out what was asked for, and wait until a stream can run; False once stopped."""
-        while True:
-            with self._wake:
-                while not (self._stopped or self._commands or len(self._halted()) < len(self.viewers)):
-                    self._wake.wait()
-                if self._stopped:
-                    return False
-                commands, self._commands = self._commands, []
-            for command, answer in commands:
-                try:
-                    command()
-                except Exception as error:
-                    _fail(answer, error)
-            self._hand_over()
-            self._admit()
-            if len(self._halted()) < len(self.viewers):
+    def _take(self) -> bool:
+        """Whether there was a slot; a paused stream gives up its own."""
+        if self._free:
+            self._free -= 1
+            return True
+        for viewer in self.viewers.values():
+            if viewer.paused and viewer.has_slot and not viewer.changing.locked():
+                viewer.has_slot = False
+                self._model.submit(self.streamer.park, viewer.stream)
                 return True
+        return False
+
+    def close(self, viewer: Viewer) -> None:
+        """End a viewer's stream, for `Viewer.close`."""
+        self.viewers.pop(viewer.stream.number, None)
+        if self._running:
+            self._model.submit(self.streamer.close, viewer.stream)
+        self._leave(viewer)
+
+    def _leave(self, viewer: Viewer) -> None:
+        if viewer.has_slot:
+            viewer.has_slot = False
+            self.release()
+
+    def _discard(self, opening: "asyncio.Future[Stream]") -> None:
+        if self._running and not opening.cancelled() and opening.exception() is None:
+            self._model.submit(self.streamer.close, opening.result())
+        self.release()
+
+    # Ticks.
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._hand_over()
+                if all(viewer.halted for viewer in self.viewers.values()):
+                    self.changed.clear()
+                    await self.changed.wait()
+                    continue
+                paused = {number for number, viewer in self.viewers.items() if viewer.halted}
+                self._ticking_since = time.monotonic()
+                events = await self.on_model(self.streamer.tick, paused=paused)
+                self._ticking_since = None
+                for event in events:
+                    self._deliver(event)
+        except Exception as error:
+            self.failure = error
+            self._end(StreamEnded("the model failed."))
+            raise
+
+    def _end(self, error: StreamEnded) -> None:
+        while self._queue:
+            self._queue.popleft().granted.set_exception(error)
+        for viewer in self.viewers.values():
+            viewer.outbox.put_nowait(error)
+
+    async def _hand_over(self) -> None:
+        """Give streams that are between two chunks to the successor, as long as it has slots."""
+        there = self._successor
+        if there is None:
+            return
+        for number, viewer in list(self.viewers.items()):
+            if viewer.changing.locked() or not (viewer.has_slot and viewer.stream.between_chunks):
+                continue
+            if not there.free:
+                return
+            there._free -= 1
+            async with viewer.changing:
+                await self.on_model(self.streamer.close, viewer.stream)
+                if viewer.gone:
+                    there.release()
+                    continue
+                del self.viewers[number]
+                viewer.engine = there
+                self.release()
+                try:
+                    await there.on_model(there.streamer.adopt, viewer.stream)
+                except Exception as error:
+                    viewer.outbox.put_nowait(StreamEnded(f"the stream could not be moved: {error}."))
+                    there._leave(viewer)
+                    continue
+                if not viewer.gone:
+                    there.viewers[viewer.stream.number] = viewer
+                    there.changed.set()
 
     def _deliver(self, event: Event) -> None:
-        viewer = self.viewers[event.stream.number]
-        if event.chunk is not None:
-            first = (event.stream.chunks - 1) * len(event.chunk)
-            hidden = min(len(event.chunk), max(0, viewer.first_frame - first))
-            if hidden < len(event.chunk):
-                viewer.count(1)
-                self.decoder.submit(self._decode, viewer, event, event.stream.chunks - 1, hidden)
-            elif event.last:
-                viewer.put(None)
-        if event.error is not None:
-            viewer.put(StreamEnded(f"the stream ended: {event.error}."))
+        viewer = self.viewers.get(event.stream.number)
+        if viewer is None:  # it left during the tick
+            return
         if event.error is not None or event.last:
             del self.viewers[event.stream.number]
+            self._leave(viewer)
+        if event.error is not None:
+            viewer.outbox.put_nowait(StreamEnded(f"the stream ended: {event.error}."))
+        if event.chunk is None:
+            return
+        index, frames = event.stream.chunks - 1, len(event.chunk)
+        first = index * frames
+        shown = slice(
+            max(0, viewer.first_frame - first), None if viewer.frames is None else viewer.frames - first
+        )
+        if len(range(frames)[shown]):
+            viewer.unread += 1
+            decoding = self._decoder.submit(self._decode, viewer, event, index, shown)
+            loop = asyncio.get_running_loop()
+            asyncio.wrap_future(decoding, loop=loop).add_done_callback(partial(_decoded, viewer, event.last))
+        elif event.last:
+            viewer.outbox.put_nowait(None)
 
-    # The decoding thread.
-
-    def _decode(self, viewer: Viewer, event: Event, index: int, hidden: int) -> None:
+    def _decode(self, viewer: Viewer, event: Event, index: int, shown: slice) -> Chunk:
+        """On the decoder's thread."""
         assert event.chunk is not None
-        try:
-            frames = enlarge(to_uint8(self.codec.decode(event.chunk[None])[0]))[hidden:]
-            data = viewer.encode(frames, event.last)
-            viewer.put(Chunk(index, data, len(frames), event.new_prompt, time.monotonic()))
-            if event.last:
-                viewer.put(None)
-        except Exception as error:
-            viewer.put(StreamEnded(f"a chunk could not be decoded: {error}."))
+        frames = enlarge(to_uint8(self.codec.decode(event.chunk[None])[0]))[shown]
+        data = viewer.encode(frames, event.last)
+        return Chunk(index, data, len(frames), event.new_prompt, time.monotonic())
 
 
-def _nothing(_: int) -> None:
-    """Whoever does not wait has no place."""
-
-
-def _fail(answer: Future, error: BaseException | None) -> None:
-    """Have `answer` fail, unless it is there already or nobody waits for it."""
-    if error is not None and not answer.done():
-        with suppress(InvalidStateError):
-            answer.set_exception(error)
-
-
-def _close_unseen(done: "Future[Viewer]") -> None:
-    if not done.cancelled() and done.exception() is None:
-        done.result().close()
+def _decoded(viewer: Viewer, last: bool, decoding: "asyncio.Future[Chunk]") -> None:
+    if decoding.cancelled() or (error := decoding.exception()) is None:
+        viewer.outbox.put_nowait(
+            StreamEnded("this server stopped.") if decoding.cancelled() else decoding.result()
+        )
+    else:
+        viewer.outbox.put_nowait(StreamEnded(f"a chunk could not be decoded: {error}."))
+    if last:
+        viewer.outbox.put_nowait(None)

@@ -65,7 +65,7 @@ def _room(service: Service) -> bool:
         return False
     engine = service.models.active.engine
     kept = 1 if service.config.slots > 1 else 0
-    return len(engine.streamer.free) > kept and not engine.waiting
+    return engine.free > kept
 
 
 async def _begin(service: Service, files: Files, job: Job) -> "Video | None":
@@ -121,12 +121,11 @@ class Video:
         await self._finish(error)
 
     async def _encode(self, path: Path) -> None:
-        """Write the file chunk by chunk, as long as was asked for: a stream has whole chunks."""
+        """Write the file chunk by chunk."""
         file = Mp4(path, self.served.fps, self.served.mark)
         async for chunk in self.viewer.chunks():
-            frames = chunk.data[: self.job.order.frames - self.frames]
-            await asyncio.to_thread(file.write, frames)
-            self.frames += len(frames)
+            await asyncio.to_thread(file.write, chunk.data)
+            self.frames += chunk.frames
         await asyncio.to_thread(file.close)
 
     def _store(self, path: Path) -> None:
@@ -140,7 +139,7 @@ class Video:
             progress = 100 * self.frames // self.job.order.frames
             with suppress(*UNREACHABLE):
                 if not await self.service.directory.renew_job.remote(self.job.id, self.job.attempt, progress):
-                    self.viewer.put(StreamEnded("the job is gone."))
+                    self.viewer.outbox.put_nowait(StreamEnded("the job is gone."))
                     return
 
     async def _give_back(self) -> None:

@@ -96,7 +96,7 @@ class Models:
                 _log.warning("version %s goes on being served: %s", self.active.version, error)
             for served in [served for served in self.retiring if served.engine.idle]:
                 self.retiring.remove(served)
-                await asyncio.to_thread(served.engine.stop)
+                await served.engine.stop()
                 _log.info("version %s has played out", served.version)
 
     async def _promote(self, version: str, path: Path) -> None:
@@ -108,6 +108,7 @@ class Models:
                 "version %s cannot be served, version %s goes on: %s", version, self.active.version, error
             )
             return
+        served.engine.start()
         before, self.active, self.refused = self.active, served, None
         self.retiring.append(before)
         _log.info(
@@ -119,7 +120,11 @@ class Models:
         if self.config.on_promotion == "move" and served.engine.streamer.follows(before.engine.streamer):
             before.engine.move_to(served.engine)
 
-    def stop(self) -> None:
+    def start(self) -> None:
+        """Tick from now on, on this event loop."""
+        self.active.engine.start()
+
+    async def stop(self) -> None:
         for served in self.served:
-            served.engine.stop()
+            await served.engine.stop()
         self._decoder.shutdown()

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -11,14 +11,11 @@ from ray.serve.handle import DeploymentHandle
 
 from orchestrator.serving.access import Access
 from orchestrator.serving.config import ServeConfig
-from orchestrator.serving.engine import Encode, StreamEnded, Viewer
+from orchestrator.serving.engine import Encode, OnPlace, StreamEnded, Viewer
 from orchestrator.serving.metrics import Metrics
 from orchestrator.serving.models import Models, Served
 from orchestrator.serving.problems import Problem
 from workers.streamer import NoSlot
-
-if TYPE_CHECKING:
-    from orchestrator.serving.session import Session
 
 REPORT_S = 2.0
 UNREACHABLE = (RayError, RayServeException)
@@ -34,8 +31,8 @@ class Service:
         self.models = Models(config)
         self.access = Access(config.access, redeem=lambda ticket: directory.redeem.remote(ticket))
         self.metrics = Metrics()
-        self.sessions: dict[str, Session] = {}
-        """By request id."""
+        self.sessions: dict[str, Any] = {}
+        """Each `Session` over WebSocket, by request id."""
 
     async def report(self) -> None:
         """Tell the directory what there is to count, until cancelled."""
@@ -85,7 +82,7 @@ class Service:
         encode: Callable[[Served], Encode],
         *,
         first_frame: int = 0,
-        on_place: Callable[[int], None] | None = None,
+        on_place: OnPlace | None = None,
     ) -> tuple[Served, Viewer]:
         """A viewer of the active model, as `Engine.open`; Problem where there is no stream to be had."""
         if frames is not None and first_frame >= frames:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 
 from orchestrator.serving.encoders import Fragments, jpegs
-from orchestrator.serving.engine import Chunk, Encode, StreamEnded, Viewer
+from orchestrator.serving.engine import Chunk, Encode, OnPlace, StreamEnded, Viewer
 from orchestrator.serving.messages import (
     MESSAGE,
     MESSAGE_BYTES,
@@ -77,6 +77,7 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None
         self._resuming: asyncio.Future | None = None
         self._pace: Pace | None = None
+        self._telling: set[asyncio.Task] = set()
         self._open = ExitStack()
         self._open.enter_context(service.access.stream(who))
         self._open.callback(service.sessions.pop, self.request_id, None)
@@ -143,8 +144,7 @@ class Session:
         if self._resuming is not None:
             self._resuming.cancel()
         if self.viewer is not None:
-            with suppress(StreamEnded):
-                await self.viewer.pause()
+            self.viewer.pause()
 
     def _flow(self) -> None:
         self._set_timer(None)
@@ -175,11 +175,13 @@ class Session:
             with suppress(RuntimeError, WebSocketDisconnect):
                 await self.socket.close()
 
-    def _on_place(self) -> Any:
-        loop = asyncio.get_running_loop()
-        return lambda place: asyncio.run_coroutine_threadsafe(
-            self.say(Queue(request_id=self.request_id, place=place)), loop
-        )
+    def _on_place(self) -> OnPlace:
+        def tell(place: int) -> None:
+            task = asyncio.create_task(self.say(Queue(request_id=self.request_id, place=place)))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+        return tell
 
     # What is sent.
 
@@ -197,7 +199,7 @@ class Session:
             )
             self._open.callback(self.viewer.close)
             if not self._flowing.is_set():
-                await self.viewer.pause()
+                self.viewer.pause()
             await self._say_start()
             chunks = self.viewer.chunks()
             while True:

@@ -127,6 +127,23 @@ def test_a_new_prompt_holds_from_the_next_chunk_on(model: str) -> None:
     assert not torch.equal(changed, kept)
 
 
+def test_a_stream_that_cannot_be_adopted_takes_no_slot(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = Streamer(model, slots=1), Streamer(model, slots=1)
+    stream, made = before.open(PROMPTS[0], 0, FRAMES), {}
+    watch(before, made, 3)
+    before.close(stream)
+
+    def fails(prompts: list[str]) -> Tensor:
+        raise ValueError("too long")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="too long"):
+        patch.setattr(after.text, "encode", fails)
+        after.adopt(stream)
+    assert after.free == [0] and after.streams == {}
+    after.adopt(stream)
+    assert after.free == [] and list(after.streams.values()) == [stream]
+
+
 def test_a_row_that_is_not_finite_ends_alone(model: str) -> None:
     streamer, made = Streamer(model, slots=2), {}
     good, bad = (streamer.open(PROMPTS[viewer], viewer, FRAMES) for viewer in (0, 1))

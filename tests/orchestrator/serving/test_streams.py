@@ -46,8 +46,10 @@ def test_a_stream_is_read_by_opencv(client: Client) -> None:
 
 
 def test_a_stream_goes_on_from_a_frame_of_its_seed(client: Client) -> None:
-    with client.stream(SIX, frames=8) as whole, client.stream(SIX, frames=8, first_frame=3) as rest:
-        assert list(whole)[3:] == list(rest)
+    with client.stream(SIX, frames=7) as whole, client.stream(SIX, frames=7, first_frame=3) as rest:
+        shown = list(whole)
+        assert len(shown) == 7  # whole chunks would be 8
+        assert shown[3:] == list(rest)
 
 
 def test_whom_there_is_no_slot_for_is_told_to_come_again(client: Client) -> None:
