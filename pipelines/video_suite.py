@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from model import video_metrics
 from model.codec import to_bytes
 from model.metrics import Estimate, kernel_distance
+from model.text import split_words
 from orchestrator.config import RunConfig
 from pipelines.console import say
 from pipelines.suite import Compared, Metric, Row, Suite, Videos, held_out_rows, row_of
@@ -130,11 +131,17 @@ class Video(Suite):
             if codec is None:
                 raise ValueError("evaluate.features reads frames, and the models have video.codec none.")
             _features(config.evaluate.features, codec.decode(torch.zeros(1, 1, *shape)))
-        self.prompts(config)
+        words = min(model.card.transformer.text_len for model in models.values())
+        for prompt in self.prompts(config):
+            if len(split_words(prompt)) > words:
+                raise ValueError(
+                    f"the prompt {shorten(prompt, 60)!r} to evaluate with has more words than the {words} that "
+                    "the models read; shorten it."
+                )
 
     def prompts(self, config: RunConfig) -> list[str]:
         """Those of `evaluate.prompts`, else of held-out videos, else of training data; at most `videos`."""
-        settings, found = config.evaluate, []
+        settings, skip, found = config.evaluate, config.data.skip_damaged, []
         if settings.prompts is not None:
             try:
                 lines = map(str.strip, Path(settings.prompts).read_text().splitlines())
@@ -143,8 +150,8 @@ class Video(Suite):
                 raise ValueError(f"evaluate.prompts cannot be read as a text file: {error}.") from None
         else:
             for path in (config.data.held_out, config.data.train):
-                if not found and "prompt" in _columns(path):
-                    rows = ParquetDataset(path, ["prompt"])
+                if not found and "prompt" in _columns(path, skip):
+                    rows = ParquetDataset(path, ["prompt"], skip_damaged=skip)
                     found = [rows.row(i)["prompt"] for i in range(len(rows))]
         if not found:
             raise ValueError(
@@ -156,8 +163,8 @@ class Video(Suite):
     def held_out(
         self, config: RunConfig, models: Mapping[str, ModelDirectory]
     ) -> tuple[Videos, Videos] | None:
-        path = config.data.held_out
-        columns = _columns(path)
+        path, skip = config.data.held_out, config.data.skip_damaged
+        columns = _columns(path, skip)
         column = next((name for name in ("video", "latent") if name in columns), None)
         if column is None:
             return None
@@ -168,7 +175,7 @@ class Video(Suite):
             say(f"evaluate: data.held_out at {path} {said}")
             return None
         words = ["prompt"] if "prompt" in columns else []
-        count, rows = held_out_rows(config, ParquetDataset(path, [column, *words]))
+        count, rows = held_out_rows(config, ParquetDataset(path, [column, *words], skip_damaged=skip))
         frames = min(len(rows[0][column]), config.evaluate.frames)
         shape = torch.Size(card.shape[1:])
         if codec is not None and column == "video":
@@ -229,11 +236,9 @@ class Video(Suite):
         return {"features": "none" if path is None else sha256(Path(path).read_bytes()).hexdigest()[:16]}
 
 
-def _columns(path: str) -> list[str]:
+def _columns(path: str, skip_damaged: bool) -> list[str]:
     """Columns of a data set; none where there is no such one."""
-    place = Path(path)
-    shard = place if place.is_file() else next(iter(sorted(place.glob("*.parquet"))), None)
-    return [] if shard is None else pq.read_schema(shard).names
+    return ParquetDataset(path, [], skip_damaged=skip_damaged).schema.names if Path(path).exists() else []
 
 
 def _levels(videos: Videos) -> dict[str, Tensor]:

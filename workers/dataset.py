@@ -153,6 +153,8 @@ class ParquetDataset:
                 raise ValueError(f"every shard of the data set {path} is damaged; write it again")
         footers = [_read_footer(file) for file in self._shards]
         first_schema = footers[0][1]
+        self.schema = first_schema
+        """As it is stored: every column, and what `dataset_schema` recorded."""
         self._tensors, self._stored = _stored_columns(self._shards[0], first_schema, self.columns)
         for shard, (metadata, schema) in enumerate(footers):
             _stored_columns(self._shards[shard], schema, self.columns)

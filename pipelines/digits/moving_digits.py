@@ -6,6 +6,7 @@ The scans are scikit-learn's `load_digits` (1,797 of 8×8 pixels with values 0 t
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
@@ -18,7 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from infra import storage
-from workers.dataset import dataset_schema, encode_tensor, tensor_fields
+from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 
 Direction = Literal["left", "right", "up", "down"]
 Split = Literal["train", "held_out"]
@@ -160,9 +161,9 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
         },
     )
     if path.exists():
-        shards = sorted(path.glob("*.parquet"))
-        if shards and pq.read_schema(shards[0]).metadata == schema.metadata:
-            return
+        with suppress(ValueError):  # what cannot be read is another one, too
+            if ParquetDataset(path, []).schema.metadata == schema.metadata:
+                return
         raise ValueError(f"{path} exists and is another data set; delete it or choose another path")
 
     with storage.write_directory(path) as aside:

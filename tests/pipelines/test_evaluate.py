@@ -195,8 +195,10 @@ def test_what_does_not_fit_is_one_sentence_before_anything_starts(tmp_path: Path
         ValueError, match=r"there are no prompts to evaluate with: evaluate.prompts must name"
     ):
         evaluate(config, tracker=None, resume=False)
-    write_held_out(tmp_path / "outputs/data/held_out")
+    held_out = tmp_path / "outputs/data/held_out"
+    write_held_out(held_out)
     (tmp_path / "text.pt").write_text("no network")
+    (tmp_path / "long.txt").write_text("a cat\n" + "a dog and " * 3)
     for options, sentence in (
         (["--evaluate.suite=digit"], "evaluate.suite is 'digit'; use one of video, digits"),
         (["--evaluate.suite=digits"], "makes no frames of 1×16×16, which moving digits have"),
@@ -205,6 +207,7 @@ def test_what_does_not_fit_is_one_sentence_before_anything_starts(tmp_path: Path
             "text.pt is no TorchScript network that reads frames of",
         ),
         ([f"--evaluate.prompts={tmp_path}/none"], "evaluate.prompts cannot be read as a text file"),
+        ([f"--evaluate.prompts={tmp_path}/long.txt"], "has more words than the 8 that the models read"),
         (["--evaluate.frames=3"], "evaluate.frames is 3, less than the 4 frames"),
     ):
         with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -219,6 +222,17 @@ def test_what_does_not_fit_is_one_sentence_before_anything_starts(tmp_path: Path
         vbench.check(["a/b"], 5)
     with pytest.raises(ValueError, match=r"cannot be the name of a file, .* at most \d+ bytes"):
         vbench.check(["ä" * 125], 5)
+    # Hidden files are no shards, and a damaged one is left out only where the recipe says so.
+    (held_out / "._0.parquet").write_bytes(b"a Mac's")
+    models = {"initial": open_models(config)["initial"]}
+    assert SUITE.prompts(config) == PROMPTS
+    (held_out / "0.parquet").write_bytes(b"not Parquet")
+    for read in (SUITE.prompts, lambda config: SUITE.held_out(config, models)):
+        with pytest.raises(ValueError, match=r"0\.parquet is damaged or not a Parquet file"):
+            read(config)
+    skipping = config_of(tmp_path, "--data.skip_damaged=true").located()
+    found = SUITE.held_out(skipping, models)
+    assert SUITE.prompts(skipping) == PROMPTS and found is not None and len(found[0].prompts) == 8
     # A model that is there and broken is not taken for one that is not there.
     next((tmp_path / "outputs/initial/model").glob("transformer*")).write_bytes(b"")
     with pytest.raises(ValueError):
