@@ -6,12 +6,12 @@ which then only reads values: so the nearest name can be given, and a command re
 not use.
 """
 
-import importlib
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 # Before Ray or DeepSpeed are imported, by this process or by one that it starts.
@@ -35,6 +35,7 @@ from pipelines.recipe import (  # noqa: E402
     parse_yaml,
     recipe_arguments,
     settings,
+    shipped,
     unknown,
 )
 
@@ -45,7 +46,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
     """The config of the command `name`, if it has one, and the call's own options; ValueError for a user's
     mistake."""
     command = COMMANDS[name]
-    kind = _imported(command.config) if command.config else None
+    kind = resolve_name(command.config) if command.config else None
     arguments = list(arguments)
     if command.recipe and arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--config", arguments[0]]
@@ -134,7 +135,7 @@ def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[s
             given.add(key)
             own += words
         elif key == "--config" and command.recipe and kind is not None:
-            own += recipe_arguments(value, kind)
+            own += recipe_arguments(shipped(value), kind)
         elif command.passes_on:
             overrides += words
         elif kind is None or (hint := find(kind, setting)) is None:
@@ -152,11 +153,6 @@ def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[s
     return own, overrides
 
 
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
@@ -170,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ValueError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}.")
-        return _imported(COMMANDS[name].function)(*parse(name, rest)) or 0
+        return resolve_name(COMMANDS[name].function)(*parse(name, rest)) or 0
     except (ValueError, FileNotFoundError) as error:
         return _fail(error, 2, rest)
     except (FloatingPointError, RuntimeError, OSError) as error:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import IO, Self, cast
+from typing import IO, Any, Self, cast
 
 from rich.console import Console
 from rich.panel import Panel
@@ -41,15 +41,8 @@ class Output:
         except OSError:
             self._go_on("")
 
-    def isatty(self) -> bool:
-        return sys.stdout.isatty()
-
-    def fileno(self) -> int:
-        return sys.stdout.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return sys.stdout.encoding
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
 
     def _go_on(self, text: str) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -61,10 +54,6 @@ class Output:
 output = Output()
 # What is printed holds paths and names of users, in which [brackets] and :colons: mean themselves.
 console = Console(file=cast(IO[str], output), highlight=False, markup=False, emoji=False)
-
-
-def losses(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 class Display:
@@ -98,13 +87,14 @@ class Display:
     def update(self, done: int, values: Mapping[str, float]) -> None:
         """`done` units in all, and what to show of them."""
         self.done = done
-        self._bar.update(self._task, completed=done, losses=losses(values))
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, completed=done, losses=losses)
         now = time.monotonic()
         if self._bar.disable and (now - self._said > LOG_EVERY_S or done == self.total):
             self._said = now
             speed = (done - self._first) / max(now - self._began, 1e-9)
             left = (self.total - done) / speed if speed else 0.0
-            say(f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses(values)}")
+            say(f"{self.stage}  {done}/{self.total}  {left / 60:.1f} min left  {losses}")
 
 
 def say(text: str) -> None:

@@ -70,12 +70,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return body
 
 
-def recipe_arguments(name: str, kind: type) -> list[str]:
-    """Options that read a recipe for configs of type `kind`, after the one that it names as its `base`."""
-    return _layers(shipped(name), kind, ())
-
-
-def _layers(path: Path, kind: type, above: tuple[Path, ...]) -> list[str]:
+def recipe_arguments(path: Path, kind: type, above: tuple[Path, ...] = ()) -> list[str]:
+    """Options that read a recipe for configs of type `kind`, after the one that it names as its `base`;
+    `above` are those that it is the base of."""
     if path.resolve() in above:
         raise ValueError(f"the recipe {path} is its own base.")
     body = read_yaml(path)
@@ -86,7 +83,7 @@ def _layers(path: Path, kind: type, above: tuple[Path, ...]) -> list[str]:
         return own
     if not isinstance(base, str):
         raise ValueError(f"base must be the path or the name of one recipe, not {_shown(base)} (in {path}).")
-    return [*_layers(beside(base, path), kind, (*above, path.resolve())), *own]
+    return [*recipe_arguments(beside(base, path), kind, (*above, path.resolve())), *own]
 
 
 def beside(name: str, path: Path) -> Path:

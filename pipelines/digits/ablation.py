@@ -4,6 +4,7 @@ Numbers are means over seeds; what follows ± is the standard deviation between 
 pictures go from the lowest to the highest seed.
 """
 
+import itertools
 import json
 import math
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,41 +37,26 @@ class Found:
 
     def __init__(self, experiment: Experiment, config: RunConfig, cells: str):
         self.experiment, self.config = experiment, config
-        self.curves: dict[str, dict[str, Tensor]] = {}
+        self.samples: dict[str, Tensor] = {}
+        references = self._read(f"{cells}/references")
+        self.curves = {name: _curves([references["rows"][name]]) for name in REFERENCES}
         """By row and metric, `[seeds, F]`."""
         self.seeds: dict[str, list[int]] = {}
         self.seconds: dict[str, list[float]] = {}
-        self.samples: dict[str, Tensor] = {}
-        references = self._read(f"{cells}/references", REFERENCES)
-        for name in REFERENCES:
-            self._take(name, [references["rows"][name]])
         self.total = sum(references["seconds"].values())
         for cell in experiment.cells:
             paths = {seed: f"{cells}/{cell.name}-{seed}" for seed in experiment.seeds}
-            there = {
-                seed: self._read(path, [cell.name])
-                for seed, path in paths.items()
-                if storage.is_complete(path)
-            }
+            there = {seed: self._read(path) for seed, path in paths.items() if storage.is_complete(path)}
             if there:
-                self._take(cell.name, [body["rows"][cell.name] for body in there.values()])
+                self.curves[cell.name] = _curves([body["rows"][cell.name] for body in there.values()])
                 self.seeds[cell.name] = list(there)
                 self.seconds[cell.name] = [body["seconds"]["train"] for body in there.values()]
                 self.total += sum(sum(body["seconds"].values()) for body in there.values())
 
-    def _read(self, path: str, names: Sequence[str]) -> dict[str, Any]:
+    def _read(self, path: str) -> dict[str, Any]:
         with storage.reading(path) as directory:
-            for name, made in load_file(directory / "samples.safetensors").items():
-                self.samples.setdefault(name, made)
+            self.samples = load_file(directory / "samples.safetensors") | self.samples
             return json.loads((directory / "metrics.json").read_text())
-
-    def _take(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        def curve(values: Sequence[float | None]) -> list[float]:
-            return [math.nan if value is None else value for value in values]
-
-        self.curves[name] = {
-            metric: torch.tensor([curve(row[metric]["value"]) for row in rows]) for metric in METRICS
-        }
 
     @property
     def spans(self) -> dict[str, slice]:
@@ -94,6 +81,12 @@ class Found:
         """The mean over a span of frames, one a seed, `[seeds]`."""
         part = self.curves[name][metric][:, span]
         return part.nanmean(dim=1) if part.shape[1] else torch.full((len(part),), math.nan)
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Each metric of the rows, `[rows, F]`; NaN where it is not defined."""
+    values = {metric: [row[metric]["value"] for row in rows] for metric in METRICS}
+    return {metric: torch.from_numpy(np.array(each, np.float32)) for metric, each in values.items()}
 
 
 def write_report(
@@ -153,30 +146,25 @@ def _markdown(found: Found, report: Path, overrides: Sequence[str], looks: Mappi
     ]
     spans = found.spans
     for metric, words in METRICS.items():
-        head = ["", *spans, *(["minutes of training"] if metric == accuracy else [])]
-        lines += [f"## {words.capitalize()}", "", *_row(head), *_row(["---"] * len(head))]
+        timed = metric == accuracy
+        rows = []
         for name in found.curves:
             values = [_show(found.over(name, metric, span)) for span in spans.values()]
-            if metric == accuracy:
-                minutes = torch.tensor(found.seconds.get(name, [math.nan])) / 60
-                values.append("–" if minutes.isnan().all() else f"{minutes.mean():.1f}")
-            lines += _row([looks[name].label, *values])
-        lines.append("")
+            minutes = torch.tensor(found.seconds.get(name, [math.nan])).mean() / 60
+            values += [] if not timed else ["–" if minutes.isnan() else f"{minutes:.1f}"]
+            rows.append([looks[name].label, *values])
+        head = ["", *spans, *(["minutes of training"] if timed else [])]
+        lines += [f"## {words.capitalize()}", "", *_table(head, rows), ""]
     lines += ["## Digit accuracy, differences seed by seed", ""]
-    pairs = [
-        (cell.name, other.name)
-        for cell in experiment.cells
-        for other in experiment.cells
-        if cell.group == "self_forcing" and other.group == "forced"
-    ]
     later = list(spans)[1:]
-    lines += [*_row(["", *later]), *_row(["---"] * (1 + len(later)))]
-    for name, other in pairs:
-        if name in found.curves and other in found.curves:
-            differences = [
-                _show(found.difference(name, other, accuracy, spans[span]), sign="+") for span in later
-            ]
-            lines += _row([f"{looks[name].label} − {looks[other].label}", *differences])
+    rows = []
+    for one, other in itertools.product(experiment.cells, experiment.cells):
+        groups = (one.group, other.group)
+        if groups == ("self_forcing", "forced") and {one.name, other.name} <= found.curves.keys():
+            gaps = [found.difference(one.name, other.name, accuracy, spans[span]) for span in later]
+            label = f"{looks[one.name].label} − {looks[other.name].label}"
+            rows.append([label, *(_show(gap, sign="+") for gap in gaps)])
+    lines += _table(["", *later], rows)
     lines += [
         "",
         *(
@@ -201,8 +189,8 @@ def _kept(report: Path) -> str:
     return f"{_BEGIN}\n{_END}"
 
 
-def _row(cells: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _show(values: Tensor, sign: str = "") -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Literal, get_args
@@ -36,7 +37,7 @@ _PROMPT = re.compile(rf"an? ({'|'.join(DIGIT_WORDS)}) drifting ({'|'.join(DIRECT
 _HELD_OUT = 0.2
 _SPLIT_SEED = 20250609
 _ROWS_PER_GROUP = 512
-_ROWS_PER_SHARD = 16 * _ROWS_PER_GROUP
+_GROUPS_PER_SHARD = 16
 
 
 def make_prompt(digit: int, direction: Direction) -> str:
@@ -101,8 +102,7 @@ def render(
     canvas[:, :SCAN, :SCAN] = images
     shifts = np.array([expected_shift(direction) for direction in directions]).reshape(-1, 1, 2)
     corners = np.asarray(starts)[:, None] + shifts * np.arange(frames)[:, None]
-    # Source row and column of every pixel: the content sits at `corner`, so pixel y shows source row y −
-    # corner.
+    # Source row and column of every pixel: content sits at `corner`, so pixel y shows source row y − corner.
     source = (np.arange(CANVAS) - corners[..., None]) % CANVAS
     rows, columns = source[:, :, 0, :, None], source[:, :, 1, None, :]
     return canvas[np.arange(len(images))[:, None, None, None], rows, columns][:, :, None]
@@ -153,11 +153,8 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
         kind="video",
         provenance={
             "source": "handwritten digits of scikit-learn (load_digits), moving",
-            "videos": videos,
-            "frames": frames,
-            "seed": seed,
-            "split": split,
             "speed": SPEED,
+            **{"videos": videos, "frames": frames, "seed": seed, "split": split},
         },
     )
     if path.exists():
@@ -167,13 +164,11 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
         raise ValueError(f"{path} exists and is another data set; delete it or choose another path")
 
     with storage.write_directory(path) as aside:
-        shard_count = -(-videos // _ROWS_PER_SHARD)
+        shard_count = -(-videos // (_ROWS_PER_GROUP * _GROUPS_PER_SHARD))
         blocks = sample_videos(videos=videos, frames=frames, seed=seed, split=split)
         for shard in range(shard_count):
-            groups = -(-min(_ROWS_PER_SHARD, videos - shard * _ROWS_PER_SHARD) // _ROWS_PER_GROUP)
             file = aside / f"{shard:05d}-of-{shard_count:05d}.parquet"
-            # A dictionary of whole videos would only cost memory; checksums let a reader tell damage from
-            # data.
+            # A dictionary of whole videos would only cost memory; checksums tell a reader damage from data.
             with pq.ParquetWriter(
                 file,
                 schema,
@@ -181,8 +176,8 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
                 use_dictionary=["prompt", "direction", "video_dtype"],
                 write_page_checksum=True,
             ) as writer:
-                for _ in range(groups):
-                    writer.write_table(_table(*next(blocks), schema), row_group_size=_ROWS_PER_GROUP)
+                for block in islice(blocks, _GROUPS_PER_SHARD):
+                    writer.write_table(_table(*block, schema), row_group_size=_ROWS_PER_GROUP)
 
 
 def _table(
