@@ -1,10 +1,10 @@
+# ruff: noqa: F401  what is imported here is what the package offers
 """The only place that makes anything durable: single files, and directories whose files belong together.
 
 `write_file`, `write_text` and `write_bytes` write one file on a local or shared file system. `begin`,
-`writing`, `publish` and `reading` are for directories that are whole or do not exist
-(`infra.storage.directories`). `Files` holds small files by name, in a directory or under s3://. Whatever else
-is asked of s3:// is refused in one sentence; docs/adding-a-storage-back-end.md says what a back end must
-give.
+`writing`, `publish` and `reading` are for directories that are whole or do not exist (`directories.py`).
+`Files` holds small files by name, in a directory or under s3://. Whatever else is asked of s3:// is refused
+in one sentence; docs/adding-a-storage-back-end.md says what a back end must give.
 """
 
 from infra.storage.directories import (
@@ -32,27 +32,3 @@ from infra.storage.local import (
     write_file,
     write_text,
 )
-
-__all__ = [
-    "Files",
-    "Location",
-    "StorageError",
-    "begin",
-    "clean",
-    "digests",
-    "is_complete",
-    "local",
-    "manifest_digest",
-    "newest_complete",
-    "place",
-    "prune",
-    "publish",
-    "read_metadata",
-    "reading",
-    "verify",
-    "write_bytes",
-    "write_directory",
-    "write_file",
-    "write_text",
-    "writing",
-]

@@ -50,9 +50,7 @@ def begin(path: Location) -> str:
     writer.
 
     What killed writers left beside `path` is removed. The calling process must live until `publish`.
-
-    Raises:
-        StorageError: `path` is not a local or shared file system path, is a file, or cannot be written.
+    StorageError where `path` is not a local or shared file system path, is a file, or cannot be written.
     """
     target = local(path)
     clean(target.parent)
@@ -67,10 +65,8 @@ def begin(path: Location) -> str:
 def writing(staging: Location) -> Iterator[Path]:
     """A local directory whose content, once the block is left, is part of `staging`.
 
-    Several processes may write into the same staging location, each its own file names.
-
-    Raises:
-        StorageError: the file system refuses what is written.
+    Several processes may write into the same staging location, each its own file names. StorageError where
+    the file system refuses what is written.
     """
     directory = local(staging)
     with explained(directory):
@@ -81,14 +77,9 @@ def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> N
     """Turns `staging` into `path` atomically, replacing what was there. Called once, after every writer is
     done.
 
-    Args:
-        staging: what `begin(path)` returned; it is gone afterwards, whether this succeeds or fails.
-        path: the final location.
-        metadata: JSON-serialisable and finite; `read_metadata` returns it.
-
-    Raises:
-        StorageError: `staging` does not exist, holds something that is neither file nor directory, or cannot
-            be written.
+    `staging` is what `begin(path)` returned; it is gone afterwards, whether this succeeds or fails.
+    `metadata` is JSON-serialisable and finite, and what `read_metadata` returns. StorageError where `staging`
+    does not exist, holds something that is neither file nor directory, or cannot be written.
     """
     source, target = local(staging), local(path)
     if not source.is_dir():
@@ -108,9 +99,7 @@ def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> N
 def place(source: Location, path: Location) -> None:
     """Turns a complete directory on the same file system into `path`, unless another process was first.
 
-    Raises:
-        StorageError: `source` is not complete, or is damaged.
-        OSError: it cannot be moved.
+    StorageError where `source` is not complete, or is damaged; OSError where it cannot be moved.
     """
     verify(source)
     try:
@@ -124,8 +113,7 @@ def place(source: Location, path: Location) -> None:
 def reading(path: Location) -> Iterator[Path]:
     """A local directory with the content of the complete directory `path`, for as long as the block lasts.
 
-    Raises:
-        StorageError: `path` is not complete.
+    StorageError where `path` is not complete.
     """
     target = local(path)
     _check_complete(target)
@@ -133,22 +121,17 @@ def reading(path: Location) -> Iterator[Path]:
 
 
 def is_complete(path: Location) -> bool:
-    """Whether `path` was published and every file still has its size. Cheap: it hashes no file (see
-    `verify`)."""
-    target = local(path)
+    """Whether `path` was published and every file has its size. Cheap: it hashes no file (see `verify`)."""
     try:
-        _check_complete(target)
+        _check_complete(local(path))
     except StorageError:
         return False
     return True
 
 
 def verify(path: Location) -> None:
-    """Hashes every file of `path` against its manifest.
-
-    Raises:
-        StorageError: names the first missing or damaged file.
-    """
+    """Hashes every file of `path` against its manifest; StorageError names the first missing or damaged
+    one."""
     target = local(path)
     files = _check_complete(target)["files"]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -160,33 +143,25 @@ def verify(path: Location) -> None:
 def read_metadata(path: Location) -> dict[str, Any]:
     """The metadata that `path` was published with.
 
-    Raises:
-        StorageError: `path` does not exist, was never finished, or its manifest is damaged.
+    StorageError where `path` does not exist, was never finished, or its manifest is damaged.
     """
     return _read_manifest(local(path))["metadata"]
 
 
 def digests(path: Location) -> dict[str, str]:
-    """SHA-256 of every file of a complete directory, as it was published, by name.
-
-    Raises:
-        StorageError: as `read_metadata`.
-    """
+    """SHA-256 of every file of a complete directory, as published, by name; StorageError as
+    `read_metadata`."""
     return {name: file["sha256"] for name, file in _read_manifest(local(path))["files"].items()}
 
 
 def manifest_digest(path: Location) -> str:
-    """SHA-256 of what `path` was published with: of every file's name and digest, and of the metadata.
-
-    Raises:
-        StorageError: as `read_metadata`.
-    """
+    """SHA-256 of the names and digests of the files of `path` and its metadata; StorageError as
+    `read_metadata`."""
     return _hash_json(_read_manifest(local(path)))
 
 
 def newest_complete(parent: Location) -> str | None:
-    """The complete child of `parent` that was published last, or `None` (also where `parent` does not
-    exist)."""
+    """The complete child of `parent` that was published last, or `None`, also where there is no `parent`."""
     children = _complete_children(local(parent))
     return str(children[-1][1]) if children else None
 
@@ -195,10 +170,7 @@ def prune(parent: Location, *, keep: int) -> list[str]:
     """Removes all but the `keep` newest complete children of `parent`; returns what was removed, oldest
     first.
 
-    Children that are not complete are left for a person to look at.
-
-    Raises:
-        ValueError: `keep` is below 1: the newest complete one is never removed.
+    Children that are not complete are left for a person to look at. ValueError for a `keep` below 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, so that the newest complete one stays; got {keep}.")
@@ -234,7 +206,7 @@ def _write_manifest(source: Path, target: Path, metadata: Mapping[str, Any]) -> 
 
 
 def _exchange(source: Path, target: Path) -> Path | None:
-    """Rename `source` to `target`; where what was there went, for a rename cannot replace a directory with
+    """Rename `source` to `target`, and what was there aside: a rename cannot replace a directory with
     files."""
     _refuse_file(target)
     replaced = new_aside(target)
@@ -254,8 +226,7 @@ def _exchange(source: Path, target: Path) -> Path | None:
 
 
 def _prune(child: Path) -> bool:
-    """Whether it went by our hand. It is renamed first: nobody sees a half-deleted directory under its own
-    name."""
+    """Whether it went by our hand. It is renamed first: nobody sees it half deleted under its own name."""
     aside = new_aside(child)
     try:
         patiently(lambda: os.rename(child, aside))
@@ -272,15 +243,11 @@ def _refuse_file(target: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
 
 
-def _children(parent: Path) -> list[Path]:
-    return [child for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
-
-
 def _complete_children(parent: Path) -> list[tuple[int, Path]]:
     """(sequence, child), in the order of publishing."""
     complete = []
-    for child in _children(parent):
-        if not is_aside(child):
+    for child in parent.iterdir() if parent.is_dir() else ():
+        if child.is_dir() and not is_aside(child):
             with suppress(StorageError):
                 complete.append((_check_complete(child)["sequence"], child))
     return sorted(complete)

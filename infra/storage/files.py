@@ -1,4 +1,4 @@
-"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go, and read by
+"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go, read by
 many."""
 
 import os
@@ -22,8 +22,8 @@ class Files:
     """
 
     def __init__(self, location: str):
-        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or made
-        yet."""
+        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or
+        made."""
         if not _SCHEME.match(location):
             self.location = os.path.abspath(location)
             self._system: FileSystem = LocalFileSystem()
@@ -59,11 +59,8 @@ class Files:
     def names(self) -> list[str]:
         """Of every file here, sorted."""
         found = self._system.get_file_info(FileSelector(self._root, allow_not_found=True))
-        return sorted(
-            each.base_name
-            for each in found
-            if each.type == FileType.File and not each.base_name.startswith(".")
-        )
+        names = sorted(each.base_name for each in found if each.type == FileType.File)
+        return [name for name in names if not name.startswith(".")]
 
     def path(self, name: str) -> Path | None:
         """Where a file lies on this machine; none for S3."""

@@ -1,4 +1,4 @@
-"""What a local or shared file system is asked for: names that appear whole, and what killed writers left,
+"""What a local or shared file system is asked for: names that appear whole, and leftovers of killed writers
 removed.
 
 Everything is written aside, under a hidden name that says which process writes it, and renamed. A hidden name
@@ -24,7 +24,7 @@ Location = str | os.PathLike[str]
 T = TypeVar("T")
 
 FOREIGN_LEFTOVER_S = 24 * 3600.0
-"""Another machine's processes cannot be asked for, so what they write counts as left when it is as old as
+"""Another machine's processes cannot be asked for: what they write counts as left when it is as old as
 this."""
 
 _log = logging.getLogger(__name__)
@@ -41,22 +41,18 @@ _WAITS_S = (0.05, 0.1, 0.2, 0.4)
 
 
 class StorageError(ValueError):
-    """Something is missing, unfinished, damaged or cannot be written; the message names it, and the file if
-    any."""
+    """Something is missing, unfinished, damaged or cannot be written; the message names it."""
 
 
 def local(location: Location) -> Path:
     """`location` as an absolute path of a local or shared file system.
 
-    Raises:
-        ValueError: it is an address, such as s3://bucket/run, which nothing but the videos of `serve` may be.
+    StorageError for an address, such as s3://bucket/run, which nothing but the videos of `serve` may be.
     """
     text = os.fspath(location)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # `Path` turns s3://bucket into s3:/bucket
-        raise StorageError(
-            f"{text!r} is not supported as a location here yet; give a local path or a path on a shared "
-            "file system."
-        )
+        advice = "give a local path or a path on a shared file system"
+        raise StorageError(f"{text!r} is not supported as a location here yet; {advice}.")
     return Path(text).absolute()
 
 
@@ -65,10 +61,8 @@ def write_file(path: Location) -> Iterator[Path]:
     """A path to write one file at, which becomes `path` when the block is left, and is removed if it fails.
 
     It has the suffix of `path` and lies in the same directory, which is made where there is none.
-
-    Raises:
-        StorageError: the file cannot be written: a disk that is full or read-only, a directory in the way,
-            and the like.
+    StorageError where the file cannot be written: a disk that is full or read-only, a directory in the way,
+    and the like.
     """
     target = local(path)
     with explained(target), whole_file(target) as aside:
@@ -91,10 +85,8 @@ def write_directory(path: Location) -> Iterator[Path]:
     """An empty directory that becomes `path`, which must not exist, when the block is left; removed if it
     fails.
 
-    For data sets, which are read by the tools of others too; what is ours alone has a manifest (`begin`).
-
-    Raises:
-        StorageError: as `write_file`.
+    For data sets, which other tools read too; what is ours alone has a manifest (`begin`). StorageError as
+    `write_file`.
     """
     target = local(path)
     with explained(target):
@@ -154,15 +146,12 @@ def is_aside(path: Path) -> bool:
 
 
 def leftovers(parent: Path, name: str | None = None) -> list[Path]:
-    """Hidden names in `parent` whose writers are gone, sorted; those of one target where `name` says
-    which."""
+    """Hidden names in `parent`, or of its entry `name`, whose writers are gone, sorted."""
     if not parent.is_dir():
         return []
-    with os.scandir(parent) as entries:
-        names = [
-            entry.name for entry in entries if entry.name.startswith("." if name is None else f".{name}.tmp-")
-        ]
-    return [parent / each for each in sorted(names) if _is_left(parent / each)]
+    beginning = "." if name is None else f".{name}.tmp-"
+    hidden = sorted(each for each in os.listdir(parent) if each.startswith(beginning))
+    return [parent / each for each in hidden if _is_left(parent / each)]
 
 
 def remove(path: Path) -> bool:
@@ -184,8 +173,7 @@ def warn_left(path: Path, error: OSError) -> None:
 
 
 def patiently(action: Callable[[], T]) -> T:
-    """The action's result; it is repeated for a moment while the file system says that something is in
-    use."""
+    """The action's result; repeated for a moment while the file system says that something is in use."""
     for wait in _WAITS_S:
         try:
             return action()
@@ -220,8 +208,7 @@ def _is_left(path: Path) -> bool:
 
 @cache
 def _host() -> str:
-    """Whose process numbers these are: containers of one machine may share its name, but not its
-    processes."""
+    """Whose process numbers these are: containers may share a machine's name, but not its processes."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -230,7 +217,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> int:
-    """When a process started, in ticks, since numbers are used again; −1 if there is none, 0 if nobody can
+    """When a process started, in ticks, as numbers are used again; −1 if there is none, 0 if nobody can
     say."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
