@@ -95,23 +95,15 @@ def video_column(video: VideoConfig) -> str:
 def _check_videos(data: ParquetDataset, where: str, video: VideoConfig, *, longer: bool) -> None:
     codec = video.make_codec()
     shape = video.shape if codec is None else tuple(codec.decode(torch.zeros(1, *video.shape)).shape[1:])
-    asked = "`video`: [frames, channels, height, width]"
-    if longer:
-        _check_tensors(
-            data, video_column(video), where, ("videos", (None, *shape[1:]), asked), least=shape[0]
-        )
-    else:
-        _check_tensors(data, video_column(video), where, ("videos", shape, asked))
+    wanted = ("videos", (None, *shape[1:]) if longer else shape, "`video`: [frames, channels, height, width]")
+    _check_tensors(data, video_column(video), where, wanted, least=shape[0] if longer else 1)
 
 
-def _check_tensors(
-    data: ParquetDataset,
-    name: str,
-    where: str,
-    wanted: tuple[str, Sequence[int | None], str],
-    *,
-    least: int = 1,
-) -> None:
+Wanted = tuple[str, Sequence[int | None], str]
+"""What tensors are, their shape (None: any size), and how to call that."""
+
+
+def _check_tensors(data: ParquetDataset, name: str, where: str, wanted: Wanted, *, least: int = 1) -> None:
     """ValueError unless every tensor `name` has the shape (None: any) and a type that fits its column."""
     what, shape, asked = wanted
     types = ("uint8", *FLOATS) if name == "video" else FLOATS
@@ -125,9 +117,8 @@ def _check_tensors(
         for row in data.nulls(shard, name) + _where(pc.or_(shapes.is_null(), dtypes.is_null())):
             raise ValueError(f"{where} has no {name} in {_row(shard, row)}; every row needs one.")
         for row in _where(pc.invert(pc.is_in(dtypes, pa.array(types)))):
-            raise ValueError(
-                f"{where} stores {name} as {dtypes[row]} ({_row(shard, row)}); use {' or '.join(types)}."
-            )
+            what = f"{where} stores {name} as {dtypes[row]} ({_row(shard, row)})"
+            raise ValueError(f"{what}; use {' or '.join(types)}.")
         for row in _where(pc.not_equal(pc.list_value_length(shapes), len(shape))):
             refuse(_row(shard, row), shapes[row].as_py())
         sizes = pc.list_flatten(shapes).to_numpy().reshape(-1, len(shape))

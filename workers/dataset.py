@@ -51,8 +51,8 @@ def tensor_fields(name: str) -> list[pa.Field]:
 
 
 def encode_tensor(name: str, tensor: Tensor) -> Row:
-    """`tensor` (any shape, any device) as the three columns of one row; its dtype must be one that the reader
-    knows."""
+    """`tensor` (any shape, any device) as the three columns of one row; ValueError for a dtype that none
+    stores."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype}; a data set stores {', '.join(_DTYPES)}")
@@ -61,29 +61,25 @@ def encode_tensor(name: str, tensor: Tensor) -> Row:
 
 
 def dataset_schema(fields: Sequence[pa.Field], *, kind: str, provenance: Mapping[str, Any]) -> pa.Schema:
-    """A schema for writing shards, carrying the format version, the kind of data, and (JSON-able) where it
-    came from."""
+    """A schema for shards, carrying format version, kind of data, and (JSON-able) where it came from."""
     description = {"format_version": FORMAT_VERSION, "kind": kind, "provenance": dict(provenance)}
     return pa.schema(fields, metadata={_METADATA_KEY: json.dumps(description, sort_keys=True).encode()})
 
 
 def dataset_description(schema: pa.Schema) -> dict[str, Any]:
-    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty for files written by
-    other tools."""
+    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty in files of other
+    tools."""
     return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
 
 
 def digest(path: str | Path) -> str:
-    """A SHA-256 that tells data sets apart, cheap for terabytes: it reads less than 1 MiB a shard and its
-    footer.
+    """A SHA-256 that tells data sets apart, cheap for terabytes: it reads a shard's footer and less than 1
+    MiB.
 
     Covered are every shard's name, size and footer (schema, provenance, rows, sizes, offsets and statistics
     of every column chunk), small shards as a whole, and of larger ones evenly spaced blocks. Where the data
     set lies and when it was written are not. Bytes changed in place between those blocks stay unseen;
-    checksums find those on reading.
-
-    Raises:
-        ValueError: there is no data set at `path`.
+    checksums find those on reading. ValueError where there is no data set at `path`.
     """
     total = hashlib.sha256()
     for shard in _find_shards(Path(path)):
@@ -113,11 +109,10 @@ class _RowGroup:
 class ParquetDataset:
     """Rows of a directory of Parquet shards, by index or in an endless shuffled order.
 
-    Everything that can be checked without reading the data is checked here, and a mistake is a `ValueError`
-    of one sentence naming the file. Row groups are memory-mapped and decoded on demand; at most about twice
-    `shuffle_bytes` stay decoded.
-
-    A row is a dict of the requested `columns`: `str`, `int` and `float` values, and torch tensors.
+    Everything that can be checked without reading the data is checked at once, and a mistake is a
+    `ValueError` of one sentence naming the file. Row groups are memory-mapped and decoded on demand; at most
+    about twice `shuffle_bytes` stay decoded. A row is a dict of the requested `columns`: `str`, `int` and
+    `float` values, and torch tensors.
     """
 
     def __init__(
@@ -128,14 +123,13 @@ class ParquetDataset:
         shuffle_bytes: int = SHUFFLE_BYTES,
         skip_damaged: bool = False,
     ) -> None:
-        """With `skip_damaged` shards that cannot be read are left out and counted in `skipped`; that reads
-        every shard once."""
+        """`skip_damaged` leaves out shards that cannot be read and counts them; that reads every shard
+        once."""
         if shuffle_bytes < 1:
             raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")
         self.columns = tuple(columns)
         self._shards = _find_shards(Path(path))
-        self._cache_bytes = 2 * shuffle_bytes
-        self._metadata: list[pq.FileMetaData] = []
+        self._shuffle_bytes = shuffle_bytes
         self._groups: list[_RowGroup] = []
         self._length = 0
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
@@ -143,38 +137,32 @@ class ParquetDataset:
         self._epoch: tuple[tuple[int, int], list[np.ndarray], list[int]] | None = None
         self._window: tuple[tuple[int, int, int], np.ndarray] | None = None
 
-        self.skipped = 0
-        """Damaged shards that were left out."""
+        found = len(self._shards)
         if skip_damaged:
-            whole = [file for file in self._shards if _is_whole(file)]
-            self.skipped = len(self._shards) - len(whole)
-            self._shards = whole
-            if not whole:
+            self._shards = [file for file in self._shards if _is_whole(file)]
+            if not self._shards:
                 raise ValueError(f"every shard of the data set {path} is damaged; write it again")
+        self.skipped = found - len(self._shards)
+        """Damaged shards that were left out."""
         footers = [_read_footer(file) for file in self._shards]
-        first_schema = footers[0][1]
-        self.schema = first_schema
+        self._metadata = [metadata for metadata, _ in footers]
+        first, self.schema = self._shards[0], footers[0][1]
         """As it is stored: every column, and what `dataset_schema` recorded."""
-        self._tensors, self._stored = _stored_columns(self._shards[0], first_schema, self.columns)
-        for shard, (metadata, schema) in enumerate(footers):
-            _stored_columns(self._shards[shard], schema, self.columns)
+        self._tensors, self._stored = _stored_columns(first, self.schema, self.columns)
+        for shard, (file, (metadata, own)) in enumerate(zip(self._shards, footers, strict=True)):
+            _stored_columns(file, own, self.columns)
             for name in self._stored:
-                if schema.field(name).type != first_schema.field(name).type:
-                    raise ValueError(
-                        f"column {name!r} of {self._shards[shard]} differs from that of {self._shards[0]}"
-                    )
-            self._metadata.append(metadata)
+                if own.field(name).type != self.schema.field(name).type:
+                    raise ValueError(f"column {name!r} of {file} differs from that of {first}")
             for index in range(metadata.num_row_groups):
                 group = metadata.row_group(index)
-                self._groups.append(
-                    _RowGroup(shard, index, self._length, group.num_rows, group.total_byte_size)
-                )
+                if group.num_rows:
+                    place = (shard, index, self._length)
+                    self._groups.append(_RowGroup(*place, group.num_rows, group.total_byte_size))
                 self._length += group.num_rows
         if self._length == 0:
             raise ValueError(f"the data set {path} holds no rows")
-        self._groups = [group for group in self._groups if group.rows]
         self._first_rows = [group.first_row for group in self._groups]
-        self._shuffle_bytes = shuffle_bytes
 
     def __len__(self) -> int:
         return self._length
@@ -184,8 +172,8 @@ class ParquetDataset:
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of a data set of {self._length}")
         group = bisect.bisect_right(self._first_rows, index) - 1
-        table = self._table(group)
-        offset = index - self._first_rows[group]
+        table, offset = self._table(group), index - self._first_rows[group]
+        shard = self._shards[self._groups[group].shard]
         row: Row = {}
         for name in self.columns:
             value = table[name][offset].as_py()
@@ -194,15 +182,11 @@ class ParquetDataset:
                 try:
                     value = _decode_tensor(value, shape, dtype)
                 except (ValueError, TypeError) as error:
-                    shard = self._shards[self._groups[group].shard]
-                    raise ValueError(
-                        f"row {index} of {shard} has a damaged tensor {name!r}: {error}"
-                    ) from error
+                    what = f"row {index} of {shard} has a damaged tensor {name!r}"
+                    raise ValueError(f"{what}: {error}") from error
                 if value.is_floating_point() and not value.isfinite().all():
-                    raise ValueError(
-                        f"row {index} of the data set has a tensor {name!r} with numbers that are not finite "
-                        f"({self._shards[self._groups[group].shard]})"
-                    )
+                    what = f"row {index} of the data set has a tensor {name!r}"
+                    raise ValueError(f"{what} with numbers that are not finite ({shard})")
             row[name] = value
         return row
 
@@ -252,15 +236,12 @@ class ParquetDataset:
         if self._window is None or self._window[0] != (seed, epoch, window):
             groups = [self._groups[group] for group in windows[window]]
             rows = np.concatenate([np.arange(g.first_row, g.first_row + g.rows) for g in groups])
-            self._window = (
-                (seed, epoch, window),
-                np.random.default_rng([seed, epoch, window]).permutation(rows),
-            )
+            shuffled = np.random.default_rng([seed, epoch, window]).permutation(rows)
+            self._window = ((seed, epoch, window), shuffled)
         return int(self._window[1][place - starts[window]])
 
     def _draw_windows(self, generator: np.random.Generator) -> list[np.ndarray]:
-        """All row groups in random order, cut into windows of at most `shuffle_bytes` (and at least one
-        group)."""
+        """All row groups in random order, cut into windows of at most `shuffle_bytes`, or of one group."""
         order = generator.permutation(len(self._groups))
         cuts, filled = [], 0
         for place, group in enumerate(order):
@@ -276,19 +257,15 @@ class ParquetDataset:
             self._cache.move_to_end(group)
             return self._cache[group]
         shard, index = self._groups[group].shard, self._groups[group].index
+        options: dict[str, Any] = {"memory_map": True, "page_checksum_verification": True}
         try:
-            with pq.ParquetFile(
-                self._shards[shard],
-                metadata=self._metadata[shard],
-                memory_map=True,
-                page_checksum_verification=True,
-            ) as file:
+            with pq.ParquetFile(self._shards[shard], metadata=self._metadata[shard], **options) as file:
                 table = file.read_row_group(index, columns=self._stored, use_threads=False).combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise ValueError(_damaged(self._shards[shard], error)) from error
         self._cache[group] = table
         self._cached_bytes += table.nbytes
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+        while self._cached_bytes > 2 * self._shuffle_bytes and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return table
 
@@ -322,9 +299,8 @@ def _read_footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
         raise ValueError(_damaged(file, error)) from error
     version = dataset_description(schema).get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has data format version {version}; this release reads version {FORMAT_VERSION}"
-        )
+        what = f"{file} has data format version {version}"
+        raise ValueError(f"{what}; this release reads version {FORMAT_VERSION}")
     return metadata, schema
 
 
@@ -338,12 +314,11 @@ def _stored_columns(
             raise ValueError(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
         stored.append(name)
         if pa.types.is_binary(schema.field(name).type) or pa.types.is_large_binary(schema.field(name).type):
+            beside = [f"{name}_shape", f"{name}_dtype"]
+            if not set(beside) <= set(schema.names):
+                raise ValueError(f"the tensor {name!r} of {file} lacks its column {' or '.join(beside)}")
             tensors.add(name)
-            stored += [f"{name}_shape", f"{name}_dtype"]
-            if not {f"{name}_shape", f"{name}_dtype"} <= set(schema.names):
-                raise ValueError(
-                    f"the tensor {name!r} of {file} lacks its column {name}_shape or {name}_dtype"
-                )
+            stored += beside
     return frozenset(tensors), stored
 
 
