@@ -1,5 +1,5 @@
-"""How a part of a configuration refuses a value: it names its own field, and whoever composes it adds where
-the part is.
+"""How a part of a configuration refuses a value: it names its field, and whoever composes it adds where it
+is.
 
 A part is a frozen dataclass. It knows its fields and not under which name it is used (`student.dim`,
 `teacher.dim`), so it raises `Invalid`; `part` puts the name before the field's, level by level.
@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 
 class Invalid(ValueError):
-    """A setting has a value that cannot work. The message is one sentence: the setting's name, then the
-    problem."""
+    """A setting has a value that cannot work: one sentence, the setting's name and then the problem."""
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name} {problem}")
@@ -58,8 +57,7 @@ def share(config: Any, *names: str) -> None:
 
 
 def check_local(path: str, name: str) -> None:
-    """Invalid where the `path` that the setting `name` holds is a URL, which a file system would take for a
-    directory."""
+    """Invalid where the setting `name` holds a URL, which a file system would take for a directory."""
     if "://" in path:
         raise Invalid(name, f"is {path}; only paths of local and shared file systems work here.")
 

@@ -20,8 +20,8 @@ SUFFIXES = (".mp4", ".gif")
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """An image file, turned as its camera says, as one frame [channels, height, width] of that shape in [−1,
-    1].
+    """An image file as one frame [channels, height, width] of that shape in [−1, 1], turned as its camera
+    says.
 
     It is scaled to fill the frame and cut at the longer side. ValueError where it cannot be read.
     """
@@ -39,9 +39,8 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range")
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        )
+        eight = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
+        image = Image.fromarray(eight.astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -54,9 +53,8 @@ def check_output(path: str | Path) -> Path:
         raise ValueError(f"the output {path} is a directory; name a file.")
     above = next(each for each in path.absolute().parents if each.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(
-            f"the output {path} cannot be written: {above} is no directory that can be written to."
-        )
+        what = f"the output {path} cannot be written"
+        raise ValueError(f"{what}: {above} is no directory that can be written to.")
     return path
 
 

@@ -16,6 +16,8 @@ from pipelines import suites
 from pipelines.console import say
 from pipelines.suite import Compared
 
+Params = Mapping[str, str]
+
 
 class Refused(RuntimeError):
     """A version did not pass the gate."""
@@ -31,12 +33,10 @@ def gate(
 ) -> None:
     """The gate; Refused, naming the first metric that fails it.
 
-    Args:
-        new: metrics of the version that is to be promoted.
-        now: metrics of the version that the alias names; what was not measured of it is not compared.
-        compared: metrics by name, and which way each is better.
-        margin: by how much each may be worse, if not by its own margin.
-        names: what the two versions are called.
+    `new` are metrics of the version that is to be promoted and `now` of the one that the alias names; what
+    was not measured of the latter is not compared. `compared` says which way each is better and by how much
+    it may be worse, for which `margin` stands instead where it is given. `names` are those of the two
+    versions.
     """
     for name, how in compared.items():
         if name not in now:
@@ -46,24 +46,23 @@ def gate(
         allowed = how.margin if margin is None else margin
         # Rounding must not refuse what is worse by the margin itself.
         if how.sign * (now[name] - new[name]) > allowed + 1e-9:
-            raise Refused(
-                f"{name} of {names[0]} is {new[name]:.4g}, worse than {now[name]:.4g} of {names[1]} by more "
-                f"than {allowed:g}."
-            )
+            worse = f"worse than {now[name]:.4g} of {names[1]} by more than {allowed:g}"
+            raise Refused(f"{name} of {names[0]} is {new[name]:.4g}, {worse}.")
 
 
-def compared_by(
-    new: Mapping[str, str], now: Mapping[str, str], names: tuple[str, str]
-) -> dict[str, Compared]:
+def compared_by(new: Params, now: Params, names: tuple[str, str]) -> dict[str, Compared]:
     """What the gate compares, from the recorded params of two measured versions.
 
     Refused, saying how to go on, where their numbers do not mean the same.
     """
-    first, second = (_suite(params) for params in (new, now))
+    first, second = (
+        json.loads(params["evaluation.suite"]) if "evaluation.suite" in params else suites.unnamed()
+        for params in (new, now)
+    )
     pairs = {"evaluate.suite": (first["name"], second["name"])}
     pairs["version of the suite"] = (first["version"], second["version"])
-    basis = first["basis"].keys() & second["basis"].keys()
-    pairs |= {f"{key} of the suite": (first["basis"][key], second["basis"][key]) for key in sorted(basis)}
+    for key in sorted(first["basis"].keys() & second["basis"].keys()):
+        pairs[f"{key} of the suite"] = (first["basis"][key], second["basis"][key])
     for what, (here, there) in pairs.items():
         if here != there:
             raise Refused(
@@ -72,11 +71,6 @@ def compared_by(
                 "--ungated."
             )
     return suites.compared(second)
-
-
-def _suite(params: Mapping[str, str]) -> dict[str, Any]:
-    stored = params.get("evaluation.suite")
-    return suites.unnamed() if stored is None else json.loads(stored)
 
 
 def promote(
@@ -103,10 +97,8 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
     (new, how), (now, how_now) = registry.recorded(version), registry.recorded(before)
     names = (str(version), str(before))
     if not new:
-        raise Refused(
-            f"{version} was registered without metrics, and {before} serves; register it with --metrics, or "
-            "promote with --ungated."
-        )
+        what = f"{version} was registered without metrics, and {before} serves"
+        raise Refused(f"{what}; register it with --metrics, or promote with --ungated.")
     if not now:
         say(
             f"promote: there is nothing to compare {version} with: {before} was registered without metrics; "
@@ -117,10 +109,8 @@ def _compare(registry: Registry, version: Version, before: Version, margin: floa
     gate(new, now, compared=compared, margin=margin, names=names)
     for name in sorted(how.keys() & how_now.keys() - {"evaluation.suite"}):
         if name.startswith("evaluation.") and how[name] != how_now[name]:
-            say(
-                f"promote: the two were measured with {name} {how_now[name]} and {how[name]}; "
-                "evaluate both alike to compare like with like"
-            )
+            what = f"promote: the two were measured with {name} {how_now[name]} and {how[name]}"
+            say(f"{what}; evaluate both alike to compare like with like")
     if not compared.keys() & now.keys():
         say(f"promote: there is nothing to compare: no metric that decides is defined for {before}")
     for name in compared:

@@ -17,8 +17,7 @@ from workers.streamer import check
 
 
 def command(_: None, options: Any) -> None:
-    """Register a model, and perhaps promote it; ValueError if it cannot stream or the metrics are
-    another's."""
+    """Register a model, perhaps promote it; ValueError if it cannot stream or the metrics are another's."""
     Reference(options.name, alias=options.alias)
     model = Path(options.model).absolute()
     card = check(str(model))[0].card
@@ -46,8 +45,7 @@ def command(_: None, options: Any) -> None:
 
 
 def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """What an evaluation's `metrics.json` says of the weights at `model`: metrics for the gate, and how they
-    were measured.
+    """Metrics for the gate of the weights at `model`, from an evaluation's file, and how they were measured.
 
     ValueError where the file is no evaluation, or one of other weights.
     """
@@ -57,19 +55,16 @@ def measured(file: Path, model: Path) -> tuple[dict[str, float], dict[str, Any]]
         suite = body["suite"] if "suite" in body else suites.unnamed()
         settings = {"seed": body["seed"], **{name: body["settings"][name] for name in ("videos", "frames")}}
         rows = [body["rows"][name] for name, made in body["models"].items() if made["manifest"] == manifest]
-        spans = {name: name.rpartition("_") for name in suites.compared(suite)}
-        values = [
-            {name: row[span][metric]["value"] for name, (metric, _, span) in spans.items()} for row in rows
-        ]
+        values: dict[str, float | None] = {}
+        for name in suites.compared(suite) if rows else ():
+            metric, _, span = name.rpartition("_")
+            values[name] = rows[0][span][metric]["value"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"--metrics: there is no evaluation at {file}; name what `self-forcing evaluate` wrote."
-        ) from None
-    if not values:
-        raise ValueError(
-            f"--metrics: the evaluation at {file} measured other weights than those at {model}; evaluate "
-            "these first."
-        )
+        what = f"--metrics: there is no evaluation at {file}"
+        raise ValueError(f"{what}; name what `self-forcing evaluate` wrote.") from None
+    if not rows:
+        what = f"--metrics: the evaluation at {file} measured other weights than those at {model}"
+        raise ValueError(f"{what}; evaluate these first.")
     # One param: a promotion reads it as a whole.
     settings["suite"] = json.dumps(suite)
-    return {name: value for name, value in values[0].items() if value is not None}, settings
+    return {name: value for name, value in values.items() if value is not None}, settings

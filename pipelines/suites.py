@@ -1,6 +1,7 @@
 """The suites by name, and what a stored evaluation says of its own."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +23,7 @@ def find(name: str) -> Suite:
 
 def described(name: str, suite: Suite, basis: Mapping[str, str]) -> dict[str, Any]:
     """What is stored of a suite beside its numbers."""
-    compared = {key: {"sign": each.sign, "margin": each.margin} for key, each in suite.compared.items()}
+    compared = {key: asdict(each) for key, each in suite.compared.items()}
     return {"name": name, "version": suite.version, "basis": dict(basis), "compared": compared}
 
 
@@ -32,8 +33,7 @@ def unnamed() -> dict[str, Any]:
 
 
 def compared(stored: Mapping[str, Any]) -> dict[str, Compared]:
-    """What a stored suite says that a promotion compares; KeyError or TypeError where it says nothing of the
-    kind."""
-    return {
-        name: Compared(int(each["sign"]), float(each["margin"])) for name, each in stored["compared"].items()
-    }
+    """What a stored suite says that a promotion compares; KeyError or TypeError where it does not say
+    that."""
+    stated = stored["compared"].items()
+    return {name: Compared(int(each["sign"]), float(each["margin"])) for name, each in stated}

@@ -5,10 +5,9 @@ model.
 VBench, 2024; its prompts/README.md), so a prompt is written as it is, or refused.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from pipelines.console import say
 from pipelines.media import write_video
@@ -41,11 +40,9 @@ def export(folder: Path, videos: Mapping[str, Videos], *, fps: int) -> None:
     for model, made in videos.items():
         if made.pixels is None:
             raise ValueError("--export-vbench needs models with a codec: latents cannot be shown.")
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for prompt, pixels in zip(made.prompts, made.pixels, strict=True):
-            index = counts.get(prompt, 0)
-            counts[prompt] = index + 1
-            if index < SAMPLES:
-                frames = pixels.to(torch.float32) / 127.5 - 1
-                write_video(folder / model / f"{prompt}-{index}.mp4", frames, fps)
+            if (index := counts[prompt]) < SAMPLES:
+                write_video(folder / model / f"{prompt}-{index}.mp4", pixels.float() / 127.5 - 1, fps)
+            counts[prompt] += 1
     say(f"evaluate: videos for VBench are in {folder}, for each model a directory to name as --videos_path")
