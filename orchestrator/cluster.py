@@ -6,10 +6,10 @@ sets `RAY_ADDRESS`).
 
 **Tokens.** A cluster with token authentication refuses every call that lacks its token. Ray looks for the
 token in `RAY_AUTH_TOKEN`, then in the file that `RAY_AUTH_TOKEN_PATH` names, then in `~/.ray/auth_token`, and
-sends it only if `RAY_AUTH_MODE` is `token`. Given an explicit address, Ray leaves an unset `RAY_AUTH_MODE`
-unset, and so sends nothing; `use_token` sets it wherever a token can be found. A Ray started here always has
-tokens on, and writes a new one to `~/.ray/auth_token` if there is none (into its own environment where that
-cannot be written). Workers and jobs inherit the token from the node that they run on.
+sends it only if `RAY_AUTH_MODE` is `token`, which `use_token` sets wherever a token can be found: given an
+explicit address, Ray leaves the variable unset. A Ray started here always has tokens on, and writes a new one
+to `~/.ray/auth_token` if there is none (into its own environment where that cannot be written). Workers and
+jobs inherit the token from their node.
 """
 
 import logging
@@ -17,10 +17,11 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import ray
@@ -39,22 +40,21 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 PACKAGES = ("orchestrator", "workers", "model", "pipelines", "infra")
 CODE_ROOT = Path(__file__).resolve().parents[1]
-# On top of .gitignore and .rayignore, which Ray reads, and of .git, .venv, venv and __pycache__, which it
-# leaves out.
+# Beside what .gitignore and .rayignore name, and .git, .venv, venv and __pycache__, which Ray leaves out.
 EXCLUDES = ["outputs", "mlruns", "mlartifacts", "*.egg-info", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
-TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to what `ray get-auth-token` prints on the head node"
+TOKEN_ADVICE = (
+    "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to what `ray get-auth-token` prints on the head "
+    "node"
+)
+_QUIET: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
 
 
 @dataclass(frozen=True)
 class Cluster:
     """The Ray cluster that this process is a driver of."""
 
-    address: str
-    """`host:port` of its control service (GCS): what `--address` takes."""
-    dashboard_url: str | None
-    """Where its dashboard and job server listen; `None` where it runs without."""
-    started_here: bool
-    """True if `connect` started it, so that it ends with this process and never grows."""
+    address: str  # `host:port` of its control service (GCS): what `--address` takes
+    started_here: bool  # by `connect`, so that it ends with this process and never grows
 
 
 @contextmanager
@@ -63,7 +63,6 @@ def connect(
     *,
     num_cpus: int | None = None,
     object_store_bytes: int | None = None,
-    worker_logs: bool = False,
     timeout_s: float = 10.0,
 ) -> Iterator[Cluster]:
     """Make this process a Ray driver for the length of the `with` block.
@@ -72,7 +71,6 @@ def connect(
     `RAY_ADDRESS` if that is set, as it is inside a Ray job, and otherwise `local`. If this process is a
     driver already, that connection is used and left open. `num_cpus` (logical; default: the machine's) and
     `object_store_bytes` (default: Ray's, 30 % of memory, within /dev/shm) matter to a Ray started here only.
-    `worker_logs` prints what workers print.
 
     On a running cluster, workers import the code that this process imports: the checkout becomes their
     working directory, or an installed wheel's packages are shipped. So a relative path means something else
@@ -81,25 +79,23 @@ def connect(
     Raises `ValueError` if the cluster cannot be reached within `timeout_s` seconds or refuses the token.
     """
     if ray.is_initialized():
-        yield _describe(started_here=False)
+        yield Cluster(ray.get_runtime_context().gcs_address, started_here=False)
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options = {"logging_level": "error", "log_to_driver": worker_logs}
     if address == "local":
-        _start(options, num_cpus, object_store_bytes)
+        _start(num_cpus, object_store_bytes)
     else:
-        _join(options, address, timeout_s)
+        _join(address, timeout_s)
     try:
-        yield _describe(started_here=address == "local")
+        yield Cluster(ray.get_runtime_context().gcs_address, started_here=address == "local")
     finally:
         ray.shutdown()
 
 
-def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) -> None:
+def _start(num_cpus: int | None, object_store_bytes: int | None) -> None:
     _set_token_mode(os.environ.get("RAY_AUTH_MODE", "token"))
     _ensure_token()
-    # Inherited by the node and its workers. A runtime environment would do as well, but every worker would
-    # then start from cold.
+    # Inherited by the node and its workers; with a runtime environment every worker would start from cold.
     paths = [str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
     try:
@@ -108,18 +104,16 @@ def _start(options: dict, num_cpus: int | None, object_store_bytes: int | None) 
             num_cpus=num_cpus,
             object_store_memory=object_store_bytes,
             include_dashboard=False,
-            **options,
+            **_QUIET,
         )
     except OSError as error:
         raise RuntimeError(f"Ray did not start on this machine: {error}.") from error
     except Exception as error:  # Ray raises a bare Exception where its node does not answer in time
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(
-            f"Ray did not start on this machine ({reason}); try again when it is less busy."
-        ) from error
+        what = f"Ray did not start on this machine ({str(error).strip().splitlines()[0]})"
+        raise RuntimeError(f"{what}; try again when it is less busy.") from error
 
 
-def _join(options: dict, address: str, timeout_s: float) -> None:
+def _join(address: str, timeout_s: float) -> None:
     if "://" in address:
         raise ValueError(
             f"address {address} is not one that a pipeline can run from: give host:port of the cluster's "
@@ -127,10 +121,12 @@ def _join(options: dict, address: str, timeout_s: float) -> None:
         )
     use_token()
     address = probe(address, timeout_s)
+    environment = None
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        options["runtime_env"] = code_environment(CODE_ROOT if _is_checkout() else None)
+        checkout = (CODE_ROOT / "pyproject.toml").exists()
+        environment = code_environment(CODE_ROOT if checkout else None)
     try:
-        ray.init(address=address, **options)
+        ray.init(address=address, runtime_env=environment, **_QUIET)
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise ValueError(
@@ -140,38 +136,26 @@ def _join(options: dict, address: str, timeout_s: float) -> None:
         ) from error
 
 
-def _describe(*, started_here: bool) -> Cluster:
-    context = ray.get_runtime_context()
-    node = ray._private.worker.global_worker.node
-    assert node is not None
-    dashboard = node.address_info["webui_url"]
-    return Cluster(context.gcs_address, f"http://{dashboard}" if dashboard else None, started_here)
-
-
 def use_token() -> None:
-    """Have this process send Ray's token if it can find one, unless `RAY_AUTH_MODE` says otherwise (see
-    above).
+    """Have this process send Ray's token if it can find one, unless `RAY_AUTH_MODE` says otherwise.
 
-    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or if a token is asked for and there
-    is none.
+    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or a token is asked for and there is
+    none.
     """
     mode = os.environ.get("RAY_AUTH_MODE")
     tokens = AuthenticationTokenLoader.instance()
     try:
         found = tokens.has_token(ignore_auth_mode=True)
     except AuthenticationError as error:
-        raise ValueError(
-            f"RAY_AUTH_TOKEN_PATH is {os.environ.get('RAY_AUTH_TOKEN_PATH')}, which cannot be read or is "
-            f"empty: {TOKEN_ADVICE}."
-        ) from error
+        where = f"RAY_AUTH_TOKEN_PATH is {os.environ.get('RAY_AUTH_TOKEN_PATH')}"
+        raise ValueError(f"{where}, which cannot be read or is empty: {TOKEN_ADVICE}.") from error
     if mode == "token" and not found:
         raise ValueError(f"RAY_AUTH_MODE is token, but there is no token: {TOKEN_ADVICE}.")
     _set_token_mode(mode or ("token" if found else "disabled"))
 
 
 def _ensure_token() -> None:
-    """Make the token of a Ray started here; where the home directory cannot be written, for this process and
-    its own."""
+    """Make the token of a Ray started here; for its processes alone where the home cannot be written."""
     logging.getLogger(generate_and_save_token.__module__).setLevel(logging.WARNING)
     tokens = AuthenticationTokenLoader.instance()
     if os.environ["RAY_AUTH_MODE"] != "token" or tokens.has_token(ignore_auth_mode=True):
@@ -191,9 +175,14 @@ def _set_token_mode(mode: str) -> None:
         Config.initialize("")
 
 
+def refused_token(who: str) -> ValueError:
+    """What to say where a server accepts no token of ours, or asks for one that we have not."""
+    said = "refuses this token" if os.environ.get("RAY_AUTH_MODE") == "token" else "asks for a token"
+    return ValueError(f"{who} {said}: {TOKEN_ADVICE}.")
+
+
 def probe(address: str, timeout_s: float) -> str:
-    """Ask the control service at `address` (`host:port` or `auto`) whether it lives, and return its
-    `host:port`.
+    """Ask the control service at `address` (`host:port` or `auto`) whether it lives; its `host:port`.
 
     `ray.init` would retry an unreachable address for minutes and a wrong token for 20 s, both noisily. Raises
     `ValueError` for no answer within `timeout_s` seconds, another answer than Ray's, or a refused token.
@@ -213,15 +202,9 @@ def probe(address: str, timeout_s: float) -> str:
             alive(b"", timeout=timeout_s)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                sent = (
-                    "refuses this token" if os.environ.get("RAY_AUTH_MODE") == "token" else "asks for a token"
-                )
-                raise ValueError(f"the Ray cluster at {found} {sent}: {TOKEN_ADVICE}.") from error
-            met = (
-                "no answer"
-                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                else "nothing there speaks Ray"
-            )
+                raise refused_token(f"the Ray cluster at {found}") from error
+            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            met = "no answer" if late else "nothing there speaks Ray"
             raise ValueError(
                 f"cannot reach a Ray cluster at {found} within {timeout_s:g} s ({met}): check that it runs "
                 "and that the address names its control service (GCS, port 6379 by default), not its "
@@ -245,14 +228,10 @@ def code_environment(working_dir: Path | None) -> dict:
     return environment
 
 
-def _is_checkout() -> bool:
-    return (CODE_ROOT / "pyproject.toml").exists()
-
-
 def reserve(
     bundles: Sequence[Mapping[str, float]], *, purpose: str, strategy: str = "PACK", timeout_s: float = 60.0
 ) -> PlacementGroup:
-    """Reserve `bundles` (each a mapping like `{"CPU": 1, "GPU": 1}`, all of it on one node) as a placement
+    """Reserve `bundles`, each a mapping like `{"CPU": 1, "GPU": 1}` and all on one node, as a placement
     group.
 
     `strategy` is Ray's: `PACK`, `SPREAD`, `STRICT_PACK` (one node for all) or `STRICT_SPREAD` (a node for
@@ -290,31 +269,29 @@ def _missing(bundles: Sequence[Mapping[str, float]], strategy: str) -> str:
     def fits(request: Mapping[str, float]) -> bool:
         return any(all(node.get(name, 0) >= amount for name, amount in request.items()) for node in nodes)
 
-    def amounts(names: Sequence[str]) -> str:
-        return ", ".join(
-            f"{name}: {asked[name]:g} asked for, {total.get(name, 0):g} in the cluster, "
-            f"{_floor(free.get(name, 0))} free"
-            for name in names
-        )
+    def amounts(names: Iterable[str]) -> str:
+        shown = []
+        for name in names:
+            has, left = (
+                total.get(name, 0),
+                math.floor(free.get(name, 0) * 100) / 100,
+            )  # never more than there is
+            shown.append(f"{name}: {asked[name]:g} asked for, {has:g} in the cluster, {left:g} free")
+        return ", ".join(shown)
 
     lacking = [name for name in asked if asked[name] > total.get(name, 0)]
     if lacking:
         return f"{amounts(lacking)}; ask for fewer ranks or less for each, or add nodes."
     if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
-        return (
-            f"{len(bundles)} nodes asked for, {len(nodes)} in the cluster; ask for fewer ranks or add nodes."
-        )
+        wanted = f"{len(bundles)} nodes asked for, {len(nodes)} in the cluster"
+        return f"{wanted}; ask for fewer ranks or add nodes."
     for request in [asked] if strategy == "STRICT_PACK" else bundles:
         if not fits(request):
             largest = ", ".join(f"{name} {max(node.get(name, 0) for node in nodes):g}" for name in request)
             wanted = ", ".join(f"{name} {amount:g}" for name, amount in request.items())
-            return f"{wanted} asked for on one node, the most that any node has is {largest}; ask for less on one node."
+            most = f"the most that any node has is {largest}"
+            return f"{wanted} asked for on one node, {most}; ask for less on one node."
     short = [name for name in asked if asked[name] > free.get(name, 0)]
     if short:
         return f"{amounts(short)}; wait for other runs to end, or ask for less."
-    return f"{amounts(list(asked))}, but not together on nodes as {strategy} wants them; wait, or use PACK."
-
-
-def _floor(amount: float) -> str:
-    """An amount of a resource to two digits, never more than there is."""
-    return f"{math.floor(amount * 100) / 100:g}"
+    return f"{amounts(asked)}, but not together on nodes as {strategy} wants them; wait, or use PACK."

@@ -22,28 +22,18 @@ def place(
     its own, spread over nodes. `grows` is whether more nodes may come; if not, there is nothing to wait for.
     ValueError says which resource is missing.
     """
-    if config.mode == "colocated":
-        bundles, places = _colocated(roles)
-        strategy = "PACK"
-    else:
-        bundles, places = _disaggregated(roles)
-        strategy = "SPREAD"
-    purpose = ", ".join(
-        f"{role.ranks} {name} rank{'s' if role.ranks > 1 else ''}" for name, role in roles.items()
-    )
+    together = config.mode == "colocated"
+    bundles, places = (_colocated if together else _disaggregated)(roles)
+    said = [f"{role.ranks} {name} rank{'s' if role.ranks > 1 else ''}" for name, role in roles.items()]
     timeout_s = config.timeout_s if grows else min(config.timeout_s, 5.0)
-    group = reserve(bundles, purpose=purpose, strategy=strategy, timeout_s=timeout_s)
-    options: dict[str, list[Options]] = {
-        name: [
-            {
-                "num_cpus": roles[name].cpus,
-                "num_gpus": gpus,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
-            }
-            for bundle, gpus in ranks
-        ]
-        for name, ranks in places.items()
-    }
+    strategy = "PACK" if together else "SPREAD"
+    group = reserve(bundles, purpose=", ".join(said), strategy=strategy, timeout_s=timeout_s)
+    options: dict[str, list[Options]] = {name: [] for name in places}
+    for name, ranks in places.items():
+        for bundle, gpus in ranks:
+            where = PlacementGroupSchedulingStrategy(group, bundle)
+            resources = {"num_cpus": roles[name].cpus, "num_gpus": gpus}
+            options[name].append({**resources, "scheduling_strategy": where})
     return group, options
 
 

@@ -1,7 +1,6 @@
 """N ranks of a role as one handle: say the same to all of them, or share samples out over them.
 
-Tensors go from worker to worker through the object store; this module holds references and reads `Stats`
-only.
+Tensors go from worker to worker through the object store; here are only references, and `Stats` to read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ class WorkerGroup:
     def scatter(
         self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()
     ) -> tuple["Request", Batch]:
-        """Ask for a verb, with the samples shared out evenly: each rank gets the plan and its part of every
+        """Ask for a verb, with the samples shared out evenly: each rank gets the plan and its part of each
         column.
 
         Returns what to wait for, and the columns `makes` of what the verb makes, in the order of the samples;
@@ -85,8 +84,7 @@ class Request:
 
     group: WorkerGroup
     verb: str
-    stats: list[ObjectRef]
-    """What each rank will have measured."""
+    stats: list[ObjectRef]  # what each rank will have measured
 
     def wait(self) -> Stats:
         """Wait until every rank is done: the mean of their numbers."""

@@ -1,8 +1,8 @@
 """`self-forcing submit`: run a command as a Ray job, follow it from here, and stop it.
 
-The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. What
-it knows of the cluster is the job server's address. What it deliberately does not know is what the command
-does with its settings.
+The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. This
+module knows the job server's address of the cluster, and deliberately not what the command does with its
+settings.
 
 Ray runs a job once. So it is this process that hands a failed job in again, with `--resume`.
 """
@@ -38,58 +38,39 @@ QUIET = (
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
 )
-BAD_INPUT = 2
-DETACHED = 130
-STOPPED = 143
+BAD_INPUT, DETACHED, STOPPED = 2, 130, 143  # exit codes
 LOST_CONTACT_S = 60.0
 """How long the job server may be silent before following gives up."""
 
 
-def submit(
-    command: str,
-    recipe: str,
-    overrides: Sequence[str],
-    *,
-    address: str | None = None,
-    working_dir: Path | None = None,
-    wait: bool = True,
-    retries: int = 0,
-) -> int:
-    """Run `self-forcing COMMAND RECIPE OVERRIDES` as a job and return its exit code (0 at once unless
-    `wait`).
-
-    `recipe` is a file below `working_dir` (default: here), or the name of one that ships with the package.
-    See `run_job`. Raises `ValueError`, before anything is sent, for a command or a recipe that there is not.
-    """
-    jobs = [name for name, each in COMMANDS.items() if RESUME in each.options]
-    if command not in jobs:
-        raise ValueError(f"{command!r} is no command for a job; use one of {', '.join(jobs)}.")
-    working_dir = (working_dir or Path.cwd()).resolve()
-    folder = EXPERIMENTS if command == "experiment" else RECIPES
-    path = shipped(recipe, folder).resolve()
-    if path != (folder / f"{recipe}.yaml").resolve():
-        if not path.is_relative_to(working_dir):
-            raise ValueError(
-                f"recipe {recipe} lies outside {working_dir}, which is all that a job gets: copy it there."
-            )
-        recipe = str(path.relative_to(working_dir))
-    words = ["python", "-m", "pipelines.cli", command, recipe, *overrides]
-    return run_job(words, address=address, working_dir=working_dir, wait=wait, retries=retries)
-
-
 def command(_: None, options: Any) -> int:
-    """Start a job, or follow or stop one; overrides go to the job's command unchanged."""
+    """Start a job, or follow or stop one; overrides go to the job's command unchanged.
+
+    The recipe is a file below the working directory, or the name of one that ships with the package.
+    ValueError, before anything is sent, for a command or a recipe that there is not.
+    """
     if options.stop:
         return stop(options.stop, address=options.address)
     if options.follow:
-        return follow(options.follow, address=options.address)
-    if options.recipe is None:
+        return follow(job_client(options.address), options.follow)
+    recipe, working_dir = options.recipe, Path.cwd().resolve()
+    if recipe is None:
         raise ValueError("submit needs a recipe to run, or --follow or --stop with the id of a job.")
-    return submit(
-        options.command,
-        options.recipe,
-        options.overrides,
+    jobs = [name for name, each in COMMANDS.items() if RESUME in each.options]
+    if options.command not in jobs:
+        raise ValueError(f"{options.command!r} is no command for a job; use one of {', '.join(jobs)}.")
+    folder = EXPERIMENTS if options.command == "experiment" else RECIPES
+    path = shipped(recipe, folder).resolve()
+    if path != (folder / f"{recipe}.yaml").resolve():
+        if not path.is_relative_to(working_dir):
+            where = f"recipe {recipe} lies outside {working_dir}"
+            raise ValueError(f"{where}, which is all that a job gets: copy it there.")
+        recipe = str(path.relative_to(working_dir))
+    words = ["python", "-m", "pipelines.cli", options.command, recipe, *options.overrides]
+    return run_job(
+        words,
         address=options.address,
+        working_dir=working_dir,
         wait=not options.no_wait,
         retries=options.retries,
     )
@@ -98,14 +79,14 @@ def command(_: None, options: Any) -> int:
 def run_job(
     words: Sequence[str], *, address: str | None, working_dir: Path, wait: bool = True, retries: int = 0
 ) -> int:
-    """Run the command line `words` as a job in a copy of `working_dir`, print its output and return its exit
+    """Run the command line `words` as a job in a copy of `working_dir`, print its output, return its exit
     code.
 
     A job that fails is handed in again, up to `retries` times, with `--resume` at the end; one that was
     stopped, or that refused its input (exit code 2), is not. The code is the command's own, 143 for a job
     that was stopped, 130 if following ended with Ctrl-C (the job runs on), 1 if the job never got to start or
-    the cluster was lost. Raises `ValueError` for a cluster that cannot be reached, refuses the token or
-    refuses the job.
+    the cluster was lost, 0 at once unless `wait`. ValueError for a cluster that cannot be reached, refuses
+    the token or refuses the job.
     """
     if retries and not wait:
         raise ValueError(
@@ -119,7 +100,7 @@ def run_job(
         if not wait:
             say(_how_to(client, job_id))
             return 0
-        code = follow(job_id, client=client)
+        code = follow(client, job_id)
         if code in (0, BAD_INPUT, STOPPED, DETACHED) or client.get_job_status(job_id) != JobStatus.FAILED:
             return code
         if attempt < retries:
@@ -127,12 +108,11 @@ def run_job(
     return code
 
 
-def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClient | None = None) -> int:
+def follow(client: JobSubmissionClient, job_id: str) -> int:
     """Print a job's output from its beginning until it ends, and return its exit code (see `run_job`).
 
     Ctrl-C ends the following, not the job, and prints how to come back to it and how to stop it.
     """
-    client = client or job_client(address)
     _details(client, job_id)
     try:
         details = asyncio.run(_follow(client, job_id))
@@ -140,11 +120,7 @@ def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClie
         say(f"\n{job_id} runs on without being followed. {_how_to(client, job_id)}")
         return DETACHED
     except ConnectionError:
-        print(
-            f"Lost contact with {client.get_address()}. {_how_to(client, job_id)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _complain(f"Lost contact with {client.get_address()}. {_how_to(client, job_id)}")
         return 1
     if details.status == JobStatus.SUCCEEDED:
         return 0
@@ -152,7 +128,7 @@ def follow(job_id: str, *, address: str | None = None, client: JobSubmissionClie
         say(f"{job_id} was stopped.")
         return STOPPED
     if details.driver_exit_code is None:
-        print(f"{job_id} did not run: {details.message}", file=sys.stderr, flush=True)
+        _complain(f"{job_id} did not run: {details.message}")
         return 1
     # A command that died of signal n has the code -n, which a shell calls 128 + n.
     return details.driver_exit_code if details.driver_exit_code > 0 else 128 - details.driver_exit_code
@@ -171,7 +147,7 @@ def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) ->
     deadline = time.monotonic() + timeout_s
     while not (status := client.get_job_status(job_id)).is_terminal():
         if time.monotonic() > deadline:
-            print(f"{job_id} has not stopped within {timeout_s:g} s.", file=sys.stderr, flush=True)
+            _complain(f"{job_id} has not stopped within {timeout_s:g} s.")
             return 1
         time.sleep(0.2)
     say(f"{job_id} was stopped." if status == JobStatus.STOPPED else f"{job_id} had ended: {status}.")
@@ -200,8 +176,7 @@ def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmission
         with _ray_address(address):
             return JobSubmissionClient(address)
     except AuthenticationError as error:
-        refused = "refuses this token" if os.environ.get("RAY_AUTH_MODE") == "token" else "asks for a token"
-        raise ValueError(f"the job server at {address} {refused}: {cluster.TOKEN_ADVICE}.") from error
+        raise cluster.refused_token(f"the job server at {address}") from error
     except (OSError, RuntimeError, requests.RequestException) as error:
         raise ValueError(
             f"no Ray job server answers at {address}: give http://host:port of the cluster's dashboard "
@@ -212,15 +187,18 @@ def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmission
 @contextmanager
 def _ray_address(address: str) -> Iterator[None]:
     """Ray's client lets these variables overrule the address that it is given; here they say the same."""
-    before = os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    name = "RAY_API_SERVER_ADDRESS"
+    before = {name: os.environ[name]} if name in os.environ else {}
+    os.environ[name] = address
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-        else:
-            os.environ["RAY_API_SERVER_ADDRESS"] = before
+        os.environ.pop(name, None)
+        os.environ |= before
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> str:
