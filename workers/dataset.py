@@ -146,8 +146,7 @@ class ParquetDataset:
         """Damaged shards that were left out."""
         footers = [_read_footer(file) for file in self._shards]
         self._metadata = [metadata for metadata, _ in footers]
-        first, self.schema = self._shards[0], footers[0][1]
-        """As it is stored: every column, and what `dataset_schema` recorded."""
+        first, self.schema = self._shards[0], footers[0][1]  # with every column, and what a writer recorded
         self._tensors, self._stored = _stored_columns(first, self.schema, self.columns)
         for shard, (file, (metadata, own)) in enumerate(zip(self._shards, footers, strict=True)):
             _stored_columns(file, own, self.columns)
