@@ -80,8 +80,7 @@ class MlflowRun:
         return cls(client, run.info.run_id, run.info.experiment_id, created)
 
     def deliver(self, records: Sequence[Record]) -> list[str]:
-        """Delivers metrics (any number), or one record of another kind; says why records were refused for
-        good.
+        """Delivers metrics (any number), or one record of another kind; says why any were refused for good.
 
         Raises whatever kept the records from arriving; repeat the call later.
         """

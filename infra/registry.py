@@ -2,12 +2,10 @@
 
 A version is a copy of a model directory among the artifacts of a run of its own. So whoever trains into that
 directory again changes no version, an earlier one can be served again, and every machine that reaches the
-tracking server can fetch it. An alias names one version; a server that follows `models:/NAME@ALIAS` looks
-where it points.
+tracking server can fetch it. An alias names one version; a server can follow `models:/NAME@ALIAS`.
 
 `promote` moves an alias and notes the version before as a tag of the new one, so that `roll_back` can return
-to it. Whether a version is good enough is not decided here. mlflow is imported when the registry is first
-asked.
+to it. Whether a version is good enough is not decided here. mlflow is imported at the first question.
 """
 
 import hashlib
@@ -153,8 +151,7 @@ class Registry:
         return made
 
     def resolve(self, uri: str) -> Version:
-        """The version that a `models:/…` URI names now, by one request, so that it can be asked every few
-        seconds.
+        """The version that a `models:/…` URI names now, by one request: it may be asked every few seconds.
 
         ValueError for another URI; NotRegistered where there is no such model, version or alias.
         """
@@ -176,8 +173,7 @@ class Registry:
         )
 
     def named(self, name: str, alias: str) -> Version | None:
-        """The version that an alias of `name` names, if there is one; NotRegistered where there is no such
-        model."""
+        """The version that an alias of `name` names, if there is one; NotRegistered without such a model."""
         version = self._model(name).aliases.get(alias)
         return None if version is None else self.resolve(f"models:/{name}/{version}")
 

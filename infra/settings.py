@@ -1,5 +1,4 @@
-"""How a part of a configuration refuses a value: it names its field, and whoever composes it adds where it
-is.
+"""How a part of a configuration refuses a value: it names its field, and its composer names the part.
 
 A part is a frozen dataclass. It knows its fields and not under which name it is used (`student.dim`,
 `teacher.dim`), so it raises `Invalid`; `part` puts the name before the field's, level by level.

@@ -7,8 +7,7 @@ run is resumed. MLflow's own identity for a point (name, step, time, value) make
 on its database-backed stores, and the spool's offset keeps repetitions to the one batch that was under way
 when a process was killed.
 
-What is MLflow's own is in `infra/mlflow_run.py`. Importing this module does not import mlflow; a tracker
-does.
+What is MLflow's own is in `infra/mlflow_run.py`. A tracker imports mlflow, this module does not.
 """
 
 import json
@@ -151,8 +150,7 @@ class Tracker:
         self._enqueue("metrics", step=int(step), values={name: float(v) for name, v in values.items()})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Records a file, or a directory's content, under `folder`. It must stay there until it has
-        arrived."""
+        """Records a file, or a directory's content, under `folder`. It must stay until it has arrived."""
         self._enqueue("artifact", path=str(path.absolute()), folder=folder)
 
     def finish(self, status: Status = "FINISHED", *, timeout_s: float = 20.0) -> str | None:
@@ -177,8 +175,7 @@ class Tracker:
         return missing
 
     def url(self) -> str | None:
-        """Address of the run's page (the server's first one until the run exists); `None` without a
-        server."""
+        """Address of the run's page (until it exists the server's first one); `None` without a server."""
         if not self._uri.startswith("http"):
             return None
         return self._redactor.text(self._uri).rstrip("/") + self._page()

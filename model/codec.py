@@ -25,8 +25,7 @@ class Codec(Protocol):
 class SpaceToDepth:
     """Each block of `factor` × `factor` pixels becomes channels; nothing is lost and nothing is learned.
 
-    Pixels are normalised by `mean` and `std`, as a VAE's latents are, so that a noise level means the same
-    for all data.
+    Pixels are normalised by `mean` and `std`, as a VAE's latents are: a noise level means the same for all.
     """
 
     def __init__(self, factor: int = 2, mean: float = 0.0, std: float = 1.0):

@@ -15,8 +15,7 @@ _RESAMPLES = 1000
 
 
 class Estimate(NamedTuple):
-    """A statistic and its 95 % interval; three tensors of one shape, `[F]` where the statistic is by
-    frame."""
+    """A statistic and its 95 % interval; three tensors of one shape, `[F]` if it is by frame."""
 
     value: Tensor
     low: Tensor

@@ -1,5 +1,4 @@
-"""Prompts → embeddings. The embedded default reads bytes; a large pretrained encoder implements the same
-interface.
+"""Prompts → embeddings. The embedded default reads bytes; a pretrained encoder has the same interface.
 
 An encoder maps prompts to `[B, text_len, text_dim]`, zero where there is no text, so the empty prompt (what
 classifier-free guidance calls unconditional) is all zeros.

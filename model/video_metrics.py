@@ -1,9 +1,7 @@
-"""What any video can be measured by, frame by frame: appearance, change over time, and the range of its
-latents.
+"""What any video can be measured by, frame by frame: appearance, change over time, range of latents.
 
 Pure functions. Videos are `[N, F, channels, H, W]` in [−1, 1], of 1 or 3 channels; every result is `[N, F]`,
-in units of brightness, where black is 0 and white is 1, and NaN where a frame lacks the neighbours that it
-needs.
+in units of brightness, where black is 0 and white is 1, and NaN where a frame lacks neighbours.
 """
 
 import math
@@ -40,8 +38,7 @@ def saturation(frames: Tensor) -> Tensor:
 
 
 def sharpness(frames: Tensor) -> Tensor:
-    """Standard deviation of the Laplacian of luma (Pech-Pacheco et al., 2000), over a frame's inner
-    pixels."""
+    """Standard deviation of the Laplacian of luma (Pech-Pacheco et al., 2000), inside a frame."""
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
     grey = luma(frames)
     if min(grey.shape[-2:]) < 3:

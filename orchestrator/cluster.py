@@ -1,8 +1,7 @@
 """Ray itself: reach a cluster or start one here, ship our code to it, and reserve a share of its machines.
 
 The same pipeline runs in three places, and `connect` finds out which: on this machine (no address: a Ray of
-our own, stopped at the end), on a running cluster (`--address` or `RAY_ADDRESS`), and inside a Ray job (Ray
-sets `RAY_ADDRESS`).
+our own, stopped at the end), on a running cluster (`--address` or `RAY_ADDRESS`), and inside a Ray job.
 
 **Tokens.** A cluster with token authentication refuses every call that lacks its token. Ray looks for the
 token in `RAY_AUTH_TOKEN`, then in the file that `RAY_AUTH_TOKEN_PATH` names, then in `~/.ray/auth_token`, and
@@ -139,8 +138,7 @@ def _join(address: str, timeout_s: float) -> None:
 def use_token() -> None:
     """Have this process send Ray's token if it can find one, unless `RAY_AUTH_MODE` says otherwise.
 
-    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or a token is asked for and there is
-    none.
+    Raises `ValueError` if `RAY_AUTH_TOKEN_PATH` names no readable file, or a token is missing.
     """
     mode = os.environ.get("RAY_AUTH_MODE")
     tokens = AuthenticationTokenLoader.instance()
@@ -217,8 +215,7 @@ def code_environment(working_dir: Path | None) -> dict:
     """The Ray runtime environment in which a cluster's workers can import our packages.
 
     They run in a copy of `working_dir` (`None`: where the node runs them); if our packages are not in it,
-    those that this process imports are shipped beside it. What .gitignore, .rayignore and `EXCLUDES` name
-    stays behind.
+    those of this process are shipped beside it. What .gitignore, .rayignore and `EXCLUDES` name stays here.
     """
     environment: dict = {"excludes": EXCLUDES}
     if working_dir is not None:
@@ -231,13 +228,11 @@ def code_environment(working_dir: Path | None) -> dict:
 def reserve(
     bundles: Sequence[Mapping[str, float]], *, purpose: str, strategy: str = "PACK", timeout_s: float = 60.0
 ) -> PlacementGroup:
-    """Reserve `bundles`, each a mapping like `{"CPU": 1, "GPU": 1}` and all on one node, as a placement
-    group.
+    """Reserve `bundles`, each like `{"CPU": 1, "GPU": 1}` and all on one node, as a placement group.
 
     `strategy` is Ray's: `PACK`, `SPREAD`, `STRICT_PACK` (one node for all) or `STRICT_SPREAD` (a node for
     each). Waits up to `timeout_s` seconds, so that a cluster may grow or another run may end. Raises
-    `ValueError` with `purpose`, what was asked for, what the cluster has and what is free, having withdrawn
-    the request.
+    `ValueError` with `purpose`, what was asked for, what there is and what is free, and withdraws it.
     """
     group = placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
     try:

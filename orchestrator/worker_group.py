@@ -39,8 +39,7 @@ class WorkerGroup:
     def scatter(
         self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()
     ) -> tuple["Request", Batch]:
-        """Ask for a verb, with the samples shared out evenly: each rank gets the plan and its part of each
-        column.
+        """Ask for a verb, samples shared out evenly: each rank gets the plan and a part of each column.
 
         Returns what to wait for, and the columns `makes` of what the verb makes, in the order of the samples;
         what nobody names is neither sent nor kept. `Worker.answer` is the other half.

@@ -1,5 +1,4 @@
-"""`self-forcing evaluate`: teacher, initial and distilled student, as far as they are there, measured by a
-suite.
+"""`self-forcing evaluate`: a suite measures teacher, initial and distilled student, as far as they are there.
 
 All generate videos for the same prompts, the students from the same noise, in Ray tasks; the recipe's suite
 measures them, frame index by frame index, inside the trained length and beyond it.
@@ -41,8 +40,7 @@ class Job:
     videos: int
     frames: int
     sampler: Mapping[str, Any] | None
-    """A teacher's steps, guidance and negative_prompt; none for a student, whose checkpoint says how it
-    generates."""
+    """A teacher's steps, guidance and negative_prompt; none for a student, whose card says its own."""
     prompts: tuple[str, ...]  # one after the other, and from the start again
     latents: bool  # whether latents are kept beside pixels
 
@@ -176,8 +174,7 @@ def samples(videos: Mapping[str, Videos], prompts: list[str]) -> dict[str, Tenso
 
 
 def make_videos(config: RunConfig, jobs: Mapping[str, Job], *, resume: bool) -> dict[str, Videos]:
-    """The videos of every job, in that order: made in Ray tasks of a batch each, and stored model by
-    model."""
+    """The videos of every job, in that order: made in Ray tasks of a batch, stored by model."""
     settings, roles = config.evaluate, config.distill.roles
     made = _stored(settings.output, jobs) if resume else {}
     parts: dict[str, list[Any]] = {}

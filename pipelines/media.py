@@ -20,8 +20,7 @@ SUFFIXES = (".mp4", ".gif")
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """An image file as one frame [channels, height, width] of that shape in [−1, 1], turned as its camera
-    says.
+    """An image file as a frame [channels, height, width] in [−1, 1], turned as its camera says.
 
     It is scaled to fill the frame and cut at the longer side. ValueError where it cannot be read.
     """

@@ -116,8 +116,7 @@ def plot_samples(
 
 
 def _strip(video: Tensor, frames: int) -> np.ndarray:
-    """Frames `[F, channels, H, W]` side by side, grey between and behind them: `[H + 1, frames (W + 1)(,
-    3)]`."""
+    """Frames `[F, channels, H, W]` abreast, grey between and behind: `[H + 1, frames (W + 1)(, 3)]`."""
     padded = torch.nn.functional.pad(video, (0, 1, 0, 1), value=96)
     missing = torch.full((frames - len(padded), *padded.shape[1:]), 96, dtype=padded.dtype)
     strip = torch.cat([padded, missing]).permute(2, 0, 3, 1).flatten(1, 2)

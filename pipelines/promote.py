@@ -35,8 +35,7 @@ def gate(
 
     `new` are metrics of the version that is to be promoted and `now` of the one that the alias names; what
     was not measured of the latter is not compared. `compared` says which way each is better and by how much
-    it may be worse, for which `margin` stands instead where it is given. `names` are those of the two
-    versions.
+    it may be worse, for which `margin` stands instead where it is given. `names` are the versions'.
     """
     for name, how in compared.items():
         if name not in now:

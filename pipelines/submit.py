@@ -1,8 +1,7 @@
 """`self-forcing submit`: run a command as a Ray job, follow it from here, and stop it.
 
 The working directory is packed and sent; the cluster needs Ray and our dependencies, not this package. This
-module knows the job server's address of the cluster, and deliberately not what the command does with its
-settings.
+module knows the job server's address, and deliberately not what a command does with its settings.
 
 Ray runs a job once. So it is this process that hands a failed job in again, with `--resume`.
 """
@@ -79,8 +78,7 @@ def command(_: None, options: Any) -> int:
 def run_job(
     words: Sequence[str], *, address: str | None, working_dir: Path, wait: bool = True, retries: int = 0
 ) -> int:
-    """Run the command line `words` as a job in a copy of `working_dir`, print its output, return its exit
-    code.
+    """Run the command line `words` as a job in a copy of `working_dir`, print its output; its exit code.
 
     A job that fails is handed in again, up to `retries` times, with `--resume` at the end; one that was
     stopped, or that refused its input (exit code 2), is not. The code is the command's own, 143 for a job
@@ -135,11 +133,9 @@ def follow(client: JobSubmissionClient, job_id: str) -> int:
 
 
 def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) -> int:
-    """Stop a job and wait until it has stopped. Returns 0, also if it had ended before; 1 if it would not
-    end.
+    """Stop a job and wait until it has stopped. Returns 0, also if it had ended before, else 1.
 
-    Ray sends SIGTERM and, three seconds later, SIGKILL (`RAY_JOB_STOP_WAIT_TIME_S` on the cluster changes
-    that).
+    Ray sends SIGTERM and, three seconds later, SIGKILL (or after the cluster's `RAY_JOB_STOP_WAIT_TIME_S`).
     """
     client = job_client(address)
     _details(client, job_id)
@@ -156,8 +152,7 @@ def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) ->
 
 def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmissionClient:
     """The job server of the cluster at `address`: `http://host:port` of its dashboard, `host:port` of its
-    control service, or `auto`. `None`: `RAY_API_SERVER_ADDRESS`, then `RAY_ADDRESS`, then a cluster on this
-    machine.
+    control service, or `auto`. `None`: `RAY_API_SERVER_ADDRESS`, then `RAY_ADDRESS`, then a cluster here.
 
     Raises `ValueError` if nothing answers within `timeout_s` seconds or the token is refused.
     """
@@ -216,8 +211,7 @@ def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path) ->
 
 
 async def _follow(client: JobSubmissionClient, job_id: str) -> JobDetails:
-    """Copy the job's output to stdout until it ends. A connection that breaks is made anew, and no line comes
-    twice."""
+    """Copy the job's output to stdout until it ends; a broken connection is made anew, no line twice."""
     printed = 0
 
     async def copy() -> None:

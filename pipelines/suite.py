@@ -1,8 +1,7 @@
 """What an evaluation suite is: what it measures by frame index, and which numbers a promotion compares.
 
 Generating, storing and resuming videos, intervals, the report and its pictures are common to all suites
-(`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. `docs/adding-a-suite.md`
-shows how.
+(`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. See docs/adding-a-suite.md.
 """
 
 from abc import ABC, abstractmethod
@@ -117,8 +116,8 @@ class Suite(ABC):
     ) -> tuple[Videos, Videos] | None:
         """Two disjoint sets of real videos: one to measure as if a model had made it, one to compare with.
 
-        None where the recipe has none: then the teacher's samples are the reference. ValueError where they do
-        not fit.
+        None where the recipe has none: then the teacher's samples are the reference. ValueError if they
+        misfit.
         """
 
     @abstractmethod

@@ -33,7 +33,6 @@ def unnamed() -> dict[str, Any]:
 
 
 def compared(stored: Mapping[str, Any]) -> dict[str, Compared]:
-    """What a stored suite says that a promotion compares; KeyError or TypeError where it does not say
-    that."""
+    """What a stored suite says that a promotion compares; KeyError or TypeError if nothing."""
     stated = stored["compared"].items()
     return {name: Compared(int(each["sign"]), float(each["margin"])) for name, each in stated}

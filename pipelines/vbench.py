@@ -1,5 +1,4 @@
-"""Videos under the names that VBench's command line expects: `{prompt}-{index}.mp4`, index 0 to 4, for each
-model.
+"""Videos under the names that VBench's command line expects: `{prompt}-{index}.mp4`, index 0 to 4, by model.
 
 `vbench evaluate --videos_path DIR/MODEL --dimension …` reads the prompt from a file's name (Huang et al.,
 VBench, 2024; its prompts/README.md), so a prompt is written as it is, or refused.

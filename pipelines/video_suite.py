@@ -1,5 +1,4 @@
-"""The suite `video`: what can be measured of any data and any codec, against the first chunk and a
-reference."""
+"""The suite `video`: what can be measured of any data and any codec, against first chunk and reference."""
 
 import math
 from collections.abc import Mapping
@@ -135,8 +134,8 @@ class Video(Suite):
         for prompt in self.prompts(config):
             if len(split_words(prompt)) > words:
                 raise ValueError(
-                    f"the prompt {shorten(prompt, 60)!r} to evaluate with has more words than the {words} that "
-                    "the models read; shorten it."
+                    f"the prompt {shorten(prompt, 60)!r} to evaluate with has more words than the {words} "
+                    "that the models read; shorten it."
                 )
 
     def prompts(self, config: RunConfig) -> list[str]:

@@ -1,8 +1,7 @@
 """Checks of a whole data set before anything starts; a mistake is one sentence that names the row.
 
 Only what is light is read: footers, the `_shape` and `_dtype` columns of tensors, and text. A million rows
-take seconds. What takes the content (numbers that are not finite, bytes that are missing) is found when a row
-is decoded.
+take seconds. What takes the content (numbers that are not finite, bytes that are missing) shows in reading.
 """
 
 from collections.abc import Sequence
@@ -34,8 +33,7 @@ def check(
     longer: bool = False,
     skip_damaged: bool = False,
 ) -> list[str]:
-    """What a person should know of the data set `setting` at `path`: how many damaged shards are left out, if
-    any.
+    """What a person should know of the data set `setting` at `path`: damaged shards that are left out.
 
     Args:
         setting: the setting that names it, for messages.
@@ -82,8 +80,8 @@ def check_negative(prompt: str, file: str | None, sizes: TransformerConfig) -> N
     shape = (sizes.text_len, sizes.text_dim)
     if embedding.shape != shape or not embedding.isfinite().all():
         raise ValueError(
-            f"{where} has a tensor `embedding` of {tuple(embedding.shape)}, and finite numbers of {shape} are "
-            "expected (text_len × text_dim of the model)."
+            f"{where} has a tensor `embedding` of {tuple(embedding.shape)}, and finite numbers of {shape} "
+            "are expected (text_len × text_dim of the model)."
         )
 
 

@@ -51,8 +51,7 @@ def tensor_fields(name: str) -> list[pa.Field]:
 
 
 def encode_tensor(name: str, tensor: Tensor) -> Row:
-    """`tensor` (any shape, any device) as the three columns of one row; ValueError for a dtype that none
-    stores."""
+    """`tensor` (any shape, any device) as the three columns of one row; ValueError for another dtype."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype}; a data set stores {', '.join(_DTYPES)}")
@@ -67,14 +66,12 @@ def dataset_schema(fields: Sequence[pa.Field], *, kind: str, provenance: Mapping
 
 
 def dataset_description(schema: pa.Schema) -> dict[str, Any]:
-    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty in files of other
-    tools."""
+    """What `dataset_schema` recorded: `format_version`, `kind`, `provenance`; empty in others' files."""
     return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
 
 
 def digest(path: str | Path) -> str:
-    """A SHA-256 that tells data sets apart, cheap for terabytes: it reads a shard's footer and less than 1
-    MiB.
+    """A SHA-256 that tells data sets apart, cheap for terabytes: it reads at most 1 MiB a shard, and footers.
 
     Covered are every shard's name, size and footer (schema, provenance, rows, sizes, offsets and statistics
     of every column chunk), small shards as a whole, and of larger ones evenly spaced blocks. Where the data
@@ -123,8 +120,7 @@ class ParquetDataset:
         shuffle_bytes: int = SHUFFLE_BYTES,
         skip_damaged: bool = False,
     ) -> None:
-        """`skip_damaged` leaves out shards that cannot be read and counts them; that reads every shard
-        once."""
+        """`skip_damaged` leaves out shards that cannot be read, and counts them: it reads all once."""
         if shuffle_bytes < 1:
             raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")
         self.columns = tuple(columns)
@@ -198,8 +194,7 @@ class ParquetDataset:
                 raise ValueError(_damaged(file, error)) from error
 
     def nulls(self, shard: Path, column: str) -> list[int]:
-        """The first row of each row group of `shard` that, as its statistics say, lacks values of
-        `column`."""
+        """The first row of each row group of `shard` that lacks values of `column`, by its statistics."""
         metadata, found = self._metadata[self._shards.index(shard)], []
         first = 0
         for index in range(metadata.num_row_groups):

@@ -46,8 +46,7 @@ _HASHING_THREADS = min(8, os.cpu_count() or 1)
 
 
 def begin(path: Location) -> str:
-    """Makes an empty staging directory beside `path` and returns its location, to be shared with every
-    writer.
+    """Makes an empty staging directory beside `path`; its location is to be shared with every writer.
 
     What killed writers left beside `path` is removed. The calling process must live until `publish`.
     StorageError where `path` is not a local or shared file system path, is a file, or cannot be written.
@@ -74,8 +73,7 @@ def writing(staging: Location) -> Iterator[Path]:
 
 
 def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> None:
-    """Turns `staging` into `path` atomically, replacing what was there. Called once, after every writer is
-    done.
+    """Turns `staging` into `path` atomically, replacing what was there. Called once, after every writer.
 
     `staging` is what `begin(path)` returned; it is gone afterwards, whether this succeeds or fails.
     `metadata` is JSON-serialisable and finite, and what `read_metadata` returns. StorageError where `staging`
@@ -130,8 +128,7 @@ def is_complete(path: Location) -> bool:
 
 
 def verify(path: Location) -> None:
-    """Hashes every file of `path` against its manifest; StorageError names the first missing or damaged
-    one."""
+    """Hashes every file of `path` against its manifest; StorageError names the first that fails."""
     target = local(path)
     files = _check_complete(target)["files"]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -149,14 +146,12 @@ def read_metadata(path: Location) -> dict[str, Any]:
 
 
 def digests(path: Location) -> dict[str, str]:
-    """SHA-256 of every file of a complete directory, as published, by name; StorageError as
-    `read_metadata`."""
+    """SHA-256 of every file of a complete directory, by name; StorageError as `read_metadata`."""
     return {name: file["sha256"] for name, file in _read_manifest(local(path))["files"].items()}
 
 
 def manifest_digest(path: Location) -> str:
-    """SHA-256 of the names and digests of the files of `path` and its metadata; StorageError as
-    `read_metadata`."""
+    """SHA-256 of all names and digests of files and the metadata; StorageError as `read_metadata`."""
     return _hash_json(_read_manifest(local(path)))
 
 
@@ -167,8 +162,7 @@ def newest_complete(parent: Location) -> str | None:
 
 
 def prune(parent: Location, *, keep: int) -> list[str]:
-    """Removes all but the `keep` newest complete children of `parent`; returns what was removed, oldest
-    first.
+    """Removes all but the `keep` newest complete children of `parent`; returns those, oldest first.
 
     Children that are not complete are left for a person to look at. ValueError for a `keep` below 1.
     """
@@ -206,8 +200,7 @@ def _write_manifest(source: Path, target: Path, metadata: Mapping[str, Any]) -> 
 
 
 def _exchange(source: Path, target: Path) -> Path | None:
-    """Rename `source` to `target`, and what was there aside: a rename cannot replace a directory with
-    files."""
+    """Rename `source` to `target`, and what was there aside: no rename replaces a directory with files."""
     _refuse_file(target)
     replaced = new_aside(target)
     try:

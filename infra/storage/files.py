@@ -1,5 +1,4 @@
-"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go, read by
-many."""
+"""Files by name, in a directory or under an s3:// prefix: small enough to be written in one go."""
 
 import os
 import re
@@ -22,8 +21,7 @@ class Files:
     """
 
     def __init__(self, location: str):
-        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read or
-        made."""
+        """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read yet."""
         if not _SCHEME.match(location):
             self.location = os.path.abspath(location)
             self._system: FileSystem = LocalFileSystem()

@@ -1,5 +1,4 @@
-"""What a local or shared file system is asked for: names that appear whole, and leftovers of killed writers
-removed.
+"""What a local or shared file system is asked for: names that appear whole, and leftovers that go.
 
 Everything is written aside, under a hidden name that says which process writes it, and renamed. A hidden name
 whose process is gone is a leftover; it is removed by whoever next writes in the same place.
@@ -24,8 +23,7 @@ Location = str | os.PathLike[str]
 T = TypeVar("T")
 
 FOREIGN_LEFTOVER_S = 24 * 3600.0
-"""Another machine's processes cannot be asked for: what they write counts as left when it is as old as
-this."""
+"""Another machine's processes cannot be asked for: what they write counts as left at this age."""
 
 _log = logging.getLogger(__name__)
 _ASIDE = re.compile(
@@ -61,8 +59,7 @@ def write_file(path: Location) -> Iterator[Path]:
     """A path to write one file at, which becomes `path` when the block is left, and is removed if it fails.
 
     It has the suffix of `path` and lies in the same directory, which is made where there is none.
-    StorageError where the file cannot be written: a disk that is full or read-only, a directory in the way,
-    and the like.
+    StorageError where the file cannot be written: a full or read-only disk, or a directory in the way.
     """
     target = local(path)
     with explained(target), whole_file(target) as aside:
@@ -82,11 +79,9 @@ def write_bytes(path: Location, content: bytes) -> None:
 
 @contextmanager
 def write_directory(path: Location) -> Iterator[Path]:
-    """An empty directory that becomes `path`, which must not exist, when the block is left; removed if it
-    fails.
+    """An empty directory that becomes `path`, which must not exist, when the block is left; gone if it fails.
 
-    For data sets, which other tools read too; what is ours alone has a manifest (`begin`). StorageError as
-    `write_file`.
+    For data sets, which others read; what is ours alone has a manifest (`begin`). StorageError as above.
     """
     target = local(path)
     with explained(target):
@@ -217,8 +212,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> int:
-    """When a process started, in ticks, as numbers are used again; −1 if there is none, 0 if nobody can
-    say."""
+    """When a process started, in ticks, as numbers are used again; −1: there is none, 0: unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except FileNotFoundError:

@@ -59,7 +59,6 @@ class ObjectiveConfig:
         return sum(losses[1:], start=losses[0])
 
     def statistics(self, leaves: Leaves) -> dict[str, float]:
-        """What the losses report of their leaves beside their value; losses that share a name share its
-        meaning."""
+        """What the losses report of their leaves beside their value; those that share a name share it."""
         named = [each for loss in self.weights for each in LOSSES[loss].statistics.items()]
         return {name: measure(leaves).item() for name, measure in named}

@@ -15,8 +15,7 @@ def flow_matching_loss(velocity: Tensor, noise: Tensor, x0: Tensor, weight: Tens
 
 
 def timestep_weight(timestep: Tensor, schedule: FlowSchedule) -> Tensor:
-    """A weight of the shape of `timestep`: a bell around timestep 500, zero at its lowest, 1 on average over
-    the schedule's table.
+    """A weight of the shape of `timestep`: a bell around timestep 500, 0 at its lowest, 1 on average.
 
     `1000 z / Σ z` at the nearest entry, with `z = y − min y` and `y = exp(−2 ((timestep − 500) / 1000)²)`
     over the table.

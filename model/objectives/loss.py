@@ -23,7 +23,6 @@ class Loss:
     """The mean over samples, of leaves and the run's `ObjectiveConfig`."""
     reads: tuple[str, ...]
     flows: tuple[str, ...] = ()
-    """Those of `reads` with respect to which it has a gradient; data is no function of the student's
-    video."""
+    """Those of `reads` with respect to which it has a gradient; data is no function of the video."""
     statistics: Mapping[str, Callable[[Leaves], Tensor]] = field(default_factory=dict)
     """Scalars by name, for the run's metrics."""

@@ -51,8 +51,7 @@ class DigitReader(nn.Module):
 
 
 def train(seed: int) -> DigitReader:
-    """A reader trained from scratch: about 20 seconds on one idle core; the same `seed` gives the same
-    reader."""
+    """A reader trained from scratch: about 20 seconds on one idle core; a function of `seed`."""
     numpy_generator = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -105,8 +104,7 @@ def load_or_train(directory: str | Path, seed: int) -> DigitReader:
 
 @torch.inference_mode()
 def read_videos(reader: DigitReader, videos: Tensor) -> tuple[Tensor, Tensor]:
-    """Videos `[N, F, 1, 16, 16]` in [-1, 1] to logits `[N, F, 10]` and features `[N, F, 64]`, frame by
-    frame."""
+    """Videos `[N, F, 1, 16, 16]` in [-1, 1] to logits `[N, F, 10]` and features `[N, F, 64]`."""
     outputs = [reader(frames) for frames in videos.flatten(0, 1).split(2048)]
     logits, features = (
         torch.cat(parts).unflatten(0, videos.shape[:2]) for parts in zip(*outputs, strict=True)

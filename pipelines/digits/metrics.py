@@ -10,8 +10,7 @@ _LARGEST_SHIFT = 4
 
 
 def correct_digits(logits: Tensor, digits: Tensor) -> Tensor:
-    """1 where the reader's strongest logit `[N, F, 10]` is the video's digit `[N]`, else 0; float `[N,
-    F]`."""
+    """1 where the strongest logit `[N, F, 10]` is the video's digit `[N]`, else 0; float `[N, F]`."""
     return (logits.argmax(-1) == digits[:, None]).float()
 
 
