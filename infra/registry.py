@@ -113,14 +113,10 @@ class Registry:
     ) -> Version:
         """Copies a model directory into a run of its own, and makes that the next version of `name`.
 
-        Args:
-            name: registered model, created if absent; ValueError where MLflow allows no such name.
-            model: complete model directory on this machine.
-            experiment: where the run belongs, created if absent.
-            params: nested; they become the run's params under dotted names.
-            metrics: what was measured of it.
-            lineage: role → tracking run id of the model and its ancestors; the runs are linked where found.
-            files: kept with the run, under `evaluation`.
+        `model` is complete and on this machine; `name` and `experiment` are created if absent. `params` are
+        nested and become the run's params under dotted names, `metrics` are what was measured. `lineage` maps
+        roles to tracking run ids of the model and its ancestors, which are linked where found; `files` are
+        kept under `evaluation`. ValueError where MLflow allows no such name.
         """
         Reference(name)
         tags = {"stage": "register", **versions(), **git_commit()}

@@ -90,20 +90,13 @@ class Tracker:
     ) -> None:
         """Starts recording, whether or not the tracking server answers.
 
-        Args:
-            config: `uri` must be set.
-            folder: the run's directory; the spool lives in its `tracking/`.
-            run_name: shown in the UI.
-            stage: what kind of run this is: `pretrain`, `initialize`, `distill`, `evaluate`.
-            params: the resolved config. Recorded whole as the artifact `config.yaml`, and flattened as
-                params. What a resumed run changed is recorded as tags `resumed.<name>`, for MLflow's params
-                never change.
-            parents: role → `run_id` of a run this one comes from (`teacher`, `initial_student`).
-            tags: anything else to find the run by.
-            resume_run_id: the `run_id` of the run to go on with.
-
-        Raises:
-            ValueError: the tracking URI is of no known kind, or `resume_run_id` cannot be an id.
+        The spool lives in `folder`/tracking. `run_name` is shown in the UI, and `stage` says what kind of run
+        this is: `pretrain`, `initialize`, `distill`, `evaluate`. `params`, the resolved config, is recorded
+        whole as the artifact `config.yaml`, and flattened as params; what a resumed run changed becomes tags
+        `resumed.<name>`, for MLflow's params never change. `parents` maps roles (`teacher`,
+        `initial_student`) to the `run_id` of the run each comes from, and `resume_run_id` is that of the run
+        to go on with. ValueError where the tracking URI is missing or of no known kind, or `resume_run_id`
+        cannot be an id.
         """
         self._config = config
         self._redactor = Redactor()
@@ -340,10 +333,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """`{"a": {"b": [1, 2]}}` as `{"a.b": "[1, 2]"}`."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{name}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
     return flat
 
 

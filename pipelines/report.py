@@ -223,6 +223,10 @@ def _finite(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
 def _markdown(report: Report) -> str:
     settings, rows, suite = report.config.evaluate, report.rows, report.suite
     metrics, words = suite.metrics, suite.metrics[suite.headline].words
@@ -230,10 +234,6 @@ def _markdown(report: Report) -> str:
     pictures = report.pictures()
     shown = [name for names in pictures.values() for name in names]
     first = metrics[suite.headline].picture
-
-    def table(head: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
-        cells = list(head)
-        return "\n".join(f"| {' | '.join(line)} |" for line in (cells, ["---"] * len(cells), *lines))
 
     teacher = ""
     if "teacher" in rows:
@@ -254,15 +254,19 @@ def _markdown(report: Report) -> str:
         for verdict in verdicts:
             bound = f"{'more than' if verdict.bound == 0 else 'at least'} {verdict.bound:g}"
             asked.append([verdict.claim, f"{verdict.value:.3f}", bound, "yes" if verdict.met else "no"])
-        blocks += ["## What was asked", table(["", "measured", "asked for", "met"], asked)]
+        blocks += ["## What was asked", _table(["", "measured", "asked for", "met"], asked)]
     for span, title in SPANS.items():
         blocks.append(f"## {title.capitalize()}")
         for names in [shown] if len(shown) <= 4 else pictures.values():
             found = ([_show(getattr(row, span)[metric]) for metric in names] for row in rows.values())
             lines = [[label, *cells] for label, cells in zip(labels, found, strict=True)]
-            blocks.append(table(["", *(metrics[name].words for name in names)], lines))
+            blocks.append(_table(["", *(metrics[name].words for name in names)], lines))
     drift = ([label, *map(_show, estimates)] for label, estimates in _drift(report))
-    blocks += [f"## {_capital(words)} by frame", table(["frames", *labels], drift), f"![samples]({SHEET})"]
+    blocks += [
+        f"## {_capital(words)} by frame",
+        _table(["frames", *labels], drift),
+        f"![samples]({SHEET})",
+    ]
     for picture, names in pictures.items():
         if picture != first:
             blocks.append(f"![{', '.join(metrics[name].words for name in names)}]({picture})")

@@ -35,17 +35,10 @@ def check(
 ) -> list[str]:
     """What a person should know of the data set `setting` at `path`: damaged shards that are left out.
 
-    Args:
-        setting: the setting that names it, for messages.
-        path: where it is.
-        text: whether prompts come as text or embedded.
-        sizes: of the model whose text_len and text_dim prompts must fit; any, if None.
-        video: what videos must be, if the stage reads any: pixels where there is a codec, else latents.
-        longer: videos may be longer than `video.frames`.
-        skip_damaged: as the stage reads it.
-
-    Raises:
-        ValueError: the data set is missing or damaged, or holds something else.
+    `text` says whether prompts come as text or embedded, and `sizes` of a model which text_len and text_dim
+    they must fit, if any. `video` is what videos must be, if the stage reads any: pixels where there is a
+    codec, else latents; with `longer` they may be longer than `video.frames`. `skip_damaged` is as the stage
+    reads. ValueError, with the `setting`, where the data set is missing or damaged, or holds something else.
     """
     where = f"{setting} at {path}"
     columns = [text.column, *([] if video is None else [video_column(video)])]
