@@ -61,6 +61,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "system_metrics_every_s")
+        if self.uri:  # where it is not set, what takes its place is checked when it does
+            checked_uri(self.uri, Redactor())
 
 
 def sqlite_uri(database: Path) -> str:

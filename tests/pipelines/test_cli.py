@@ -160,6 +160,7 @@ def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...])
     [
         (("generate", "quickstart", "--video.fps", "4"), "there is no setting video.fps; the nearest is"),
         (("generate", "quickstart", "--model", "m", "--prompt", "p"), "unrecognized arguments: quickstart."),
+        (("run", "quickstart", "--tracking.uri=s3://b/x"), "tracking.uri is 's3://b/x', which is no tracking URI;"),
         (("run", "x" * 5000), f"there is no recipe '{'x' * 80}'; name a YAML file or one of digits,"),
         (("prepare", "quickstart", "--distill.keep", "3"), "prepare does not use distill.keep; leave it out"),
         (("pretrain", "quickstart", "--evaluate", "{videos: 3}"), "pretrain does not use evaluate;"),
@@ -224,6 +225,13 @@ def test_the_registry_is_where_the_environment_says(
     )
     said = refused(*(word.replace("STUDENT", student) for word in words))
     assert "http://127.0.0.1:9" in said and "does not answer" in said
+
+
+def test_a_wrong_uri_in_the_environment_is_named_before_anything_starts(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "s3://b/x")
+    assert refused("run", TINY_RECIPE).startswith("tracking.uri is 's3://b/x', which is no tracking URI;")
 
 
 def test_a_proxy_is_not_asked_for_this_machine() -> None:
