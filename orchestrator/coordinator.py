@@ -25,6 +25,15 @@ Asked = tuple[Batch, list[Request]]
 """References to what will be there, and the requests that make it, in the order in which they were made."""
 
 
+class NotFinite(FloatingPointError):
+    """A number of a role is not finite."""
+
+    def __init__(self, what: str, *, role: str, iteration: int, since: int):
+        """It was found in `iteration`; the weights that gave it had stood still `since` so many iterations were done."""
+        super().__init__(what)
+        self.role, self.iteration, self.since = role, iteration, since
+
+
 @dataclass
 class Coordinator:
     """The groups of one run, and what is asked of them."""
@@ -32,11 +41,13 @@ class Coordinator:
     config: RunConfig
     groups: Mapping[str, WorkerGroup]
     """`student`, `critic`, `prompts`, and `teacher` where the objective reads what it makes."""
+    since: tuple[int, int] = (0, 0)
+    """An iteration, and the position in the data at which it begins."""
     ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
 
     @property
     def plan(self) -> UpdatePlan:
-        return UpdatePlan(self.config)
+        return UpdatePlan(self.config, *self.since)
 
     @property
     def student(self) -> WorkerGroup:
@@ -54,7 +65,7 @@ class Coordinator:
     def run(self, start: int) -> Iterator[tuple[int, Metrics]]:
         """Iterations from `start` on, yielding how many are done and what was measured.
 
-        Raises FloatingPointError, naming role, iteration and batch, where a number is not finite.
+        Raises NotFinite, naming role, iteration and batch, where a number is not finite.
         """
         for iteration in range(start, self.config.distill.iterations):
             began = time.perf_counter()
@@ -166,9 +177,12 @@ class Coordinator:
             for name, value in stats.items():
                 if not math.isfinite(value):
                     batch = self.plan.batch_index(iteration, purpose)
-                    raise FloatingPointError(
-                        f"{role} {name} is {value} in iteration {iteration} (prompt batch {batch}); "
-                        "the newest whole checkpoint is kept: lower the learning rate and --resume."
+                    stepped = purpose == "critic" and self.plan.updates_student(iteration)
+                    raise NotFinite(
+                        f"{role} {name} is {value} in iteration {iteration} (prompt batch {batch})",
+                        role=role,
+                        iteration=iteration,
+                        since=iteration + stepped,
                     )
             timer.add(request.verb, role, stats)
 

@@ -8,9 +8,11 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from infra import storage
 from orchestrator.cluster import release
 from orchestrator.config import RunConfig
 from orchestrator.placement import Options, place
+from orchestrator.run_state import RunState
 from orchestrator.stages import AdaptedRole, RanksConfig
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Worker
@@ -25,6 +27,8 @@ WORKERS: dict[str, type[Worker]] = {
     "teacher": TeacherWorker,
     "critic": CriticWorker,
 }
+LEARNING = ("student", "critic")
+"""Roles whose state a checkpoint holds."""
 
 
 def ranks_of(config: RunConfig) -> dict[str, RanksConfig]:
@@ -150,3 +154,18 @@ def placed_roles(config: RunConfig, *, grows: bool) -> Iterator[Roles]:
         for role in roles.groups:
             roles.stop(role)
         release(placed)
+
+
+def save(state: RunState, done: int, position: int, groups: Mapping[str, WorkerGroup]) -> None:
+    """Publish the checkpoint after `done` updates: every rank of a role that learns writes its part."""
+    staging = storage.begin(state.path(done))
+    pending = [(groups[role], groups[role].broadcast("save", staging, role)) for role in LEARNING]
+    for group, references in pending:
+        group.wait(references)
+    state.publish(staging, done, position)
+
+
+def load(path: str, groups: Mapping[str, WorkerGroup]) -> None:
+    """Every rank of a role that learns reads its part of a checkpoint."""
+    for role in LEARNING:
+        groups[role].wait(groups[role].broadcast("load", path, role))

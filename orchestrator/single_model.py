@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,8 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
+from orchestrator.config import RunConfig
+from orchestrator.run_state import RunState
 from orchestrator.stages import InitializeConfig, PretrainConfig
 from workers.engine import TrainEngine, init_process_group
 
@@ -49,8 +50,10 @@ class Task(Protocol):
         """Open data sets; called once on every rank."""
         ...
 
-    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
-        """The mean loss over `samples`, a part of the `batch` samples of this update."""
+    def loss(
+        self, module: Callable[..., Tensor], update: int, samples: range, *, batch: int, position: int
+    ) -> Tensor:
+        """The mean loss over `samples`, a part of this update's `batch`, which begins at `position` of the data."""
         ...
 
     def export(self, engine: TrainEngine, path: str) -> None:
@@ -58,66 +61,44 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stage:
-    """How one model is trained."""
-
-    name: str
-    settings: PretrainConfig | InitializeConfig
-    seed: int
-
-    @property
-    def checkpoints(self) -> str:
-        return f"{self.settings.output}/checkpoints"
-
-    @property
-    def model(self) -> str:
-        return f"{self.settings.output}/model"
-
-    def learning_rate(self, update: int) -> float:
-        """Linear warm-up, then linear decay to zero."""
-        settings = self.settings
-        rise = min(1.0, (update + 1) / settings.warmup) if settings.warmup else 1.0
-        return settings.role.engine.learning_rate * rise * (1 - update / settings.updates)
-
-
+Settings = PretrainConfig | InitializeConfig
 Report = Callable[[int, Mapping[str, float]], None]
 """Takes how many updates are done, and what a person follows of them."""
 
 
+def learning_rate(settings: Settings, update: int) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    rise = min(1.0, (update + 1) / settings.warmup) if settings.warmup else 1.0
+    return settings.role.engine.learning_rate * rise * (1 - update / settings.updates)
+
+
 def train(
-    stage: Stage,
+    config: RunConfig,
+    state: RunState,
     task: Task,
     *,
     tracker: Tracker,
-    resume: bool,
     progress: Callable[[int], AbstractContextManager[Report]],
 ) -> str:
     """Train on the connected cluster until the last update, and return the model directory's path.
 
     `progress` is told how many updates are done already, and gives what to report the others to.
 
-    Raises ValueError where there are checkpoints already and `resume` is false, and FloatingPointError where the loss is not finite.
+    Raises FloatingPointError where the loss, or the gradients of many updates in a row, are not finite.
     """
-    settings = stage.settings
-    newest = storage.newest_complete(stage.checkpoints)
-    if newest and not resume:
-        raise ValueError(
-            f"{settings.output} already holds checkpoints; continue with --resume, or choose another output."
-        )
-    start = int(storage.read_metadata(newest)["update"]) if newest else 0
+    settings: Settings = getattr(config, state.stage)
     reports = Queue(actor_options={"num_cpus": 0})
-    with progress(start) as report:
+    with progress(state.done) as report:
         reader = threading.Thread(target=_read_reports, args=(reports, report, tracker), daemon=True)
         reader.start()
         trainer = TorchTrainer(
             _loop,
             train_loop_config={
-                "stage": stage,
+                "settings": settings,
+                "seed": config.seed,
+                "state": state,
                 "task": task,
-                "newest": newest,
                 "reports": reports,
-                "run_id": tracker.run_id,
             },
             torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
             scaling_config=ScalingConfig(
@@ -126,7 +107,7 @@ def train(
                 resources_per_worker={"CPU": settings.role.cpus, "GPU": settings.role.gpus},
             ),
             run_config=RayRunConfig(
-                name=stage.name, storage_path=str(Path(settings.output).absolute() / "ray")
+                name=state.stage, storage_path=str(Path(settings.output).absolute() / "ray")
             ),
         )
         try:
@@ -137,7 +118,7 @@ def train(
             reports.put(None)
             reader.join()
             reports.shutdown()
-    return stage.model
+    return state.model
 
 
 def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
@@ -173,46 +154,41 @@ def join() -> tuple[int, int]:
 
 
 def _loop(config: Mapping[str, Any]) -> None:
-    stage: Stage = config["stage"]
-    settings = stage.settings
+    settings: Settings = config["settings"]
+    state: RunState = config["state"]
     task: Task = config["task"]
     torch.set_num_threads(settings.role.threads)
     rank, ranks = join()
-    torch.manual_seed(stage.seed)
+    torch.manual_seed(config["seed"])
     engine = task.engine()
     task.open(engine.device)
-    start = 0
-    if config["newest"]:
-        with storage.reading(config["newest"]) as directory:
+    if state.checkpoint:
+        with storage.reading(state.checkpoint) as directory:
             engine.load(directory)
-        start = int(storage.read_metadata(config["newest"])["update"])
     module = torch.compile(engine.module) if task.compile else engine.module
     parts = ranks * settings.role.engine.accumulation
     size = settings.batch // parts
     dropped = in_a_row = 0
-    for update in range(start, settings.updates):
-        engine.set_learning_rate(stage.learning_rate(update))
+    for update in range(state.done, settings.updates):
+        engine.set_learning_rate(learning_rate(settings, update))
+        position = state.position + (update - state.done) * settings.batch
         total = torch.zeros((), dtype=torch.float64)
         for part in range(rank, parts, ranks):
-            loss = task.loss(module, update, range(part * size, (part + 1) * size), settings.batch)
+            samples = range(part * size, (part + 1) * size)
+            loss = task.loss(module, update, samples, batch=settings.batch, position=position)
             engine.backward(loss)
             total += loss.detach().cpu().double() / parts
         if ranks > 1:
             dist.all_reduce(total)
         value = total.item()
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{stage.name}: the loss of update {update} is not finite; the newest whole checkpoint is kept, "
-                "lower the learning rate and --resume."
-            )
+            raise _stopped(state, f"the loss of update {update} is not finite", update - in_a_row, update)
         result = engine.step()
         dropped += not result.stepped
         in_a_row = 0 if result.stepped else in_a_row + 1
         if in_a_row == DROPPED_AT_MOST:
-            raise FloatingPointError(
-                f"{stage.name}: the gradients of {in_a_row} updates in a row, up to {update}, are not finite; the "
-                "newest whole checkpoint is kept, lower the learning rate and --resume."
-            )
+            what = f"the gradients of {in_a_row} updates in a row, up to {update}, are not finite"
+            raise _stopped(state, what, update + 1 - in_a_row, update)
         done = update + 1
         if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.updates):
             config["reports"].put(
@@ -221,28 +197,34 @@ def _loop(config: Mapping[str, Any]) -> None:
                     {
                         "loss": value,
                         "grad_norm": result.grad_norm,
-                        "learning_rate": stage.learning_rate(update),
+                        "learning_rate": learning_rate(settings, update),
                         "dropped_updates": dropped,
                     },
                 )
             )
-        if done % settings.checkpoint_every == 0 and done < settings.updates:
-            _save(stage, engine, {"stage": stage.name, "update": done, "run_id": config["run_id"]})
-    task.export(engine, stage.model)
+        if done % settings.checkpoint_every == 0 or done == settings.updates:
+            _save(state, engine, done, position + settings.batch)
+    task.export(engine, state.model)
 
 
-def _save(stage: Stage, engine: TrainEngine, metadata: Mapping[str, Any]) -> None:
-    path = f"{stage.checkpoints}/{metadata['update']:07d}"
-    staging = share(storage.begin(path) if dist.get_rank() == 0 else None)
+def _save(state: RunState, engine: TrainEngine, done: int, position: int) -> None:
+    staging = share(storage.begin(state.path(done)) if dist.get_rank() == 0 else None)
     with storage.writing(staging) as directory:
         try:
             engine.save(directory)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{stage.name}, after update {metadata['update']}: {error}") from None
+            raise _stopped(state, f"{error} after update {done - 1}", done, done) from None
     dist.barrier()
     if dist.get_rank() == 0:
-        storage.publish(staging, path, metadata)
-        storage.prune(stage.checkpoints, keep=2)
+        state.publish(staging, done, position)
+
+
+def _stopped(state: RunState, what: str, since: int, until: int) -> FloatingPointError:
+    """The same error on every rank; called on all of them."""
+    rates, error = [f"{state.stage}.role.engine.learning_rate"], None
+    if dist.get_rank() == 0:
+        error = str(state.stop(f"{state.stage}: {what}", since=since, until=until, rates=rates))
+    return FloatingPointError(share(error))
 
 
 def share(value: Any) -> Any:

@@ -21,6 +21,10 @@ class UpdatePlan:
     """The schedule of one run."""
 
     config: RunConfig
+    start: int = 0
+    """An iteration whose place in the data is known, and"""
+    origin: int = 0
+    """the position in the data at which it begins; later ones go on from there, whatever the batch was before."""
 
     @property
     def parts(self) -> int:
@@ -36,13 +40,14 @@ class UpdatePlan:
         return iteration % self.config.distill.student_every == 0
 
     def batch_index(self, iteration: int, purpose: Purpose) -> int:
-        """Which batch of the data a rollout uses: every rollout takes the next one, so a resumed run needs no saved position."""
+        """Which batch of the data a rollout uses: every rollout takes the next one."""
         before = iteration + math.ceil(iteration / self.config.distill.student_every)
         return before + (1 if purpose == "critic" and self.updates_student(iteration) else 0)
 
     def position(self, iteration: int, purpose: Purpose, part: int) -> int:
         """Where a micro-batch starts in the seeded order of the data."""
-        return self.batch_index(iteration, purpose) * self.config.distill.batch + part * self.size
+        batches = self.batch_index(iteration, purpose) - self.batch_index(self.start, "student")
+        return self.origin + batches * self.config.distill.batch + part * self.size
 
     def score(self, iteration: int, purpose: str, *, gradient: bool = False) -> ScorePlan:
         """How noisy videos are when they are scored, or when the critic learns from them."""

@@ -51,4 +51,7 @@ class Command:
 TRACEBACK = Option("--traceback", "show stack traces of errors", action="store_true")
 ADDRESS = Option("--address", "Ray cluster; RAY_ADDRESS, or this machine, by default")
 RESUME = Option("--resume", "go on from the newest complete checkpoint", action="store_true")
+ALLOW_CHANGE = Option(
+    "--allow-change", "setting that --resume may change; give it once for each", action="append", type=str
+)
 ON_RAY = (ADDRESS, RESUME)

@@ -8,7 +8,7 @@ the others.
 
 from collections.abc import Mapping
 
-from pipelines.command import ADDRESS, ON_RAY, RUN_CONFIG, Command, Option
+from pipelines.command import ADDRESS, ALLOW_CHANGE, ON_RAY, RUN_CONFIG, Command, Option
 from pipelines.tenants import brought
 
 REGISTRY = (
@@ -32,17 +32,22 @@ COMMANDS: Mapping[str, Command] = {
         ("seed", "root", "data", "video"),
     ),
     "pretrain": _stage(
-        "train the bidirectional teacher", "pipelines.pretrain:command", (*MODELS, "pretrain")
+        "train the bidirectional teacher",
+        "pipelines.pretrain:command",
+        (*MODELS, "pretrain"),
+        ALLOW_CHANGE,
     ),
     "initialize": _stage(
         "make the initial student, from the teacher's ODE pairs or from data",
         "pipelines.initialize:command",
         (*MODELS, "initialize", "distill"),
+        ALLOW_CHANGE,
     ),
     "distill": _stage(
         "Self Forcing: distil the student from teacher and critic",
         "pipelines.distill:command",
         (*MODELS, "score", "distill", "placement"),
+        ALLOW_CHANGE,
     ),
     "generate": Command(
         "make a video from a prompt",
@@ -62,7 +67,9 @@ COMMANDS: Mapping[str, Command] = {
         (*MODELS, "distill", "evaluate", "placement"),
         Option("--export-vbench", "directory for MP4s under the names that VBench expects", path=True),
     ),
-    "run": _stage("all stages that are not done yet, then evaluate", "pipelines.run:command", None),
+    "run": _stage(
+        "all stages that are not done yet, then evaluate", "pipelines.run:command", None, ALLOW_CHANGE
+    ),
     "serve": Command(
         "stream a student to many viewers at once",
         "pipelines.serve:command",

@@ -1,9 +1,9 @@
 """`self-forcing distill`: Self Forcing with a student, a teacher and a critic, each a group of Ray actors."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from torch import Tensor
@@ -11,39 +11,19 @@ from torch import Tensor
 from infra import storage
 from infra.tracking import Tracker
 from model.rollout_plan import RolloutPlan
-from orchestrator import checkpoint
-from orchestrator.cluster import Cluster, connect
+from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
-from orchestrator.coordinator import Coordinator
+from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
-from orchestrator.roles import placed_roles
+from orchestrator.roles import load, placed_roles, save
+from orchestrator.run_state import RunState
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_video
-from pipelines.tracked import located, run_id_of, tracking
+from pipelines.tracked import Ready, on_cluster, opened, tracking
 from workers.data_check import check, check_negative
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
 
 SAMPLES = 8
-MAY_CHANGE = (
-    "iterations",
-    "overlap",
-    "checkpoint_every",
-    "keep",
-    "sample_every",
-    "output",
-    "teacher",
-    "student",
-    "critic",
-)
-"""Settings of `distill` that do not change the numbers, so a resumed run may have others."""
-
-
-def numbers(config: RunConfig) -> dict[str, Any]:
-    """The part of the config that decides what is computed."""
-    whole = asdict(config)
-    distill = {name: value for name, value in whole["distill"].items() if name not in MAY_CHANGE}
-    kept = ("seed", "video", "text", "teacher", "student", "rollout", "score")
-    return {**{name: whole[name] for name in kept}, "distill": distill}
 
 
 def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
@@ -69,47 +49,48 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
 
 
 def distill(
-    config: RunConfig, models: Mapping[str, ModelDirectory], *, tracker: Tracker, resume: bool, grows: bool
+    config: RunConfig,
+    models: Mapping[str, ModelDirectory],
+    state: RunState,
+    *,
+    tracker: Tracker,
+    grows: bool,
 ) -> str:
     """Run to the last iteration on the connected cluster, and return the distilled student's path."""
-    checkpoints = f"{config.distill.output}/checkpoints"
-    found = checkpoint.newest(checkpoints)
-    if found and not resume:
-        raise ValueError(
-            f"{config.distill.output} already holds checkpoints; continue with --resume, or choose another distill.output."
-        )
-    start = 0
-    if found:
-        path, metadata = found
-        changed = differences(metadata["numbers"], numbers(config))
-        if changed:
-            raise ValueError(
-                f"{path} was made with another {changed[0]}; resume with the same, or choose another distill.output."
-            )
-        start = metadata["iteration"]
-        say(f"distill: resuming from iteration {start} ({path})")
     settings = config.distill
     with placed_roles(config, grows=grows) as roles:
         for role, group in roles.groups.items():
             roles.start(role)
             nodes = dict.fromkeys(group.wait(group.broadcast("node")))
             say(f"distill: {role} on node {', '.join(nodes)}")
-        coordinator = Coordinator(config, roles.groups)
-        groups = {"student": coordinator.student, "critic": coordinator.critic}
-        if found:
-            checkpoint.load(found[0], groups)
-        with Display("distill", settings.iterations, done=start) as display:
-            for done, metrics in coordinator.run(start):
-                display.update(done, shown(metrics))
-                tracker.metrics(done, metrics)
-                last = done == settings.iterations
-                if done % settings.checkpoint_every == 0 and not last:
-                    state = {"numbers": numbers(config), "run_id": tracker.run_id}
-                    checkpoint.save(checkpoints, done, groups, state, settings.keep)
-                if settings.sample_every and (done % settings.sample_every == 0 or last):
-                    for file in sample(config, coordinator, models["student"], done):
-                        tracker.artifact(file, "samples")
-        return export(config, coordinator, models, tracker.run_id)
+        coordinator = Coordinator(config, roles.groups, since=(state.done, state.position))
+        if state.checkpoint:
+            load(state.checkpoint, roles.groups)
+        done = state.done
+        try:
+            with Display("distill", settings.iterations, done=done) as display:
+                for done, metrics in coordinator.run(state.done):
+                    display.update(done, shown(metrics))
+                    tracker.metrics(done, metrics)
+                    last = done == settings.iterations
+                    if done % settings.checkpoint_every == 0 or last:
+                        save(state, done, coordinator.plan.position(done, "student", 0), roles.groups)
+                    if settings.sample_every and (done % settings.sample_every == 0 or last):
+                        for file in sample(config, coordinator, models["student"], done):
+                            tracker.artifact(file, "samples")
+        except NotFinite as error:
+            first, second = ("student", "critic") if error.role == "student" else ("critic", "student")
+            since, until = error.since, error.iteration
+            raise state.stop(str(error), since=since, until=until, rates=rates(first, second)) from error
+        except FloatingPointError as error:  # in what was learned, while it was saved
+            what = f"{error} after iteration {done - 1}"
+            raise state.stop(what, since=done, until=done, rates=rates("student", "critic")) from error
+        return export(config, coordinator, models, state.run_id or "")
+
+
+def rates(*roles: str) -> list[str]:
+    """Settings of the roles' learning rates."""
+    return [f"distill.roles.{role}.engine.learning_rate" for role in roles]
 
 
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -170,36 +151,20 @@ def export(
     return path
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of settings that differ."""
-    names = []
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += differences(a, b, f"{prefix}{name}.")
-        elif plain(a) != plain(b):
-            names.append(prefix + name)
-    return names
-
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def make_student(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
-    """Distil the student, with its own tracking run."""
+def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:
+    """Check all that distillation starts from; what is returned distils the student, with its own tracking run."""
     models = check_models(config)
-    parents = lineage(models)
-    newest = storage.newest_complete(f"{config.distill.output}/checkpoints") if resume else None
-    with tracking(config, "distill", config.distill.output, parents, run_id_of(newest)) as tracker:
-        path = distill(config, models, tracker=tracker, resume=resume, grows=not cluster.started_here)
-        samples = sorted(Path(config.distill.output).glob("samples/*.mp4"))
-        rows = {"model": path, "tracking": tracker.how_to_open()}
-        summary("Distilled student", rows | ({"sample video": str(samples[-1])} if samples else {}))
+    state = opened(config, "distill", resume=resume, allow=allow)
+
+    def make(cluster: Cluster) -> None:
+        with tracking(config, state.stage, state.output, lineage(models), state) as tracker:
+            begun, grows = replace(state, run_id=tracker.run_id), not cluster.started_here
+            path = distill(config, models, begun, tracker=tracker, grows=grows)
+            samples = sorted(Path(state.output).glob("samples/*.mp4"))
+            rows = {"model": path, "tracking": tracker.how_to_open()}
+            summary("Distilled student", rows | ({"sample video": str(samples[-1])} if samples else {}))
+
+    return make
 
 
-def command(config: RunConfig, options: Any) -> None:
-    config = located("distill", config)
-    with connect(options.address) as cluster:
-        make_student(config, cluster, resume=options.resume)
+command = partial(on_cluster, "distill", make_student)

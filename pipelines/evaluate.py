@@ -19,6 +19,7 @@ from torch import Tensor
 from infra import storage
 from infra.tracking import Tracker
 from model.codec import to_bytes
+from orchestrator import run_state
 from orchestrator.cluster import connect, release, reserve
 from orchestrator.config import RunConfig
 from pipelines import suites, vbench
@@ -285,8 +286,7 @@ def _stored(output: str, jobs: Mapping[str, Job]) -> dict[str, Videos]:
     stored = {}
     for name, job in jobs.items():
         path = f"{output}/videos/{name}"
-        if storage.is_complete(path) and storage.read_metadata(path) == job.identity():
-            storage.verify(path)
+        if run_state.unlike(path, job.identity()) == "":
             with storage.reading(path) as directory:
                 stored[name] = _videos(job, load_file(directory / "videos.safetensors"))
             say(f"evaluate: the videos of {job.model} are there already")
@@ -299,7 +299,7 @@ def _store(output: str, name: str, job: Job, parts: list[dict[str, Tensor]]) -> 
     staging = storage.begin(path)
     with storage.writing(staging) as directory:
         save_file(tensors, directory / "videos.safetensors")
-    storage.publish(staging, path, job.identity())
+    storage.publish(staging, path, {"identity": job.identity()})
     return _videos(job, tensors)
 
 

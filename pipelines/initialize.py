@@ -4,27 +4,25 @@ How it learns is a method of `model/initialization/`; this reads what the method
 the result.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from infra import storage
 from infra.settings import part
 from model.backbone import velocity_of
 from model.forcing import Module
 from model.initialization.method import Setup, Share
-from orchestrator.cluster import Cluster, connect
+from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
 from orchestrator.handover import check_start
-from orchestrator.single_model import Stage, Task, train
+from orchestrator.single_model import Task, train
 from pipelines.console import progress, say, summary
-from pipelines.ode_pairs import write_pairs
+from pipelines.ode_pairs import missing_pairs, write_pairs
 from pipelines.pretrain import export_model
-from pipelines.tracked import located, run_id_of, tracking
+from pipelines.tracked import Ready, on_cluster, opened, tracking
 from workers import data_check
 from workers.build import frozen, trained, write_weights
 from workers.dataset import ParquetDataset
@@ -76,9 +74,9 @@ class Initialize(Task):
         self.frozen = frozen(source, zero_stage=stage, dtype=engine.dtype)
         return partial(velocity_of, self.frozen.module)
 
-    def loss(self, module: Module, update: int, samples: range, batch: int) -> Tensor:
+    def loss(self, module: Module, update: int, samples: range, *, batch: int, position: int) -> Tensor:
         device, seed, method = self.setup.device, self.config.seed, self.config.initialize.chosen
-        where = (update * batch + samples.start, len(samples), seed)
+        where = (position + samples.start, len(samples), seed)
         trajectory = clean = None
         if method.data == "pairs":
             rows = self.pairs.batch(*where)
@@ -134,29 +132,28 @@ def check(config: RunConfig) -> ModelDirectory:
     return source
 
 
-def make_initial(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
-    """Make the ODE pairs where the method needs them, and train the initial student, with its own tracking
-    run."""
-    teacher = check(config)
-    if config.initialize.chosen.data == "pairs":
-        say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
-        write_pairs(config)
-    stage = Stage("initialize", config.initialize, config.seed)
-    parents = dict(teacher.card.lineage)
-    previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
-    with tracking(config, "initialize", config.initialize.output, parents, previous) as tracker:
-        task = Initialize(config, {**parents, "initial_student": tracker.run_id})
-        path = train(
-            stage,
-            task,
-            tracker=tracker,
-            resume=resume,
-            progress=partial(progress, stage.name, stage.settings.updates),
-        )
-        summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
+def make_initial(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:
+    """Check all that the initial student learns from; what is returned makes the ODE pairs, where the method needs them
+    and they are not there, and trains it, with its own tracking run."""
+    parents = dict(check(config).card.lineage)
+    missing = config.initialize.chosen.data == "pairs" and missing_pairs(config)
+    state = opened(config, "initialize", resume=resume, allow=allow)
+
+    def make(_: Cluster) -> None:
+        if missing:
+            say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
+            write_pairs(config)
+        with tracking(config, state.stage, state.output, parents, state) as tracker:
+            path = train(
+                config,
+                replace(state, run_id=tracker.run_id),
+                Initialize(config, {**parents, "initial_student": tracker.run_id}),
+                tracker=tracker,
+                progress=partial(progress, state.stage, config.initialize.updates),
+            )
+            summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
+
+    return make
 
 
-def command(config: RunConfig, options: Any) -> None:
-    config = located("initialize", config)
-    with connect(options.address) as cluster:
-        make_initial(config, cluster, resume=options.resume)
+command = partial(on_cluster, "initialize", make_initial)

@@ -19,6 +19,7 @@ from infra import storage
 from model.backbone import velocity_of
 from model.noise import SampleNoise
 from model.sampler import guided, integrate, ode_grid
+from orchestrator import run_state
 from orchestrator.config import RunConfig
 from workers.build import whole
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
@@ -92,32 +93,28 @@ class OdeSampler:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def write_pairs(config: RunConfig) -> None:
-    """Write the trajectories, whole or not at all; those that are there already are kept if they were made with the same settings."""
-    settings, causal = config.initialize, config.initialize.chosen.real_videos
-    made_with = {
-        "pairs": settings.pairs,
-        "grid": ode_grid(config.rollout.every_step, settings.ode_steps),
-        "guidance": settings.guidance,
-        "shift": config.rollout.shift,
-        "seed": config.seed,
-        "steps": list(config.rollout.every_step),
-        "teacher": storage.read_metadata(settings.teacher) | {"path": settings.teacher},
-        **({"real": config.data.real} if causal else {}),
-    }
-    if storage.is_complete(settings.pairs_path):
-        if storage.read_metadata(settings.pairs_path) == made_with:
-            return
+def missing_pairs(config: RunConfig) -> bool:
+    """Whether the pairs that this config asks for are still to be made; ValueError where others are in their place."""
+    path = config.initialize.pairs_path
+    unlike = run_state.unlike(path, run_state.identity(config, "pairs"))
+    if unlike:
         raise ValueError(
-            f"{settings.pairs_path} holds ODE pairs made with other settings; delete it or choose another initialize.pairs_path."
+            f"{path} holds ODE pairs that were made otherwise: {unlike}; delete it, or choose another initialize.pairs_path."
         )
+    return unlike is None
+
+
+def write_pairs(config: RunConfig) -> None:
+    """Write the trajectories, whole or not at all."""
+    settings, causal = config.initialize, config.initialize.chosen.real_videos
+    identity = run_state.identity(config, "pairs")
     staging = storage.begin(settings.pairs_path)
     prompts = (
         tensor_fields("embedding") if config.text.encoder == "embedded" else [pa.field("prompt", pa.string())]
     )
     fields = [pa.field("sample", pa.int64()), *prompts, *tensor_fields("trajectory")]
     schema = dataset_schema(
-        fields + (tensor_fields("clean") if causal else []), kind="ode_pairs", provenance=made_with
+        fields + (tensor_fields("clean") if causal else []), kind="ode_pairs", provenance=identity
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
@@ -138,4 +135,4 @@ def write_pairs(config: RunConfig) -> None:
             )
             .write_parquet(str(directory), schema=schema)
         )
-    storage.publish(staging, settings.pairs_path, made_with)
+    storage.publish(staging, settings.pairs_path, {"identity": identity})

@@ -3,10 +3,9 @@
 A byte encoder of prompts, where there is one, is trained with the teacher and frozen afterwards.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +19,11 @@ from model.objectives.flow_matching import flow_matching_loss
 from model.schedule import FlowSchedule
 from model.score import ScoreConfig, ScorePlan
 from model.text import ByteEncoder
-from orchestrator.cluster import Cluster, connect
+from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
-from orchestrator.single_model import Stage, Task, share, train
+from orchestrator.single_model import Task, share, train
 from pipelines.console import progress, say, summary
-from pipelines.tracked import located, run_id_of, tracking
+from pipelines.tracked import Ready, on_cluster, opened, tracking
 from workers.data_check import check
 from workers.dataset import ParquetDataset
 from workers.engine import TrainEngine
@@ -85,9 +84,11 @@ class Pretrain(Task):
         self.tokenizer = ByteEncoder(self.config.teacher.text_len, 1)
         self.schedule = FlowSchedule(self.config.pretrain.shift)
 
-    def loss(self, module: Callable[..., Tensor], update: int, samples: range, batch: int) -> Tensor:
+    def loss(
+        self, module: Callable[..., Tensor], update: int, samples: range, *, batch: int, position: int
+    ) -> Tensor:
         seed = self.config.seed
-        rows = self.data.batch(update * batch + samples.start, len(samples), seed)
+        rows = self.data.batch(position + samples.start, len(samples), seed)
         x0 = self.codec.encode(torch.stack([row["video"] for row in rows])).to(self.device)
         plan = ScorePlan((seed, update, "pretrain"))
         noise, timestep = plan.draw(
@@ -140,23 +141,23 @@ def export_model(
     dist.barrier()
 
 
-def make_teacher(config: RunConfig, cluster: Cluster, *, resume: bool) -> None:
-    """Train the teacher, with its own tracking run."""
+def make_teacher(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:
+    """Check all that the teacher learns from; what is returned trains it, with its own tracking run."""
     check_data(config)
-    stage = Stage("pretrain", config.pretrain, config.seed)
-    previous = run_id_of(storage.newest_complete(stage.checkpoints)) if resume else None
-    with tracking(config, "pretrain", config.pretrain.output, {}, previous) as tracker:
-        path = train(
-            stage,
-            Pretrain(config, tracker.run_id),
-            tracker=tracker,
-            resume=resume,
-            progress=partial(progress, stage.name, stage.settings.updates),
-        )
-        summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
+    state = opened(config, "pretrain", resume=resume, allow=allow)
+
+    def make(_: Cluster) -> None:
+        with tracking(config, state.stage, state.output, {}, state) as tracker:
+            path = train(
+                config,
+                replace(state, run_id=tracker.run_id),
+                Pretrain(config, tracker.run_id),
+                tracker=tracker,
+                progress=partial(progress, state.stage, config.pretrain.updates),
+            )
+            summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
+
+    return make
 
 
-def command(config: RunConfig, options: Any) -> None:
-    config = located("pretrain", config)
-    with connect(options.address) as cluster:
-        make_teacher(config, cluster, resume=options.resume)
+command = partial(on_cluster, "pretrain", make_teacher)

@@ -11,11 +11,11 @@ from pipelines.evaluate import make_report
 from pipelines.initialize import make_initial
 from pipelines.prepare import prepare
 from pipelines.pretrain import make_teacher
-from pipelines.tracked import located
+from pipelines.tracked import allowed, located
 
 
 def command(config: RunConfig, options: Any) -> None:
-    config = located("run", config)
+    config, allow = located("run", config), allowed(options)
     with connect(options.address) as cluster:
         prepare(config)
         for stage, model, make in (
@@ -26,5 +26,5 @@ def command(config: RunConfig, options: Any) -> None:
             if storage.is_complete(model):
                 say(f"{stage}: {model} is there already")
             else:
-                make(config, cluster, resume=True)
+                make(config, resume=True, allow=allow)(cluster)
         make_report(config, resume=True)

@@ -1,15 +1,54 @@
-"""What the stages of a lineage share: where their files lie, and the tracker of each."""
+"""What the stages of a lineage share: how they start, where their files lie, and the tracker of each."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
-from infra import storage
 from infra.tracking import Tracker
+from orchestrator import run_state
+from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
+from orchestrator.run_state import RunState
 from pipelines.console import say
+from pipelines.recipe import find, settings, unknown
+
+Ready = Callable[[Cluster], None]
+"""A stage of which all that can be checked is checked: it runs on a connected cluster."""
+
+
+class Check(Protocol):
+    """Checks all that a stage starts from, and raises ValueError before anything starts."""
+
+    def __call__(self, config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready: ...
+
+
+def on_cluster(stage: str, check: Check, config: RunConfig, options: Any) -> None:
+    """A command that runs one stage."""
+    config = located(stage, config)
+    run = check(config, resume=options.resume, allow=allowed(options))
+    with connect(options.address) as cluster:
+        run(cluster)
+
+
+def allowed(options: Any) -> list[str]:
+    """The settings that `--allow-change` names; ValueError where there is no such setting."""
+    names = options.allow_change or []
+    for name in names:
+        if find(RunConfig, name) is None:
+            raise unknown(name, settings(RunConfig), " (in --allow-change)")
+    return names
+
+
+def opened(config: RunConfig, stage: run_state.Stage, *, resume: bool, allow: Sequence[str]) -> RunState:
+    """Where the run of this stage stands; what a person should know of it is said."""
+    state = run_state.open_run(config, stage, resume=resume, allow=allow)
+    for note in state.notes:
+        say(f"{stage}: {note}")
+    return state
 
 
 def located(command: str, config: RunConfig) -> RunConfig:
@@ -24,9 +63,10 @@ def located(command: str, config: RunConfig) -> RunConfig:
 
 @contextmanager
 def tracking(
-    config: RunConfig, stage: str, output: str, parents: Mapping[str, str], resume_run_id: str | None = None
+    config: RunConfig, stage: str, output: str, parents: Mapping[str, str], state: RunState | None = None
 ) -> Iterator[Tracker]:
-    """A tracker of one stage, and where to look at it."""
+    """A tracker of one stage, and where to look at it; with a `state` it goes on with that run's."""
+    stretches = state.stretches if state else ()
     with Tracker(
         config.tracking,
         folder=Path(output),
@@ -34,12 +74,8 @@ def tracking(
         stage=stage,
         params=asdict(config),
         parents=parents,
-        resume_run_id=resume_run_id,
+        tags={"stretches": json.dumps(stretches)} if stretches else {},
+        resume_run_id=state.run_id if state else None,
     ) as tracker:
         say(f"{stage}: MLflow run {tracker.run_id}. {tracker.how_to_open()}")
         yield tracker
-
-
-def run_id_of(newest: str | None) -> str | None:
-    """The tracking run that a checkpoint belongs to."""
-    return storage.read_metadata(newest).get("run_id") if newest else None

@@ -161,6 +161,38 @@ def newest_complete(parent: Location) -> str | None:
     return str(children[-1][1]) if children else None
 
 
+def newest_sound(parent: Location) -> tuple[str | None, list[str]]:
+    """The child of `parent` published last whose content is what was written, and what is wrong with those passed over."""
+    published, passed_over = [], []
+    for child in sorted(_children(local(parent))):
+        if not is_aside(child):
+            try:
+                published.append((_read_manifest(child)["sequence"], child))
+            except StorageError as error:
+                passed_over.append(str(error))
+    for _, child in sorted(published, reverse=True):
+        try:
+            verify(child)
+            return str(child), passed_over
+        except StorageError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def move(source: Location, path: Location) -> None:
+    """Renames the complete directory `source` to `path` on the same file system, replacing what was there.
+
+    Raises:
+        StorageError: `source` is not complete, or the file system refuses.
+    """
+    target = local(path)
+    _check_complete(local(source))
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if replaced := patiently(lambda: _exchange(local(source), target)):
+            remove(replaced)
+
+
 def prune(parent: Location, *, keep: int) -> list[str]:
     """Removes all but the `keep` newest complete children of `parent`; returns those, oldest first.
 

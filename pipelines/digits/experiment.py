@@ -7,13 +7,14 @@ published whole, so what is there is not done again, and the report is written a
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 
 from infra import storage
 from infra.provenance import git_commit, versions
 from infra.tracking import Tracker
+from orchestrator import run_state
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from pipelines.console import say
@@ -29,28 +30,22 @@ from pipelines.suite import Row
 from pipelines.tracked import tracking
 from workers.model_directory import ModelDirectory
 
-PLACES = ("output", "teacher", "student", "critic", "pairs_path")
-MANNERS = ("checkpoint_every", "keep", "sample_every", "overlap", "samplers")
-"""Settings that say where things lie, and how a stage goes about its work: no number depends on them."""
-UNUSED = ("suite", "prompts", "features")
-"""Settings of `evaluate` that an experiment on digits does not have."""
-
 
 def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]) -> dict[str, Any]:
     """What decides a cell's numbers: settings, and the weights that it starts from."""
-    whole = config.portable()
-    kept = {name: whole[name] for name in ("seed", "video", "rollout", "score", *sorted({"evaluate", stage}))}
-    settings = {
-        name: {key: each for key, each in value.items() if key not in PLACES + MANNERS + UNUSED}
-        if isinstance(value, dict)
-        else value
-        for name, value in kept.items()
-    }
-    weights = {
-        role: {name: digest for name, digest in storage.digests(model.path).items() if name != "model.json"}
-        for role, model in models.items()
-    }
-    return json.loads(json.dumps({**settings, "weights": weights}))
+    trains: Literal["initialize", "distill"] = "initialize" if stage == "initialize" else "distill"
+    found = run_state.settings(config, trains)
+    if stage == "evaluate":
+        found = {
+            name: each for name, each in found.items() if name.startswith(("seed", "video.", "rollout."))
+        }
+    elif stage == "distill":
+        found["distill.iterations"] = config.distill.iterations
+    measured = ("videos", "frames", "batch", "teacher_steps", "teacher_guidance", "threads")
+    found |= {f"evaluate.{name}": getattr(config.evaluate, name) for name in measured}
+    found |= {"data.source": config.data.source, "data.source_settings": config.data.source_settings}
+    weights = {f"weights.{role}": run_state.weights_digest(model.path) for role, model in models.items()}
+    return found | weights
 
 
 def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> None:
@@ -61,7 +56,7 @@ def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> N
     configs = {(cell.name, seed): config_of(experiment, cell, seed, overrides) for cell, seed in every}
     prepare(shared)
     if not storage.is_complete(shared.distill.student):
-        make_initial(shared, cluster, resume=True)
+        make_initial(shared, resume=True)(cluster)
     start = {
         "teacher": ModelDirectory(shared.distill.teacher),
         "initial": ModelDirectory(shared.distill.student),
@@ -78,7 +73,7 @@ def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> N
         began = time.monotonic()
         output = getattr(config, cell.stage).output
         if not storage.is_complete(f"{output}/model"):
-            make[cell.stage](config, cluster, resume=True)
+            make[cell.stage](config, resume=True)(cluster)
         trained = {cell.name: ModelDirectory(f"{output}/model")}
         _measure(path, config, cell.stage, start, trained, time.monotonic() - began)
         write_report(experiment, shared, done, overrides)
@@ -89,14 +84,9 @@ def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> N
 
 
 def _is_done(path: str, config: RunConfig, stage: str, start: Mapping[str, ModelDirectory]) -> bool:
-    if not storage.is_complete(path):
-        return False
-    storage.verify(path)
-    if storage.read_metadata(path) != identity(config, stage, start):
-        raise ValueError(
-            f"{path} was measured with other settings or other weights; delete it, or choose another root."
-        )
-    return True
+    if unlike := run_state.unlike(path, identity(config, stage, start)):
+        raise ValueError(f"{path} was measured otherwise: {unlike}; delete it, or choose another root.")
+    return unlike is not None
 
 
 def _measure(
@@ -131,7 +121,7 @@ def _measure(
             }
             (directory / "metrics.json").write_text(json.dumps(found, allow_nan=False))
             save_file(samples(videos, list(SHEET)), directory / "samples.safetensors")
-        storage.publish(staging, path, identity(config, stage, start))
+        storage.publish(staging, path, {"identity": identity(config, stage, start)})
 
 
 def _track(tracker: Tracker, name: str, row: Row) -> None:

@@ -11,8 +11,10 @@ import torch
 from ray import ObjectRef
 from ray._private import tensor_serialization_utils
 
-from orchestrator import checkpoint
+from infra import storage
 from orchestrator.coordinator import Coordinator
+from orchestrator.roles import load, save
+from orchestrator.run_state import RunState
 from orchestrator.worker_group import Request
 from pipelines.distill import check_models, export, sample
 from tests.fixtures import furnished
@@ -65,16 +67,16 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
     config = replace(config, distill=replace(config.distill, roles=roles))
     models = check_models(config)
     coordinator = groups.coordinator(config)
-    trained = {"student": coordinator.student, "critic": coordinator.critic}
+    state = RunState("distill", str(tmp_path), {}, keep=2)
     with no_tensor_may_arrive():
         for done, metrics in coordinator.run(0):
             assert all(isinstance(leaf, int | str | ObjectRef) for leaf in leaves(coordinator.ahead))
             assert len(coordinator.ahead) == (done < 4)
             assert all(type(value) is float for value in metrics.values())
-            checkpoint.save(f"{tmp_path}/checkpoints", done, trained, {}, keep=2)
-        found = checkpoint.newest(f"{tmp_path}/checkpoints")
-        assert found is not None and found[1]["iteration"] == 4
-        checkpoint.load(found[0], trained)
+            save(state, done, 0, coordinator.groups)
+        found = storage.newest_complete(f"{tmp_path}/checkpoints")
+        assert found is not None and storage.read_metadata(found)["done"] == 4
+        load(found, coordinator.groups)
         files = sample(config, coordinator, models["student"], 4)
         path = export(config, coordinator, models, "run")
 
@@ -99,11 +101,12 @@ def test_a_group_that_lost_a_rank_is_made_anew_and_goes_on_with_the_same_numbers
     )
     roles = groups.roles(config)
     trained = {role: roles.groups[role] for role in ("student", "critic")}
+    state = RunState("distill", str(tmp_path), {}, keep=1)
     expected = []
     for done, metrics in Coordinator(config, roles.groups).run(0):
         expected.append(measured(metrics))
         if done == 2:
-            saved = checkpoint.save(f"{tmp_path}/checkpoints", done, trained, {}, keep=1)
+            save(state, done, 0, roles.groups)
     weights = {role: weights_of(group) for role, group in trained.items()}
 
     held, lost = roles.groups["critic"], roles.groups["critic"].actors[1]
@@ -112,7 +115,7 @@ def test_a_group_that_lost_a_rank_is_made_anew_and_goes_on_with_the_same_numbers
         list(Coordinator(config, roles.groups).run(0))
     roles.rebuild("critic")
     assert roles.groups["critic"] is held and lost not in held.actors
-    checkpoint.load(saved, trained)
+    load(state.path(2), roles.groups)
     again = [measured(metrics) for _, metrics in Coordinator(config, roles.groups).run(2)]
     assert again == expected[2:]
     for role, group in trained.items():

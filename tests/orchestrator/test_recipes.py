@@ -9,9 +9,10 @@ from torch import Tensor
 from model.discriminator import ClassificationBranch
 from model.objectives.gan import DiscriminatorConfig
 from model.transformer import TransformerConfig
-from orchestrator import checkpoint
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
+from orchestrator.roles import load, save
+from orchestrator.run_state import RunState
 from orchestrator.worker_group import WorkerGroup
 from pipelines import cli
 from pipelines.recipe import RECIPES
@@ -68,6 +69,7 @@ def test_two_student_updates_change_every_weight_and_resume_to_the_same(
     config = at_tiny_size(recipe, tmp_path, 1 if recipe.stem == "quickstart" else 2)
     distill = config.distill
     saved = distill.student_every - 1
+    state = RunState("distill", str(tmp_path), {}, keep=1)
 
     def roles(coordinator: Coordinator) -> dict[str, WorkerGroup]:
         return {"student": coordinator.student, "critic": coordinator.critic}
@@ -77,7 +79,7 @@ def test_two_student_updates_change_every_weight_and_resume_to_the_same(
     for done, metrics in coordinator.run(0):
         losses += [metrics["student/loss"]] if "student/loss" in metrics else []
         if done == saved:
-            checkpoint.save(str(tmp_path / "checkpoints"), done, roles(coordinator), {}, keep=1)
+            save(state, done, 0, coordinator.groups)
         if len(losses) == 2:
             break
     assert done == distill.student_every + 1
@@ -93,7 +95,7 @@ def test_two_student_updates_change_every_weight_and_resume_to_the_same(
     assert unchanged(critic, learned["critic"]) <= beyond_reach
 
     resumed = groups.coordinator(config)
-    checkpoint.load(str(tmp_path / "checkpoints" / f"{saved:07d}"), roles(resumed))
+    load(state.path(saved), resumed.groups)
     for done, metrics in resumed.run(saved):
         losses += [metrics["student/loss"]] if "student/loss" in metrics else []
         if done == distill.student_every + 1:

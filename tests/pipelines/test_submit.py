@@ -127,7 +127,7 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     assert handed_in([*settings("ours", reached + 2), *address, "--resume"]) == 0
     resumed, plain = capfd.readouterr().out, whole.communicate()[0]
     assert whole.returncode == 0, plain
-    assert f"distill: resuming from iteration {reached} " in resumed
+    assert f"distill: resuming from update {reached} " in resumed
     for output in (resumed, plain):
         assert len(re.findall(rf"^distill +{reached + 2}/{reached + 2} .*$", output, re.MULTILINE)) == 1
         assert output.count("Distilled student") == 1
