@@ -28,10 +28,10 @@ Asked = tuple[Batch, list[Request]]
 class NotFinite(FloatingPointError):
     """A number of a role is not finite."""
 
-    def __init__(self, what: str, *, role: str, iteration: int, since: int):
-        """It was found in `iteration`; the weights that gave it had stood still `since` so many iterations were done."""
+    def __init__(self, what: str, *, iteration: int, since: int):
+        """It was found in `iteration`; the weights that gave it had stood still `since` so many were done."""
         super().__init__(what)
-        self.role, self.iteration, self.since = role, iteration, since
+        self.iteration, self.since = iteration, since
 
 
 @dataclass
@@ -180,7 +180,6 @@ class Coordinator:
                     stepped = purpose == "critic" and self.plan.updates_student(iteration)
                     raise NotFinite(
                         f"{role} {name} is {value} in iteration {iteration} (prompt batch {batch})",
-                        role=role,
                         iteration=iteration,
                         since=iteration + stepped,
                     )

@@ -79,9 +79,11 @@ def distill(
                         for file in sample(config, coordinator, models["student"], done):
                             tracker.artifact(file, "samples")
         except NotFinite as error:
-            first, second = ("student", "critic") if error.role == "student" else ("critic", "student")
+            # A student that has just stepped is found out by the critic, which learns from its videos; else the
+            # critic has learned last.
+            likely = ("student", "critic") if error.since > error.iteration else ("critic", "student")
             since, until = error.since, error.iteration
-            raise state.stop(str(error), since=since, until=until, rates=rates(first, second)) from error
+            raise state.stop(str(error), since=since, until=until, rates=rates(*likely)) from error
         except FloatingPointError as error:  # in what was learned, while it was saved
             what = f"{error} after iteration {done - 1}"
             raise state.stop(what, since=done, until=done, rates=rates("student", "critic")) from error

@@ -1,5 +1,6 @@
 """A user's mistake is one sentence and exit code 2; a loss that is not finite stops the run with code 1 and keeps what is whole."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from infra import storage
-from orchestrator import checkpoint
 from pipelines import cli
 from pipelines.pretrain import Pretrain, check_data
 from tests.fixtures import PROMPTS, TINY_RECIPE, furnished, random_weights, write_model, write_real
@@ -239,50 +240,37 @@ def test_more_ranks_than_the_cluster_has(complaint: Refused, ray_cluster: object
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run(
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice_that_works(
     complaint: Refused, ray_cluster: object, tmp_path: Path
 ) -> None:
-    config = furnished(tmp_path)
-    arguments = (
-        "distill",
-        TINY_RECIPE,
-        f"--root={tmp_path}",
-        "--distill.checkpoint_every=1",
-        "--distill.sample_every=0",
-    )
-    # The first critic update is made of finite numbers and leaves weights that no number survives.
-    diverges = complaint(*arguments, "--distill.roles.critic.engine.learning_rate=1e30", code=1)
-    assert "critic loss is" in diverges or "critic grad_norm is" in diverges, diverges
-    assert "in iteration 1 (prompt batch 2)" in diverges and "--resume" in diverges
-    checkpoints = f"{config.distill.output}/checkpoints"
-    found = checkpoint.newest(checkpoints)
-    assert found is not None and found[1]["iteration"] == 1
-    storage.verify(found[0])
-    assert not storage.is_complete(f"{config.distill.output}/model")
-
-    # The run directory now holds checkpoints: what resuming refuses, before any actor starts.
-    assert "continue with --resume" in complaint(*arguments)
-    says = complaint(*arguments, "--resume")
-    assert "was made with another distill.roles.critic.engine.learning_rate" in says
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named(complaint: Refused, ray_cluster: object, tmp_path: Path) -> None:
-    config = furnished(tmp_path)
+    output = furnished(tmp_path).distill.output
+    rate = "distill.roles.critic.engine.learning_rate"
+    settings = ("checkpoint_every=1", "sample_every=0", "iterations=4")
     arguments = [
         "distill",
         str(TINY_RECIPE),
         f"--root={tmp_path}",
-        "--distill.checkpoint_every=1",
-        "--distill.sample_every=0",
+        *(f"--distill.{each}" for each in settings),
     ]
     assert cli.main([*arguments, "--distill.iterations=2"]) == 0
-    found = checkpoint.newest(f"{config.distill.output}/checkpoints")
-    assert found is not None
-    (file,) = Path(found[0]).glob("critic/*.pt")
-    flip_a_byte(file)
-    says = complaint(*arguments, "--distill.iterations=4", "--resume")
-    assert says.startswith(found[0]) and "damaged" in says and f"critic/{file.name}" in says
+    assert cli.main([*arguments, "--distill.iterations=1", "--resume"]) == 2
+    # The next critic update is made of finite numbers and leaves weights that no number survives.
+    says = complaint(*arguments, f"--{rate}=1e30", f"--allow-change={rate}", "--resume", code=1)
+    assert re.match(
+        r"(student|critic) \w+ is \w+ in iteration 3 \(prompt batch 4\); go on with a lower ", says
+    ), says
+    assert f"({output}/checkpoints/0000003 led there and is kept in {output}/not-finite)." in says
+    found = storage.newest_complete(f"{output}/checkpoints")
+    assert found == f"{output}/checkpoints/0000002"
+
+    advised = re.search(r"as in (.+ --resume)", says)
+    assert advised is not None and rate in advised[1]
+    assert cli.main([*arguments, *advised[1].replace("VALUE", "1e-4").split()]) == 0
+    saved = storage.read_metadata(f"{output}/checkpoints/0000004")
+    assert saved["stretches"] == [{"from": 2, "setting": rate, "old": 2e-4, "new": 1e-4}]
+    assert storage.is_complete(f"{output}/model")
+    tags = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db").get_run(saved["run_id"]).data.tags
+    assert json.loads(tags["stretches"]) == saved["stretches"]
 
 
 @pytest.mark.slow

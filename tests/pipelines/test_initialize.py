@@ -65,7 +65,7 @@ def test_every_weight_learns_and_a_stopped_run_resumes(ray_cluster: object, root
     stopped = root / f"{method}-stopped"
     shutil.copytree(root / f"{method}-whole", stopped)
     shutil.rmtree(stopped / "model")
-    shutil.rmtree(stopped / "checkpoints" / "0000002")
+    shutil.rmtree(stopped / "checkpoints" / "0000003")
     assert cli.main([*arguments(root, method, f"{method}-stopped", **updates), "--resume"]) == 0
     resumed = ModelDirectory(stopped / "model")
     assert [name for name in names if not torch.equal(resumed.get(name), whole.get(name))] == []
