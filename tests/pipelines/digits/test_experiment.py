@@ -12,7 +12,10 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from infra import storage
+from orchestrator import run_state
 from pipelines import cli
+from pipelines.digits.cells import config_of, open_experiment
+from pipelines.digits.experiment import identity
 from tests.fixtures import TINY_RECIPE, furnished, write_model
 
 EXPERIMENT = """
@@ -113,3 +116,13 @@ def test_an_experiment_that_is_none_is_named(tmp_path: Path, capfd: pytest.Captu
         assert cli.main(["experiment", str(wrong)]) == 2, change
         said = capfd.readouterr().err
         assert says in said and said.count("\n") == 1, said
+
+
+def test_the_published_cells_are_those_of_the_experiment_that_ships() -> None:
+    shipped = open_experiment("exposure-bias")
+    cells = Path(__file__).parents[3] / "docs/results/exposure-bias/cells"
+    for cell in shipped.cells:
+        found = storage.read_metadata(cells / f"{cell.name}-0")["identity"]
+        weights = {name: digest for name, digest in found.items() if name.startswith("weights.")}
+        config = config_of(shipped, cell, 0, [])
+        assert run_state.differences(found, identity(config, cell.stage, {}) | weights) == {}
