@@ -1,15 +1,24 @@
 """The loop that trains one model: the device of a rank, and what becomes of numbers that are not finite."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
+from torch import Tensor, nn
 
+from infra import storage
 from orchestrator import single_model
+from orchestrator.run_state import RunState
+from orchestrator.single_model import Task
+from orchestrator.stages import PretrainConfig
 from workers import zero
+from workers.engine import EngineConfig, TrainEngine, free_port, init_process_group
 
 
 def test_a_rank_computes_on_the_device_that_ray_train_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +42,79 @@ def test_a_rank_computes_on_the_device_that_ray_train_names(monkeypatch: pytest.
     assert zero.device() == torch.device("cuda:1")
     assert chosen == [1] and os.environ["LOCAL_RANK"] == "1"
     assert (started[0]["dist_backend"], started[0]["rank"]) == ("nccl", 1)
+
+
+class Line(Task):
+    """A linear model of the numbers at each position of the data; the loss of the update `bad` is not finite."""
+
+    compile = False
+
+    def __init__(self, bad: int | None = None):
+        self.bad = bad
+        self.seen: list[tuple[int, int]] = []
+
+    def engine(self) -> TrainEngine:
+        return TrainEngine(lambda: nn.Linear(1, 1), EngineConfig(learning_rate=0.1, zero_stage=0))
+
+    def open(self, device: torch.device) -> None:
+        pass
+
+    def loss(
+        self, module: Callable[..., Tensor], update: int, samples: range, *, batch: int, position: int
+    ) -> Tensor:
+        self.seen.append((update, position))
+        x = torch.tensor([[float(position + sample)] for sample in samples]).cos()
+        return module(x).square().mean() * (torch.nan if update == self.bad else 1)
+
+    def export(self, engine: TrainEngine, path: str) -> None:
+        pass
+
+
+@ray.remote(num_cpus=0)
+class Only:
+    """The only rank, without Ray Train around it."""
+
+    def __init__(self) -> None:
+        init_process_group(
+            rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port(), timeout_s=60
+        )
+        single_model.join = lambda: (0, 1)
+
+    def run(self, settings: PretrainConfig, state: RunState, task: Line) -> list[tuple[int, int]]:
+        reports = SimpleNamespace(put=lambda _: None)
+        single_model._loop(
+            {"settings": settings, "seed": 0, "state": state, "task": task, "reports": reports}
+        )
+        return task.seen
+
+
+def weights(checkpoint: str) -> dict[str, Tensor]:
+    record = torch.load(f"{checkpoint}/engine-00000-of-00001.pt", weights_only=True)
+    return {name: each["value"] for name, each in record["parameters"].items()}
+
+
+def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
+    ray_cluster: object, tmp_path: Path
+) -> None:
+    settings = PretrainConfig(output=str(tmp_path), updates=4, batch=2, warmup=0, checkpoint_every=3)
+    state, rank = RunState("pretrain", str(tmp_path), {}, keep=9), Only.remote()
+    assert ray.get(rank.run.remote(settings, state, Line())) == [(0, 0), (1, 2), (2, 4), (3, 6)]
+    # Every third state, and the last.
+    assert [storage.read_metadata(state.path(done))["position"] for done in (3, 4)] == [6, 8]
+    straight = weights(state.path(4))
+
+    resumed = replace(state, checkpoint=state.path(3), done=3, position=6)
+    assert ray.get(rank.run.remote(settings, resumed, Line())) == [(3, 6)]
+    assert all(torch.equal(each, straight[name]) for name, each in weights(state.path(4)).items())
+    longer = replace(settings, updates=6, batch=5, checkpoint_every=1)
+    assert ray.get(rank.run.remote(longer, resumed, Line())) == [(3, 6), (4, 11), (5, 16)]
+
+    with pytest.raises(FloatingPointError) as stopped:
+        ray.get(rank.run.remote(longer, resumed, Line(bad=5)))
+    rate = "pretrain.role.engine.learning_rate"
+    assert (
+        f"pretrain: the loss of update 5 is not finite; go on with a lower {rate}, as in --{rate} VALUE "
+        f"--allow-change {rate} --resume ({state.path(5)} led there and is kept in {tmp_path}/not-finite)."
+    ) in str(stopped.value)
+    assert not storage.is_complete(state.path(5)) and storage.is_complete(state.path(4))
+    ray.kill(rank)
