@@ -1,7 +1,7 @@
 """A real Ray cluster of two nodes on this machine, started by `ray start`, for tests that need one.
 
-Every port and directory is its own, so that any number of such clusters, and of `ray.init()`, may run side by side.
-Its processes carry a mark in their environment, and exactly those are killed at the end.
+Every port and directory is its own, so that any number of such clusters, and of `ray.init()`, may run side by
+side. Its processes carry a mark in their environment, and exactly those are killed at the end.
 """
 
 import json
@@ -53,7 +53,8 @@ def two_node_cluster(
 ) -> Iterator[TwoNodeCluster]:
     """Start the cluster, wait until both nodes and the job server answer, and kill it at the end.
 
-    The token is the one in `RAY_AUTH_TOKEN` if the tests have set it (Ray caches one a process), else a new one.
+    The token is the one in `RAY_AUTH_TOKEN` if the tests have set it (Ray caches one a process), else a new
+    one.
     """
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     mark = secrets.token_hex(8)
@@ -78,7 +79,8 @@ def two_node_cluster(
             "--node-ip-address=127.0.0.1",
             f"--num-cpus={cpus_per_node}",
         ]
-        # A directory for each, as on two machines: in a shared one, each node unpacks a job's files over the other's.
+        # A directory for each, as on two machines: in a shared one, each node unpacks a job's files over the
+        # other's.
         command += [f"--temp-dir={directory}/{resource}"]
         command += [f"--object-store-memory={object_store_bytes}", f"--resources={json.dumps({resource: 1})}"]
         command += [f"--{name}={port}" for name, port in zip(NODE_PORTS, ports, strict=True)]
@@ -96,7 +98,8 @@ def two_node_cluster(
             f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client}",
         )
-        # The second node starts once the first has one to show, for it gives up when it does not soon see that.
+        # The second node starts once the first has one to show, for it gives up when it does not soon see
+        # that.
         _wait(lambda: _listens(node_ports[0]), head, f"{directory}/head.log")
         second = node("second", node_ports[1::2], f"--address={address}", "--include-log-monitor=false")
         for process, name in ((second, "second"), (head, "head")):
@@ -108,7 +111,8 @@ def two_node_cluster(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the range from which the system gives out ports of its own accord."""
+    """Ports that nobody listens on, below the range from which the system gives out ports of its own
+    accord."""
     ports: list[int] = []
     for port in random.sample(range(20_000, 32_000), 12_000):
         if len(ports) == count:
@@ -145,7 +149,8 @@ def kill_marked(mark: str) -> None:
 
 
 def _is_marked(pid: int, mark: str) -> bool:
-    # Not psutil's environ(): it stops at the zeros that Ray's agents leave there when they change their title.
+    # Not psutil's environ(): it stops at the zeros that Ray's agents leave there when they change their
+    # title.
     try:
         return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:

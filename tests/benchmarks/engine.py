@@ -1,6 +1,8 @@
-"""What the engine does without a server around it: how fast, for how many, for how long, and against doing it the plain way.
+"""What the engine does without a server around it: how fast, for how many, for how long, and against doing it
+the plain way.
 
-Whatever is compared runs side by side, in turns, in one process: a machine's speed changes from minute to minute.
+Whatever is compared runs side by side, in turns, in one process: a machine's speed changes from minute to
+minute.
 """
 
 import gc
@@ -179,7 +181,8 @@ class _Sessions:
         return time.perf_counter() - self.began
 
     def waits_until(self, made: list[float]) -> float:
-        """When a stream may go on: as soon as its viewer looks at a chunk that is `AHEAD` before the next one."""
+        """When a stream may go on: as soon as its viewer looks at a chunk that is `AHEAD` before the next
+        one."""
         return made[0] + (len(made) - AHEAD) * self.period if len(made) >= AHEAD else 0.0
 
     def turn(self) -> None:
@@ -208,11 +211,12 @@ class _Sessions:
 
 
 def share_on_time(streamer: Streamer, sessions: int, fps: float, *, chunks: int, seed: int = 0) -> float:
-    """The share of `chunks` chunks of each of `sessions` endless sessions that are on time, or what it cannot exceed any more
-    once it is under `ON_TIME`.
+    """The share of `chunks` chunks of each of `sessions` endless sessions that are on time, or what it cannot
+    exceed any more once it is under `ON_TIME`.
 
-    A session's chunk k is on time if it is finished when k chunks' length has passed since its first one was. Sessions arrive at random
-    times that do not depend on how the others fare; what is made before the last one is in is warm-up and does not count.
+    A session's chunk k is on time if it is finished when k chunks' length has passed since its first one was.
+    Sessions arrive at random times that do not depend on how the others fare; what is made before the last
+    one is in is warm-up and does not count.
     """
     viewers = _Sessions(streamer, sessions, fps, seed)
     while viewers.arrivals or not all(viewers.finished.values()):
@@ -228,7 +232,8 @@ def share_on_time(streamer: Streamer, sessions: int, fps: float, *, chunks: int,
 
 
 def capacity(streamer: Streamer, fps: float, guess: int, *, chunks: int) -> Capacity:
-    """The most sessions of which `ON_TIME` of the chunks are on time, by bisection around a `guess`; to a tenth where it is beyond ten."""
+    """The most sessions of which `ON_TIME` of the chunks are on time, by bisection around a `guess`; to a
+    tenth where it is beyond ten."""
     low, high, share = 0, streamer.slots + 1, float("nan")
     tried = min(max(1, guess), streamer.slots)
     while high - low > max(1, low // 10):
@@ -270,7 +275,8 @@ def endless(streamer: Streamer, *, frames: int, chunks: int) -> Endless:
 
 
 def recomputing(streamer: Streamer, viewers: int, *, chunks: int) -> Recomputing:
-    """A chunk of everybody with the cache, then one for which every step runs the whole window again, and so on."""
+    """A chunk of everybody with the cache, then one for which every step runs the whole window again, and so
+    on."""
     streams = start(streamer, viewers)
     config = streamer.config
     schedule = FlowSchedule(config.shift)
@@ -293,7 +299,8 @@ def recomputing(streamer: Streamer, viewers: int, *, chunks: int) -> Recomputing
 def _recompute(
     streamer: Streamer, past: Tensor, context: Tensor, timesteps: Sequence[float], sigmas: Sequence[float]
 ) -> Tensor:
-    """Chunks without a cache: every step runs the clean frames of the window and the noisy chunk through the network."""
+    """Chunks without a cache: every step runs the clean frames of the window and the noisy chunk through the
+    network."""
     x = torch.randn_like(past[:, :1].expand(-1, streamer.config.chunk, -1, -1, -1))
     seen = past.shape[1]
     for step, timestep in enumerate(timesteps):

@@ -79,7 +79,8 @@ def goals(measured: Measured) -> Iterator[Goal]:
         yield Goal(what, ratio, "at least 3.5", ratio >= 3.5)
     for served in measured.overhead:
         share = served.service.median / served.engine.median - 1
-        what = f"share of chunk time that Serve and HTTP add, {_viewers(served.viewers)}, {served.format}, {PROXIES[served.proxy]}"
+        how = f"{_viewers(served.viewers)}, {served.format}, {PROXIES[served.proxy]}"
+        what = f"share of chunk time that Serve and HTTP add, {how}"
         yield Goal(what, share, "under 0.1", share < 0.1)
     for promoted in measured.promotion:
         what = f"promotion ({promoted.on_promotion}), {_viewers(promoted.viewers)}"
@@ -219,7 +220,8 @@ def write_page(path: Path, results: Sequence[Measured], machine: str, command: s
         lines += [
             f"## The {measured.name} student",
             "",
-            f"{measured.parameters / 1e6:.2g} M parameters; a session's cache takes {measured.cache_bytes / 2**20:.2g} MiB.",
+            f"{measured.parameters / 1e6:.2g} M parameters; a session's cache takes "
+            f"{measured.cache_bytes / 2**20:.2g} MiB.",
             "",
         ]
         for title, head, rows in tables(measured):

@@ -44,7 +44,8 @@ class Overhead:
     viewers: int
     format: Format
     proxy: Proxy
-    """What stands before the replica: Ray Serve's own proxy, or HAProxy, which Ray Serve starts where RAY_SERVE_ENABLE_HA_PROXY=1."""
+    """What stands before the replica: Ray Serve's own proxy, or HAProxy, which Ray Serve starts where
+    RAY_SERVE_ENABLE_HA_PROXY=1."""
     engine: Spread
     """Between two chunks of a stream, the engine alone."""
     service: Spread
@@ -71,7 +72,8 @@ def serving(proxy: Proxy) -> Iterator[str]:
     port = free_port()
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
     os.environ["SELF_FORCING_TOKENS"] = TOKEN
-    # Ray gives its workers a low priority by default, and the engine that they are compared with has the usual one.
+    # Ray gives its workers a low priority by default, and the engine that they are compared with has the
+    # usual one.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (as Ray spells it)
     with connect("local"):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -148,7 +150,8 @@ def wait_for_chunks(seen: list[Watched], chunks: int) -> None:
 def overhead(
     url: str, streamer: Streamer, viewers: int, format: Format, proxy: Proxy, *, repeats: int, chunks: int
 ) -> Overhead:
-    """`chunks` chunks of everybody from the engine in this process, then as many from `url`, and so on, `repeats` times.
+    """`chunks` chunks of everybody from the engine in this process, then as many from `url`, and so on,
+    `repeats` times.
 
     The model at `url` is `streamer`'s, at a frame rate that never makes it wait.
     """
@@ -168,7 +171,8 @@ def overhead(
 
 
 def promotion(url: str, config: ServeConfig, registry: Registry, viewers: int, *, chunks: int) -> Promotion:
-    """What `viewers` notice when the alias that `config` names moves from its version to another one of the same model."""
+    """What `viewers` notice when the alias that `config` names moves from its version to another one of the
+    same model."""
     reference = config.model.removeprefix("models:/")
     name, alias = reference.split("@")
     before = registry.resolve(config.model)
@@ -200,7 +204,8 @@ def measure(
     chunks: int,
     threads: int,
 ) -> tuple[list[Overhead], list[Promotion]]:
-    """The overhead for each number of `viewers`, of a model that never makes them wait, and what `loaded` viewers notice of a promotion."""
+    """The overhead for each number of `viewers`, of a model that never makes them wait, and what `loaded`
+    viewers notice of a promotion."""
     config = ServeConfig(model=hurried, slots=max([*viewers, loaded]), cpus=threads, drain_s=1, refresh_s=0.5)
     overheads = []
     for proxy in PROXIES:

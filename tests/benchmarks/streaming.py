@@ -1,7 +1,7 @@
 """How fast the streaming service is: `python -m tests.benchmarks.streaming [--quick]`.
 
-Writes what it measured as JSON and as a page of tables, for a student of the quickstart's size and for one of about 30 M parameters. Weights
-are random unless `--model` names a student: the speed is the same.
+Writes what it measured as JSON and as a page of tables, for a student of the quickstart's size and for one of
+about 30 M parameters. Weights are random unless `--model` names a student: the speed is the same.
 """
 
 import json
@@ -37,7 +37,8 @@ class Settings:
     """What is measured, and how thoroughly."""
 
     model: str | None = None
-    """Directory of a student to measure as the small one; random weights of the quickstart's size by default."""
+    """Directory of a student to measure as the small one; random weights of the quickstart's size by
+    default."""
     out: str = "docs/results/streaming"
     """Results are written here, with .json and .md at the end."""
     sizes: tuple[str, ...] = ("small", "large")

@@ -1,4 +1,5 @@
-"""Registered models: a version stays as it was, whoever asks finds it, and silence is not mistaken for absence."""
+"""Registered models: a version stays as it was, whoever asks finds it, and silence is not mistaken for
+absence."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""The record of a run arrives whole, exactly once and without secrets, and its absence costs the run nothing."""
+"""The record of a run arrives whole, exactly once and without secrets, and its absence costs the run
+nothing."""
 
 import logging
 import socket

@@ -1,4 +1,5 @@
-"""Students on data instead of their rollout, many-step and uneven samplers, guidance, and consistency distillation."""
+"""Students on data instead of their rollout, many-step and uneven samplers, guidance, and consistency
+distillation."""
 
 from dataclasses import replace
 
@@ -33,7 +34,8 @@ def test_levels_are_drawn_chunk_by_chunk_from_each_samples_name() -> None:
 
 @pytest.mark.parametrize("forcing", ["teacher_forcing", "diffusion_forcing"])
 def test_a_prediction_on_data_is_what_the_rollouts_own_call_gives(forcing: str) -> None:
-    """The first chunk of both has no past, so it is a rollout's call at the same level; later ones tell the two apart."""
+    """The first chunk of both has no past, so it is a rollout's call at the same level; later ones tell the
+    two apart."""
     model, data, context = tiny_model(), normal(*DATA, seed=4), prompt(2)
     plan = ForcedPlan(forcing, (0,), gradient=True)  # type: ignore[arg-type]
     x0 = plan.predict(model, CONFIGS, data, context, [0, 1])
@@ -49,7 +51,8 @@ def test_a_prediction_on_data_is_what_the_rollouts_own_call_gives(forcing: str) 
         first = model(noisy[:, :2], timestep[:, :2], context, history=history).velocity
     assert difference(x0[:, :2], schedule.x0(first, noisy[:, :2], timestep[:, :2])) < 1e-5
 
-    # Whether another past changes the second chunk: under teacher forcing the data's, under diffusion forcing the noisy one's.
+    # Whether another past changes the second chunk: under teacher forcing the data's, under diffusion forcing
+    # the noisy one's.
     other = data.clone()
     other[:, :2] += 1
     moved = plan.predict(model, CONFIGS, other, context, [0, 1])[:, 2:4]
@@ -138,7 +141,8 @@ def test_guidance_moves_every_step_away_from_the_unconditional_twin() -> None:
 
 
 def test_a_consistency_step_follows_the_teacher_and_ends_clean() -> None:
-    """On a straight path with the right velocity every step lands on the path, and the last one on the data."""
+    """On a straight path with the right velocity every step lands on the path, and the last one on the
+    data."""
     data, noise = normal(*DATA, seed=1), normal(*DATA, seed=2)
     sigma, following = torch.full((2, FRAMES), 0.75), torch.full((2, FRAMES), 0.5)
     following[:, 4:] = 0

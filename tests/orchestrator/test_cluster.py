@@ -13,7 +13,8 @@ from orchestrator import cluster
 from ray._raylet import AuthenticationTokenLoader
 
 def started(**_):
-    print(os.environ["RAY_AUTH_MODE"], AuthenticationTokenLoader.instance().has_token(), "RAY_AUTH_TOKEN" in os.environ)
+    found = AuthenticationTokenLoader.instance().has_token()
+    print(os.environ["RAY_AUTH_MODE"], found, "RAY_AUTH_TOKEN" in os.environ)
     raise OSError(28, "No space left on device", "/tmp/ray")
 
 cluster.ray.init = started

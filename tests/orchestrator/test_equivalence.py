@@ -1,4 +1,5 @@
-"""One algorithm, however it is spread out: ranks, ZeRO stages, recomputation, accumulation and overlap change no number."""
+"""One algorithm, however it is spread out: ranks, ZeRO stages, recomputation, accumulation and overlap change
+no number."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,8 @@ def by_hand(config: RunConfig) -> Outcome:
         chunks = list(generate(generator, state, context))
         video = torch.cat([given, *chunks] if given is not None else chunks, dim=1)
         if frames > window:
-            # The embedded codec makes a latent frame of each frame of pixels, so making one anew cuts its pixels to their range.
+            # The embedded codec makes a latent frame of each frame of pixels, so making one anew cuts its
+            # pixels to their range.
             codec = config.video.make_codec()
             assert codec is not None
             first = codec.encode(codec.decode(video[:, -window].detach()[:, None]))

@@ -1,4 +1,5 @@
-"""Models of one run fit each other and its config, and what a student does otherwise than its start is told."""
+"""Models of one run fit each other and its config, and what a student does otherwise than its start is
+told."""
 
 from dataclasses import replace
 from pathlib import Path

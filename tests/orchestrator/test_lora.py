@@ -1,4 +1,5 @@
-"""A distillation that trains adapters: the base stays, the run resumes to the bit, and what it exports is what it learned."""
+"""A distillation that trains adapters: the base stays, the run resumes to the bit, and what it exports is
+what it learned."""
 
 import json
 from dataclasses import replace

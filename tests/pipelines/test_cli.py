@@ -93,18 +93,22 @@ def test_a_base_lies_beside_its_recipe(
 
 
 COUNTS = [
-    *(f"pretrain.{name}" for name in ("updates", "batch", "checkpoint_every", "shift", "role.ranks", "role.threads")),
-    *(f"initialize.{name}" for name in ("updates", "batch", "checkpoint_every", "pairs", "ode_steps", "samplers")),
+    *(f"pretrain.{name}" for name in ("updates", "batch", "checkpoint_every", "shift")),
+    "pretrain.role.ranks", "pretrain.role.threads",
+    *(f"initialize.{name}" for name in ("updates", "batch", "checkpoint_every")),
+    *(f"initialize.{name}" for name in ("pairs", "ode_steps", "samplers")),
     *(f"distill.{name}" for name in ("iterations", "student_every", "batch", "checkpoint_every", "keep")),
     *(f"evaluate.{name}" for name in ("videos", "frames", "batch", "teacher_steps", "threads")),
     *(f"video.{name}" for name in ("frames", "channels", "height", "width", "fps", "pixel_std")),
-    *(f"student.{name}" for name in ("dim", "ffn_dim", "num_heads", "num_layers", "text_len", "text_dim", "freq_dim", "eps")),
+    *(f"student.{name}" for name in ("dim", "ffn_dim", "num_heads", "num_layers")),
+    *(f"student.{name}" for name in ("text_len", "text_dim", "freq_dim", "eps")),
     "rollout.chunk", "rollout.shift", "score.shift", "placement.timeout_s", "distill.discriminator.num_class",
     "distill.roles.critic.engine.accumulation", "distill.roles.critic.engine.eps",
 ]  # fmt: skip
 SIZES = [
-    "seed", "pretrain.warmup", "pretrain.dropout", "initialize.warmup", "initialize.dropout", "distill.given_frames",
-    "distill.sample_every", "pretrain.role.cpus", "distill.roles.teacher.gpus", "tracking.system_metrics_every_s",
+    "seed", "pretrain.warmup", "pretrain.dropout", "initialize.warmup", "initialize.dropout",
+    "distill.given_frames", "distill.sample_every", "pretrain.role.cpus", "distill.roles.teacher.gpus",
+    "tracking.system_metrics_every_s",
     "distill.roles.student.engine.learning_rate", "distill.roles.student.engine.ema_start", "rollout.sink",
     "distill.discriminator.weight", "distill.objective.sid_alpha",
 ]  # fmt: skip
@@ -126,9 +130,10 @@ def test_what_counts_from_0_cannot_be_negative(refused: Refused, setting: str) -
 @pytest.mark.parametrize(
     "setting",
     [
-        "root", "data.train", "data.held_out", "data.real", "pretrain.output", "initialize.output", "initialize.teacher",
-        "initialize.pairs_path", "distill.output", "distill.teacher", "distill.student", "distill.critic", "evaluate.output",
-        "distill.roles.teacher.negative_embedding", "evaluate.prompts", "evaluate.features",
+        "root", "data.train", "data.held_out", "data.real", "pretrain.output", "initialize.output",
+        "initialize.teacher", "initialize.pairs_path", "distill.output", "distill.teacher", "distill.student",
+        "distill.critic", "evaluate.output", "distill.roles.teacher.negative_embedding", "evaluate.prompts",
+        "evaluate.features",
     ],
 )  # fmt: skip
 def test_a_url_is_no_path(refused: Refused, setting: str) -> None:
@@ -164,9 +169,15 @@ def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...])
         (("run", "x" * 5000), f"there is no recipe '{'x' * 80}'; name a YAML file or one of digits,"),
         (("prepare", "quickstart", "--distill.keep", "3"), "prepare does not use distill.keep; leave it out"),
         (("pretrain", "quickstart", "--evaluate", "{videos: 3}"), "pretrain does not use evaluate;"),
-        (("distill", "quickstart", "--rollout={chunks: 3}"), "there is no setting rollout.chunks; the nearest is rollout.chunk."),
+        (
+            ("distill", "quickstart", "--rollout={chunks: 3}"),
+            "there is no setting rollout.chunks; the nearest is rollout.chunk.",
+        ),
         (("distill", "quickstart", "--rollout=3"), "rollout is a group of settings and cannot be '3'."),
-        (("distill", "quickstart", "--distill.batch=many"), 'Parser key "distill.batch": Expected a <class \'int\'>.'),
+        (
+            ("distill", "quickstart", "--distill.batch=many"),
+            'Parser key "distill.batch": Expected a <class \'int\'>.',
+        ),
         (("distill", "quickstart", "--distill.batch"), "argument --distill.batch: expected one argument."),
         (("distill", "quickstart", "--resum"), "there is no setting resum; the nearest is resume."),
         (("promote", "digits", "1", "--aliass", "x"), "there is no setting aliass; the nearest is alias."),
@@ -212,8 +223,13 @@ def test_where_runs_are_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize(
     "words",
-    [("register", "STUDENT", "--name", "digits"), ("promote", "digits", "1"), ("promote", "digits", "--rollback"), ("serve", "--model", "models:/digits@serving")],
-)  # fmt: skip
+    [
+        ("register", "STUDENT", "--name", "digits"),
+        ("promote", "digits", "1"),
+        ("promote", "digits", "--rollback"),
+        ("serve", "--model", "models:/digits@serving"),
+    ],
+)
 def test_the_registry_is_where_the_environment_says(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
@@ -252,7 +268,7 @@ def test_brackets_in_a_path_mean_themselves(capsys: pytest.CaptureFixture[str]) 
 def test_a_run_outlives_the_pipe_and_the_terminal_that_it_prints_to(tmp_path: Path) -> None:
     """The reader of its output is gone and the terminal hangs up, and what comes after is still done."""
     script = (
-        "import os, signal, sys; from pipelines import cli; from pipelines import prepare; from pipelines.console import say\n"
+        "import os, signal, sys; from pipelines import cli, prepare; from pipelines.console import say\n"
         "def work(config):\n"
         "    say('begun'); os.kill(os.getpid(), signal.SIGHUP); say('on')\n"
         "    open(sys.argv[-1].partition('=')[2] + '/done', 'w')\n"

@@ -56,7 +56,8 @@ def write_held_out(path: Path, prompts: list[str] | None = None, frames: int = 5
 
 
 def arguments(root: Path, *extra: str) -> list[str]:
-    sizes = "--{0}.dim=16 --{0}.ffn_dim=32 --{0}.num_heads=2 --{0}.num_layers=1 --{0}.text_len=8 --{0}.text_dim=16"
+    sizes = "--{0}.dim=16 --{0}.ffn_dim=32 --{0}.num_heads=2 --{0}.num_layers=1"
+    sizes += " --{0}.text_len=8 --{0}.text_dim=16"
     return [
         f"--root={root}",
         *sizes.format("teacher").split(),

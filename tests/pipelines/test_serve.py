@@ -56,7 +56,8 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 def server(
     request: pytest.FixtureRequest, tmp_path: Path, certificate: tuple[Path, Path]
 ) -> Iterator[tuple[subprocess.Popen, str, ssl.SSLContext | None]]:
-    """The command's process, what its URLs have after `http`, and whom clients trust: over HTTPS, or behind HAProxy."""
+    """The command's process, what its URLs have after `http`, and whom clients trust: over HTTPS, or behind
+    HAProxy."""
     (tmp_path / "tokens").write_text(TOKEN)
     model = write_student(tmp_path / "model")
     (port,) = free_ports(1)

@@ -54,7 +54,8 @@ EXPECTED = r"and 3 × 1 × 8 × 8 is expected \(`video`: \[frames, channels, hei
         ({"prompt": None}, r"has no prompt in row 2 of 1.parquet; every row needs one\.$"),
         (
             {"prompt": "one two three four five"},
-            r"has a prompt of 5 words \(row 2 of 1.parquet\), more than the 4 that the model reads; shorten it\.$",
+            r"has a prompt of 5 words \(row 2 of 1.parquet\), more than the 4 that the model reads; "
+            r"shorten it\.$",
         ),
         ({"prompt": "x" * 65}, r"has a prompt of 5 words \(row 2 of 1.parquet\)"),
     ],

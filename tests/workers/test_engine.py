@@ -336,7 +336,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(groups: dict, plain: dict
 
 
 def broken(rank: int, world_size: int, stage: int, directory: str) -> dict[str, str]:
-    """What saving and exporting say where one number of rank 0 is not finite; no rank waits for one that failed."""
+    """What saving and exporting say where one number of rank 0 is not finite; no rank waits for one that
+    failed."""
     engine = TrainEngine(Toy, EngineConfig(**LEARNING, zero_stage=stage), weights=Weights())
     update(engine, rank, world_size, *batches()[0])
     piece = engine._zero.slices["middle.weight"]

@@ -1,4 +1,5 @@
-"""Streams of one batch, each against itself alone: joining, leaving, pausing, parking, a new prompt, and a row that fails."""
+"""Streams of one batch, each against itself alone: joining, leaving, pausing, parking, a new prompt, and a
+row that fails."""
 
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def test_a_stream_by_itself_is_the_generated_video_to_the_bit(model: str) -> Non
 
 
 def test_streams_of_different_ages_and_steps_share_a_batch(model: str) -> None:
-    """One joins in the middle of another's chunk, one leaves, and a third takes its slot: nobody else notices."""
+    """One joins in the middle of another's chunk, one leaves, and a third takes its slot: nobody else
+    notices."""
     streamer, made = Streamer(model, slots=2), {}
     first = streamer.open(PROMPTS[0], 0, FRAMES)
     watch(streamer, made, 4)
@@ -121,7 +123,8 @@ def test_a_new_prompt_holds_from_the_next_chunk_on(model: str) -> None:
     until = 3 * CHUNK
     for other in (again, changed, kept):
         assert torch.equal(other[:until], same[:until])
-    # Under the same prompt writing the cache anew changes little, and nothing where no chunk's past had been cut by the window.
+    # Under the same prompt writing the cache anew changes little, and nothing where no chunk's past had been
+    # cut by the window.
     assert difference(again, same) < 0.2 * difference(changed, same)
     assert difference(changed[until:], same[until:]) > 1e-3 < difference(kept[until:], same[until:])
     assert not torch.equal(changed, kept)

@@ -1,4 +1,5 @@
-"""A kept graph is used once, at the weights it was made with; and what a worker refuses is readable where the driver stands."""
+"""A kept graph is used once, at the weights it was made with; and what a worker refuses is readable where the
+driver stands."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The interface as its OpenAPI document describes it, asked at random: nothing that a client may send is the server's fault."""
+"""The interface as its OpenAPI document describes it, asked at random: nothing that a client may send is the
+server's fault."""
 
 from contextlib import suppress
 from itertools import product

@@ -20,8 +20,10 @@ from tests.orchestrator.serving.conftest import CONFIG, eventually, write_studen
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver (Debian: chromium-driver)"),
-]  # fmt: skip
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="needs Chromium and its driver (Debian: chromium-driver)"
+    ),
+]
 FPS = 16
 TOKEN = "0123456789abcdef"
 SOCKETS = """

@@ -63,7 +63,8 @@ def test_no_stream_is_cut_when_the_alias_moves(
         # Back to the first, and then to one that cannot stream: the first goes on.
         registry.roll_back(name, "serving")
         eventually(lambda: client.get("/healthz")["version"] == "1")
-        write_model(tmp_path / "endless", SIZES, seed=1, rollout=replace(ROLLOUT, window=None), video=VideoConfig(frames=6))  # fmt: skip
+        endless, video = replace(ROLLOUT, window=None), VideoConfig(frames=6)
+        write_model(tmp_path / "endless", SIZES, seed=1, rollout=endless, video=video)
         unfit = register(registry, name, tmp_path / "endless")
         registry.promote(unfit, "serving", before=first)
         eventually(lambda: client.get("/healthz")["refused"] == str(unfit.version))

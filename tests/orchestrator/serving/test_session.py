@@ -1,4 +1,5 @@
-"""WebSocket sessions: prompts that change, pauses, queues, broken connections, and messages that make no sense."""
+"""WebSocket sessions: prompts that change, pauses, queues, broken connections, and messages that make no
+sense."""
 
 import io
 from collections.abc import Iterator

@@ -55,7 +55,8 @@ def client(url: str) -> openai.OpenAI:
 
 
 def make(client: openai.OpenAI, prompt: str = SIX, **about: Any) -> Video:
-    """A short video that is ready. The client's type of seconds knows the lengths of OpenAI's own models alone."""
+    """A short video that is ready. The client's type of seconds knows the lengths of OpenAI's own models
+    alone."""
     seconds = about.pop("seconds", "0.13")
     return client.videos.create_and_poll(
         prompt=prompt, seconds=seconds, extra_body=about, poll_interval_ms=100
@@ -178,9 +179,10 @@ def test_storage_that_is_gone_is_said_so(client: openai.OpenAI, storage: Path) -
 @pytest.mark.parametrize(
     ("body", "says"),
     [({"prompt": ""}, "prompt: "), ({}, "prompt: "), ({"prompt": "x" * 1001}, "at most 1000 characters"),
-     ({"prompt": "a two " * 9}, "shorten it"), ({"seconds": 0}, "seconds: "), ({"seconds": "-1"}, "seconds: "),
-     ({"seconds": "soon"}, "seconds: "), ({"seconds": 0.004}, "0 frames"), ({"seconds": LONG + 1}, "up to 20 s"),
-     ({"seed": -1}, "seed: "), ({"size": "1280x720"}, "videos of 256x256 alone"),
+     ({"prompt": "a two " * 9}, "shorten it"), ({"seconds": 0}, "seconds: "),
+     ({"seconds": "-1"}, "seconds: "), ({"seconds": "soon"}, "seconds: "), ({"seconds": 0.004}, "0 frames"),
+     ({"seconds": LONG + 1}, "up to 20 s"), ({"seed": -1}, "seed: "),
+     ({"size": "1280x720"}, "videos of 256x256 alone"),
      ({"quality": "high"}, "no such field; there are prompt, model, seconds, size, seed"),
      ({"input_reference": {"image_url": "https://example.com/a.png"}}, "of prompts alone; leave it out")],
 )  # fmt: skip

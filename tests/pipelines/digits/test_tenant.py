@@ -1,4 +1,5 @@
-"""Digits are an example that nothing depends on, and their data is prepared where a recipe names them as its source."""
+"""Digits are an example that nothing depends on, and their data is prepared where a recipe names them as its
+source."""
 
 from pathlib import Path
 
