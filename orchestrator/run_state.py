@@ -28,54 +28,28 @@ _PARTS: Mapping[Stage, tuple[str, ...]] = {
     "initialize": ("seed", "video", "text", "student", "rollout", "initialize", "distill"),
     "distill": ("seed", "video", "text", "teacher", "student", "rollout", "score", "distill"),
 }
-_NO_NUMBERS = frozenset(
-    [
-        "output",
-        "pairs_path",
-        "checkpoint_every",
-        "keep",
-        "sample_every",
-        "overlap",
-        "samplers",
-        "cpus",
-        "fps",
-        "activation_checkpointing",
-    ]
-)
+# fmt: off
+_NO_NUMBERS = frozenset((
+    "output", "pairs_path", "checkpoint_every", "keep", "sample_every", "overlap", "samplers", "cpus", "fps",
+    "activation_checkpointing",
+))
 """Last names of settings that say where things lie, and how a stage goes about its work."""
 _NEGATIVE = "distill.roles.teacher.negative_prompt"
 _NEGATIVE_FILE = "distill.roles.teacher.negative_embedding"
-_INPUTS = frozenset(
-    ("distill.teacher", "distill.student", "distill.critic", "initialize.teacher", _NEGATIVE_FILE)
-)
-_PAIRS = frozenset(
-    [
-        "seed",
-        "initialize.pairs",
-        "initialize.ode_steps",
-        "initialize.guidance",
-        "rollout.shift",
-        "rollout.steps",
-        "rollout.first_steps",
-    ]
-)
-_CAUSAL_PAIRS = frozenset(["rollout.chunk", "rollout.window", "rollout.sink", "rollout.positions"])
-_SHAPES = (
-    frozenset(
-        [
-            "seed",
-            "video",
-            "text",
-            "teacher",
-            "student",
-            "distill.student",
-            "distill.critic",
-            "initialize.teacher",
-        ]
-    ),
-    frozenset(["adapters", "ranks", "zero_stage", "taps", "concat_time", "method"]),
-)
-"""Parts and whole names, and words within a name, of what a checkpoint's numbers have the shape of."""
+_INPUTS = frozenset((
+    "distill.teacher", "distill.student", "distill.critic", "initialize.teacher", _NEGATIVE_FILE,
+))
+_PAIRS = frozenset((
+    "seed", "initialize.pairs", "initialize.ode_steps", "initialize.guidance", "rollout.shift", "rollout.steps",
+    "rollout.first_steps", _NEGATIVE,
+))
+_CAUSAL_PAIRS = frozenset(("rollout.chunk", "rollout.window", "rollout.sink", "rollout.positions"))
+_SHAPE_PARTS = frozenset((
+    "seed", "video", "text", "teacher", "student", "distill.student", "distill.critic", "initialize.teacher",
+))
+_SHAPE_WORDS = frozenset(("adapters", "ranks", "zero_stage", "taps", "concat_time", "method"))
+"""Parts or whole names, and words of names, of what a checkpoint's numbers have the shape of."""
+# fmt: on
 _DIGEST = "sha256:"
 _SHOWN_AT_MOST = 4
 
@@ -302,8 +276,8 @@ def _decides(config: RunConfig, stage: Stage, name: str) -> bool:
         case "distill":
             return config.distill.needs_teacher or not name.startswith(("teacher.", "distill.roles.teacher."))
         case "pairs":
-            causal = method.real_videos and name in _CAUSAL_PAIRS
-            return name in _PAIRS or causal or name.startswith("video.") or name == _NEGATIVE
+            names = _PAIRS | _CAUSAL_PAIRS if method.real_videos else _PAIRS
+            return name in names or name.startswith("video.")
         case "initialize" if name.startswith("distill."):
             return name == _NEGATIVE
         case "initialize":
@@ -344,9 +318,8 @@ def _is_shape(name: str, old: Identity) -> bool:
     words = name.split(".")
     if name.startswith("distill.roles.teacher."):  # which is frozen, and in no checkpoint
         return False
-    parts, within = _SHAPES
     new_average = words[-1] == "ema_decay" and old.get(name) is None
-    return new_average or name in parts or words[0] in parts or not within.isdisjoint(words)
+    return new_average or not (_SHAPE_PARTS.isdisjoint((name, words[0])) and _SHAPE_WORDS.isdisjoint(words))
 
 
 def _shown(value: Any) -> str:

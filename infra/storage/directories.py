@@ -162,14 +162,13 @@ def newest_complete(parent: Location) -> str | None:
 
 
 def newest_sound(parent: Location) -> tuple[str | None, list[str]]:
-    """The child of `parent` published last whose content is what was written, and what is wrong with those passed over."""
+    """The child of `parent` published last whose content is what was written, and what is wrong with others."""
     published, passed_over = [], []
     for child in sorted(_children(local(parent))):
-        if not is_aside(child):
-            try:
-                published.append((_read_manifest(child)["sequence"], child))
-            except StorageError as error:
-                passed_over.append(str(error))
+        try:
+            published.append((_read_manifest(child)["sequence"], child))
+        except StorageError as error:
+            passed_over.append(str(error))
     for _, child in sorted(published, reverse=True):
         try:
             verify(child)
@@ -268,13 +267,18 @@ def _refuse_file(target: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
 
 
+def _children(parent: Path) -> list[Path]:
+    """Directories in `parent` that were published, or are in the place of one."""
+    children = parent.iterdir() if parent.is_dir() else ()
+    return [child for child in children if child.is_dir() and not is_aside(child)]
+
+
 def _complete_children(parent: Path) -> list[tuple[int, Path]]:
     """(sequence, child), in the order of publishing."""
     complete = []
-    for child in parent.iterdir() if parent.is_dir() else ():
-        if child.is_dir() and not is_aside(child):
-            with suppress(StorageError):
-                complete.append((_check_complete(child)["sequence"], child))
+    for child in _children(parent):
+        with suppress(StorageError):
+            complete.append((_check_complete(child)["sequence"], child))
     return sorted(complete)
 
 
