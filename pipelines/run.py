@@ -5,6 +5,7 @@ from typing import Any
 from infra import storage
 from orchestrator.cluster import connect
 from orchestrator.config import RunConfig
+from pipelines import suites
 from pipelines.console import say
 from pipelines.distill import make_student
 from pipelines.evaluate import make_report
@@ -16,8 +17,9 @@ from pipelines.tracked import allowed, located
 
 def command(config: RunConfig, options: Any) -> None:
     config, allow = located("run", config), allowed(options)
+    suites.find(config.evaluate.suite)  # a wrong one would end the run when all else is done
+    prepare(config)
     with connect(options.address) as cluster:
-        prepare(config)
         for stage, model, make in (
             ("pretrain", config.distill.teacher, make_teacher),
             ("initialize", config.distill.student, make_initial),

@@ -166,6 +166,8 @@ def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...])
         (("generate", "quickstart", "--video.fps", "4"), "there is no setting video.fps; the nearest is"),
         (("generate", "quickstart", "--model", "m", "--prompt", "p"), "unrecognized arguments: quickstart."),
         (("run", "quickstart", "--tracking.uri=s3://b/x"), "tracking.uri is 's3://b/x', which is no tracking URI;"),
+        (("run", "quickstart", "--evaluate.suite=digit"), "evaluate.suite is 'digit'; use one of video, digits."),
+        (("run", "quickstart", "--data.source=x"), "data.source is 'x'; use digits, or leave it out"),
         (("run", "x" * 5000), f"there is no recipe '{'x' * 80}'; name a YAML file or one of digits,"),
         (("prepare", "quickstart", "--distill.keep", "3"), "prepare does not use distill.keep; leave it out"),
         (("pretrain", "quickstart", "--evaluate", "{videos: 3}"), "pretrain does not use evaluate;"),
