@@ -18,6 +18,8 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+# Ray Train looks at its ranks every so often, and every training of a few seconds ends with such a wait.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,14 @@ Weights are random everywhere: the head, which starts at zero in training, would
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -118,4 +121,19 @@ def furnished(root: Path, recipe: str | Path = TINY_RECIPE, overrides: Sequence[
     if negative:
         embedding = torch.randn(sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(6))
         save_file({"embedding": embedding}, root / negative)
-    return config.located()
+    located = config.located()
+    if (uri := located.tracking.uri or "").startswith("sqlite:///"):
+        store = Path(uri.removeprefix("sqlite:///"))
+        store.parent.mkdir(parents=True, exist_ok=True)
+        if not store.exists():
+            store.write_bytes(_empty_store())
+    return located
+
+
+@cache
+def _empty_store() -> bytes:
+    """MLflow's database before the first run; to make one takes seconds."""
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "mlflow.db"
+        MlflowClient(f"sqlite:///{file}").search_experiments()
+        return file.read_bytes()

@@ -158,3 +158,17 @@ def first_gradients_of(group: WorkerGroup) -> dict[str, Tensor]:
 def measured(metrics: Metrics) -> Metrics:
     """What a run measured, without timings."""
     return {name: value for name, value in metrics.items() if not name.startswith(("seconds/", "idle/"))}
+
+
+class _Started(Roles):
+    """Roles that are built already."""
+
+    def start(self, role: str) -> None:
+        """They are."""
+
+
+@contextmanager
+def reused_roles(groups: Groups, config: RunConfig) -> Iterator[Roles]:
+    """What `placed_roles` gives, on actors that are there: for runs of which other things are looked at than their start."""
+    roles = groups.roles(config)
+    yield _Started(config, roles.options, workers=KINDS, groups=roles.groups)

@@ -208,6 +208,7 @@ def test_videos_that_do_not_fit_are_named_by_pretraining_too(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reused_actors")
 def test_damaged_shards_are_left_out_where_the_recipe_says_so(
     ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +241,7 @@ def test_more_ranks_than_the_cluster_has(complaint: Refused, ray_cluster: object
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reused_actors")
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice_that_works(
     complaint: Refused, ray_cluster: object, tmp_path: Path
 ) -> None:
@@ -274,6 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice_that_works(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reused_actors")
 def test_a_model_that_is_not_finite_is_blamed_on_its_role(
     complaint: Refused, ray_cluster: object, tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ cells:
 
 @pytest.mark.slow
 def test_cells_are_measured_once_and_reported(
-    ray_cluster: object, digit_reader: Path, tmp_path: Path
+    ray_cluster: object, reused_rank: None, digit_reader: Path, tmp_path: Path
 ) -> None:
     config = furnished(tmp_path)
     shutil.copytree(digit_reader, tmp_path / "outputs" / "digit_reader")
