@@ -94,7 +94,8 @@ def test_two_student_updates_change_every_weight_and_resume_to_the_same(
     beyond_reach = {"branch.cls_pred_branch.3.bias"} if "data_logits" in distill.objective.reads else set()
     assert unchanged(critic, learned["critic"]) <= beyond_reach
 
-    resumed = groups.coordinator(config)
+    # On the same actors, whose every number has moved on: what a checkpoint does not hold would show.
+    resumed = Coordinator(config, coordinator.groups)
     load(state.path(saved), resumed.groups)
     for done, metrics in resumed.run(saved):
         losses += [metrics["student/loss"]] if "student/loss" in metrics else []
