@@ -36,6 +36,7 @@ from pipelines.recipe import (  # noqa: E402
     recipe_arguments,
     settings,
     shipped,
+    shown,
     unknown,
 )
 
@@ -56,7 +57,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
     try:
         options = _parser({name: _command_parser(command, kind)}).parse_args([name, *own])[name]
     except ArgumentError as error:
-        raise ValueError(f"{' '.join(str(error).split()).rstrip('.')}.") from None
+        raise ValueError(f"{shown(' '.join(str(error).split()), 300).rstrip('.')}.") from None
     for option in command.options:
         if option.path and options[option.key] is not None:
             check_local(options[option.key], option.name)
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], list(arguments[1:])
     try:
         if name not in COMMANDS:
-            raise ValueError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}.")
+            raise ValueError(f"there is no command {shown(name)!r}; use one of {', '.join(COMMANDS)}.")
         return resolve_name(COMMANDS[name].function)(*parse(name, rest)) or 0
     except (ValueError, FileNotFoundError) as error:
         return _fail(error, 2, rest)

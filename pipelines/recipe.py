@@ -127,13 +127,18 @@ def find(kind: type, dotted: str) -> Any:
 
 def unknown(name: str, known: Iterable[str], source: str = "") -> ValueError:
     """The error for a setting or option that there is not."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return ValueError(f"there is no setting {name}{source}; the nearest is {close[0]}.")
+    close = difflib.get_close_matches(shown(name), list(known), n=1, cutoff=0.0)
+    return ValueError(f"there is no setting {shown(name)}{source}; the nearest is {close[0]}.")
+
+
+def shown(text: str, most: int = 80) -> str:
+    """What a person gave, as far as an error repeats it."""
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def _shown(value: Any) -> str:
     names = {list: "a list", dict: "a mapping", type(None): "null"}
-    return names.get(type(value)) or f"{str(value)[:80]!r}"
+    return names.get(type(value)) or repr(shown(str(value)))
 
 
 def is_part(hint: Any) -> bool:

@@ -168,7 +168,7 @@ def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...])
         (("run", "quickstart", "--tracking.uri=s3://b/x"), "tracking.uri is 's3://b/x', which is no tracking URI;"),
         (("run", "quickstart", "--evaluate.suite=digit"), "evaluate.suite is 'digit'; use one of video, digits."),
         (("run", "quickstart", "--data.source=x"), "data.source is 'x'; use digits, or leave it out"),
-        (("run", "x" * 5000), f"there is no recipe '{'x' * 80}'; name a YAML file or one of digits,"),
+        (("run", "x" * 5000), f"there is no recipe '{'x' * 80} …'; name a YAML file or one of digits,"),
         (("prepare", "quickstart", "--distill.keep", "3"), "prepare does not use distill.keep; leave it out"),
         (("pretrain", "quickstart", "--evaluate", "{videos: 3}"), "pretrain does not use evaluate;"),
         (
@@ -243,6 +243,23 @@ def test_the_registry_is_where_the_environment_says(
     )
     said = refused(*(word.replace("STUDENT", student) for word in words))
     assert "http://127.0.0.1:9" in said and "does not answer" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("LONG",),
+        ("run", "LONG"),
+        ("run", "quickstart", "--LONG=1"),
+        ("run", "quickstart", "--distill.batch=LONG"),
+        ("run", "quickstart", "--distill=LONG"),
+        ("generate", "--model", "m", "--prompt", "p", "LONG"),
+        ("generate", "--model", "m", "--prompt", "p", "--frames", "LONG"),
+    ],
+)
+def test_what_is_long_is_not_repeated_whole(refused: Refused, words: tuple[str, ...]) -> None:
+    for long in ("x" * 10_000, "a two " * 2000):
+        assert len(refused(*(word.replace("LONG", long) for word in words))) < 800
 
 
 def test_a_wrong_uri_in_the_environment_is_named_before_anything_starts(
