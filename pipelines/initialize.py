@@ -133,8 +133,8 @@ def check(config: RunConfig) -> ModelDirectory:
 
 
 def make_initial(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:
-    """Check all that the initial student learns from; what is returned makes the ODE pairs, where the method needs them
-    and they are not there, and trains it, with its own tracking run."""
+    """Check all that the initial student learns from; what is returned makes ODE pairs, where they are needed
+    and not there, and trains it, with its own tracking run."""
     parents = dict(check(config).card.lineage)
     missing = config.initialize.chosen.data == "pairs" and missing_pairs(config)
     state = opened(config, "initialize", resume=resume, allow=allow)

@@ -93,7 +93,7 @@ def beside(name: str, path: Path) -> Path:
         if os.path.isfile(found):
             return found
     raise ValueError(
-        f"there is no recipe {_shown(name)} beside {path}, which names it, nor one that ships under that name."
+        f"there is no recipe {_shown(name)} beside {path}, which names it, nor does one of that name ship."
     )
 
 
