@@ -1,12 +1,20 @@
 """`self-forcing serve`: the streaming endpoint, on Ray Serve."""
 
+import errno
+import fcntl
 import os
+import signal
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from infra.settings import check_local
 from infra.storage import Files
@@ -18,6 +26,8 @@ from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.models import locate
 from pipelines.console import say
 from workers.streamer import check
+
+NAME = "self-forcing"
 
 
 def command(config: ServeConfig, options: Any) -> None:
@@ -35,32 +45,115 @@ def command(config: ServeConfig, options: Any) -> None:
         check_local(config.model, "model")
         config = replace(config, model=str(Path(config.model).absolute()))
     check(str(locate(config)[1]))
-    config = replace(config, videos=replace(config.videos, storage=_storage(config.videos.storage)))
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local" and not ray.is_initialized():
+        _check_port(options.host, options.port)
     scheme = "http" if options.certificate is None else "https"
-    with connect(options.address):
-        serve.start(
-            http_options={
-                "host": options.host,
-                "port": options.port,
-                "ssl_certfile": options.certificate,
-                "ssl_keyfile": options.key,
-            }
-        )
+    with _videos(config.videos.storage) as storage, connect(options.address), _ended_by_sigterm():
+        config = replace(config, videos=replace(config.videos, storage=storage))
+        began = _start(options)
         try:
-            serve.run(application(config), name="self-forcing")
+            serve.run(application(config), name=NAME)
             say(
                 f"serve: {config.model} at {scheme}://{options.host}:{options.port}/ with {config.slots} slots a replica; stop with Ctrl-C"
             )
-            threading.Event().wait()
+            wait()
         finally:
-            serve.shutdown()
+            serve.delete(NAME)
+            if began and not serve.status().applications:
+                serve.shutdown()
 
 
-def _storage(location: str) -> str:
-    """Where videos are kept, as replicas name it; ValueError where it cannot be read."""
+def wait() -> None:
+    """Until a signal comes."""
+    threading.Event().wait()
+
+
+def _start(options: Any) -> bool:
+    """Have Ray Serve run as asked for; whether it was started here. ValueError where it runs otherwise already."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        asked = {"host": options.host, "port": options.port}
+        serve.start(http_options={**asked, "ssl_certfile": options.certificate, "ssl_keyfile": options.key})
+        return True
+    running = client.http_config
+    for name, given, there in (
+        ("host", options.host, running.host),
+        ("port", options.port, running.port),
+        ("certificate", options.certificate, running.ssl_certfile),
+        ("key", options.key, running.ssl_keyfile),
+    ):
+        if given != there:
+            raise ValueError(
+                f"{name} is {given}, and Ray Serve runs on this cluster already with {there}; give host "
+                f"{running.host}, port {running.port} and the certificate and key that it was started with, if any."
+            )
+    for name, there in client.get_serve_details()["applications"].items():
+        if name == NAME or there["route_prefix"] == "/":
+            raise ValueError(
+                f"address names a cluster that serves the application {name} at {there['route_prefix']} already; "
+                "end that first, or use another cluster."
+            )
+    return False
+
+
+def _check_port(host: str, port: int) -> None:
+    """ValueError where nobody could listen there: Serve would share the port with who has it (SO_REUSEPORT)."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except socket.gaierror:
+        raise ValueError(f"host {host} is no address of this machine.") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"port {port} of {host} is taken by another server; choose another port."
+            ) from None
+        raise ValueError(f"host {host} and port {port} cannot be listened at ({error.strerror}).") from None
+
+
+@contextmanager
+def _videos(location: str) -> Iterator[str]:
+    """Where videos are kept, as replicas name it, held against other servers where it is a directory.
+
+    ValueError where it cannot be read, or another server holds it.
+    """
     files = Files(location)
     try:
         files.names()
     except OSError as error:
         raise ValueError(f"videos.storage: {location} cannot be read ({error}).") from None
-    return files.location
+    directory = files.path(".")
+    if directory is None:
+        yield files.location
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise ValueError(
+            f"videos.storage: another server keeps its videos in {location}; name another directory."
+        ) from None
+    try:
+        yield files.location
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, with the exit code of a process that it ended. Ray's own handler aborts."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,13 +6,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from fastapi import FastAPI
 from jsonargparse import ArgumentError, ArgumentParser
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.serving import job_worker, problems, session, streams, videos
 from orchestrator.serving.config import ServeConfig
@@ -40,6 +44,18 @@ class StreamServer:
         return self.service.census()
 
 
+@dataclass
+class WithoutEmptyQueries:
+    """Parameters that a typed client leaves empty are as good as not sent."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if query := scope.get("query_string"):
+            scope = {**scope, "query_string": urlencode(parse_qsl(query.decode())).encode()}
+        await self.app(scope, receive, send)
+
+
 def api(service: Service) -> FastAPI:
     """The HTTP and WebSocket interface of one replica."""
 
@@ -59,6 +75,15 @@ def api(service: Service) -> FastAPI:
         title="self-forcing", summary="Real-time autoregressive video, streamed.", lifespan=lifespan
     )
     problems.install(app)
+    if origins := service.config.access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After", "openai-poll-after-ms"],
+        )
+    app.add_middleware(WithoutEmptyQueries)
     app.include_router(streams.routes(service))
     app.include_router(session.routes(service))
     app.include_router(videos.routes(service))

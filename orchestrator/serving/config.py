@@ -64,6 +64,8 @@ class ServeConfig:
     """GPUs that Ray reserves for a replica."""
     drain_s: float = 600.0
     """Seconds that running streams may go on when a replica is asked to stop."""
+    start_s: float = 10.0
+    """Seconds that a WebSocket connection may take to say what it wants."""
     reconnect_s: float = 30.0
     """Seconds that the session of a viewer whose connection broke is kept."""
     pause_s: float = 600.0
@@ -79,7 +81,7 @@ class ServeConfig:
         for name, least in (("slots", 1), ("queue", 0), ("replicas", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("reconnect_s", "pause_s", "refresh_s", "drain_s"):
+        for name in ("start_s", "reconnect_s", "pause_s", "refresh_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         if self.most_replicas is not None and self.most_replicas < self.replicas:

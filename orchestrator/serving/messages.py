@@ -4,9 +4,9 @@ Fields that are not named here are passed over: clients of other models send siz
 `video.start` says what they are. Each `video.chunk_metadata` is followed by one binary message.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, TypeAdapter
+from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, model_validator
 
 LONGEST_PROMPT = 1000
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST_PROMPT)]
@@ -18,7 +18,19 @@ Format = Literal["m4s", "jpeg"]
 """Fragments of one MP4, or JPEG files one after the other."""
 
 
-class Start(BaseModel):
+class Request(BaseModel):
+    """What a client asks for. Null and empty are the default, as typed clients send them for what is not set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_not_set(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in given.items() if value not in (None, "") or name in required}
+
+
+class Start(Request):
     """Begin a session."""
 
     type: Literal["session.start"] = "session.start"
@@ -32,7 +44,7 @@ class Start(BaseModel):
     format: Format = "m4s"
 
 
-class Reconnect(BaseModel):
+class Reconnect(Request):
     """Go on with a session whose connection broke."""
 
     type: Literal["session.reconnect"] = "session.reconnect"
@@ -41,25 +53,25 @@ class Reconnect(BaseModel):
     """`transport_chunk_index` of the first chunk that did not arrive."""
 
 
-class NewPrompt(BaseModel):
+class NewPrompt(Request):
     prompt: Prompt
 
 
-class Interaction(BaseModel):
+class Interaction(Request):
     event: NewPrompt
     event_id: str | None = Field(None, min_length=1, max_length=128)
     reencode: bool = True
     """Whether what was seen is encoded anew under the new prompt."""
 
 
-class Interact(BaseModel):
+class Interact(Request):
     """A new prompt, from the next chunk on."""
 
     type: Literal["session.interaction"] = "session.interaction"
     interaction: Interaction
 
 
-class Control(BaseModel):
+class Control(Request):
     type: Literal["session.ping", "session.stop", "session.pause", "session.resume"]
 
 

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.registry import NotRegistered, Registry, RegistryUnavailable
-from infra.storage import StorageError
+from infra.registry import Registry
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.engine import Engine
 from workers.streamer import Streamer
@@ -66,6 +65,8 @@ class Models:
         self.retiring: list[Served] = []
         self.refused: str | None = None
         """The version that the registry names, where it cannot be served."""
+        self.stale: str | None = None
+        """Why the registry could not be followed when it was last looked at."""
 
     def _serve(self, version: str, path: Path) -> Served:
         engine = Engine(load(path, self.config.slots), self.config.queue, self._decoder)
@@ -86,18 +87,25 @@ class Models:
         while True:
             await asyncio.sleep(self.config.refresh_s)
             try:
-                named = await asyncio.to_thread(registry.resolve, self.config.model)
-                if str(named.version) == self.active.version:
-                    self.refused = None
-                elif str(named.version) != self.refused:
-                    path = await asyncio.to_thread(registry.fetch, named, CACHE)
-                    await self._promote(str(named.version), path)
-            except (RegistryUnavailable, NotRegistered, StorageError) as error:
-                _log.warning("version %s goes on being served: %s", self.active.version, error)
+                await self._look(registry)
+                self.stale = None
+            except (
+                Exception
+            ) as error:  # whatever it is, nobody waits for this task, and the next look may succeed
+                if self.stale is None:
+                    _log.warning("version %s goes on being served: %s", self.active.version, error)
+                self.stale = f"{type(error).__name__}: {error}"
             for served in [served for served in self.retiring if served.engine.idle]:
                 self.retiring.remove(served)
                 await served.engine.stop()
                 _log.info("version %s has played out", served.version)
+
+    async def _look(self, registry: Registry) -> None:
+        named = await asyncio.to_thread(registry.resolve, self.config.model)
+        if str(named.version) == self.active.version:
+            self.refused = None
+        elif str(named.version) != self.refused:
+            await self._promote(str(named.version), await asyncio.to_thread(registry.fetch, named, CACHE))
 
     async def _promote(self, version: str, path: Path) -> None:
         try:

@@ -1,6 +1,7 @@
 """One replica: its models, who may connect, and its viewers."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -33,6 +34,8 @@ class Service:
         self.metrics = Metrics()
         self.sessions: dict[str, Any] = {}
         """Each `Session` over WebSocket, by request id."""
+        self.greetings: deque[Any] = deque()
+        """Connections over WebSocket that have not said yet what they want, oldest first."""
 
     async def report(self) -> None:
         """Tell the directory what there is to count, until cancelled."""

@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 from collections import deque
+from collections.abc import Awaitable
 from contextlib import ExitStack, suppress
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 from uuid import uuid4
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
@@ -40,6 +41,9 @@ from orchestrator.serving.service import UNREACHABLE, Service
 HISTORY = 16
 """Chunks that are kept after they were sent, for a viewer who reconnects."""
 POLICY_VIOLATION = 1008
+MOST_GREETINGS = 8
+"""Connections that may be silent at once. Whoever says at once what it wants is never the oldest of them for long."""
+T = TypeVar("T")
 ELSEWHERE = "elsewhere"
 """Code of the answer to whoever comes back to a session at another replica than it is with: the next connection may lead there."""
 
@@ -305,12 +309,40 @@ def _parse(received: Any) -> Message:
         raise Refused(f"{place}: {first['msg']}.") from None
 
 
+class Greeting:
+    """A connection that has not said yet what it wants. There are only so many; a new one takes the place of the oldest."""
+
+    def __init__(self, service: Service):
+        self._greetings = service.greetings
+        self._until = asyncio.get_running_loop().time() + service.config.start_s
+        self._timeout: asyncio.Timeout | None = None
+        while len(self._greetings) >= MOST_GREETINGS:
+            self._greetings.popleft().end()
+        self._greetings.append(self)
+
+    async def wait(self, received: Awaitable[T]) -> T:
+        """What is received; TimeoutError where it takes too long, or a newcomer needs the place."""
+        async with asyncio.timeout_at(self._until) as self._timeout:
+            return await received
+
+    def end(self) -> None:
+        """Wait no longer."""
+        with suppress(ValueError):
+            self._greetings.remove(self)
+        self._until = 0.0
+        if self._timeout is not None:
+            with suppress(RuntimeError):  # it is over
+                self._timeout.reschedule(self._until)
+
+
 async def _converse(service: Service, who: str, socket: WebSocket) -> None:
     session: Session | None = None
+    greeting = Greeting(service)
     try:
         while True:
             try:
-                message = _parse(await socket.receive())
+                received = socket.receive()
+                message = _parse(await (received if session is not None else greeting.wait(received)))
                 match message:
                     case Start():
                         if session is not None:
@@ -354,7 +386,15 @@ async def _converse(service: Service, who: str, socket: WebSocket) -> None:
                     return
             except Problem as problem:
                 await _send(socket, problem.failure())
+            if session is not None:
+                greeting.end()
+    except TimeoutError:
+        late = f"a session must start within {service.config.start_s:g} seconds, sooner where many connect."
+        await _send(socket, Failure(code="expired", message=late))
+        with suppress(RuntimeError, WebSocketDisconnect):
+            await socket.close(POLICY_VIOLATION)
     finally:
+        greeting.end()
         if session is not None and session.socket is socket and not session.over:
             await session.detach()
 

@@ -56,6 +56,7 @@ def routes(service: Service) -> APIRouter:
             "version": service.models.active.version,
             "retiring": [served.version for served in service.models.retiring],
             "refused": service.models.refused,
+            "stale": service.models.stale,
         }
 
     @router.get("/metrics", summary="For Prometheus", response_class=Response)

@@ -14,6 +14,7 @@ from starlette.types import Message
 
 from infra.storage import Files
 from model.codec import enlarge, to_uint8
+from orchestrator.serving import messages
 from orchestrator.serving.encoders import even
 from orchestrator.serving.jobs import Job, Order
 from orchestrator.serving.messages import Prompt
@@ -28,7 +29,7 @@ POLL_MS = 500
 """Milliseconds after which OpenAI's client is to ask again."""
 
 
-class VideoRequest(BaseModel):
+class VideoRequest(messages.Request):
     """A video to be made."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a seven drifting left"}]})  # fmt: skip

@@ -4,6 +4,7 @@ import datetime
 import ipaddress
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -114,8 +115,28 @@ def test_the_command_serves_who_has_a_token(
                 if answer == "session.pong":
                     socket.send('{"type": "session.ping"}')
                 assert answer in str(socket.recv(timeout=60))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    # Either way it ends as asked, and leaves nothing behind.
+    how, code = (signal.SIGTERM, 143) if trusted else (signal.SIGINT, 130)
+    process.send_signal(how)
+    assert process.wait(timeout=120) == code
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:
+    model = write_student(tmp_path / "model")
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "pipelines.cli", "serve", "--model", str(model), "--port", str(port)]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"self-forcing: port {port} of 127.0.0.1 is taken by another server; choose another port.\n"
+    )
 
 
 def test_behind_haproxy_there_are_tokens_and_no_https(

@@ -22,8 +22,11 @@ from workers.model_directory import VideoConfig
 SIZES = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_len=8, text_dim=16, freq_dim=32)
 ROLLOUT = RolloutConfig(steps=(1000, 500), chunk=2, window=6, positions="relative")
 # Tests ask more often than people do.
-OFTEN = AccessConfig(requests_per_minute=100_000)
-CONFIG = ServeConfig(slots=2, queue=1, cpus=0.1, drain_s=1, reconnect_s=5, refresh_s=0.2, access=OFTEN)
+FRIEND = "https://friend.example"
+OFTEN = AccessConfig(requests_per_minute=100_000, origins=(FRIEND,))
+CONFIG = ServeConfig(
+    slots=2, queue=1, cpus=0.1, drain_s=1, start_s=5, reconnect_s=5, refresh_s=0.2, access=OFTEN
+)
 
 
 def write_student(path: Path, *, seed: int = 1, fps: int = 100) -> Path:

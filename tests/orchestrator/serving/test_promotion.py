@@ -1,12 +1,16 @@
 """A registered model whose alias moves while viewers watch."""
 
+import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from infra.registry import Registry, Version
+from orchestrator.serving import models
 from orchestrator.serving.client import Client, ReceivedChunk
 from orchestrator.serving.messages import Done, VideoStart
 from tests.fixtures import write_model
@@ -71,3 +75,47 @@ def test_no_stream_is_cut_when_the_alias_moves(
         with client.stream(SIX, frames=6) as frames:
             assert list(frames) == old
         assert client.get("/healthz")["version"] == "1"
+
+
+def test_a_look_at_the_registry_that_fails_ends_nothing(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = write_student(tmp_path / "second", seed=2)
+    faults = [PermissionError("registry.db"), KeyError("transformer"), json.JSONDecodeError("half", "{", 1)]
+
+    class Faulty:
+        def __init__(self, uri: str) -> None:
+            """Of whatever registry."""
+
+        def resolve(self, model: str) -> Version:
+            if faults:
+                raise faults.pop(0)
+            return SimpleNamespace(version=2)  # type: ignore[return-value]
+
+        def fetch(self, version: Version, cache: Path) -> Path:
+            return second
+
+    monkeypatch.setattr(models, "Registry", Faulty)
+    monkeypatch.setattr(models, "locate", lambda config: ("1", student))
+    served = models.Models(replace(CONFIG, model="models:/digits@serving", refresh_s=0.001))
+
+    async def follow() -> list[str | None]:
+        served.start()
+        seen: list[str | None] = []
+        following = asyncio.create_task(served.follow())
+        async with asyncio.timeout(60):
+            while served.active.version != "2" or served.stale is not None:
+                seen += [served.stale] if seen[-1:] != [served.stale] else []
+                await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await served.stop()
+        return seen
+
+    seen = asyncio.run(follow())
+    assert [each and each.split(":")[0] for each in seen] == [
+        None,
+        "PermissionError",
+        "KeyError",
+        "JSONDecodeError",
+    ]

@@ -2,8 +2,9 @@
 sense."""
 
 import io
+import json
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import av
 import pytest
@@ -151,3 +152,24 @@ def test_a_bad_message_is_refused_and_the_session_goes_on(
     assert isinstance(failure, Failure) and says in failure.message
     session.start(SIX, num_frames=2)
     assert not session.wait_for(Done).stopped
+
+
+def test_what_a_typed_client_leaves_empty_is_the_default(session: StreamSession) -> None:
+    empty = {"model": None, "seed": None, "num_frames": 2, "first_frame": "", "format": ""}
+    session.socket.send(json.dumps({"type": "session.start", "prompt": SIX, **empty}))
+    assert session.wait_for(VideoStart).format == "m4s"
+    chunks, done = play(session)
+    assert (len(chunks), done.chunks) == (1, 1)
+
+
+def test_sockets_that_say_nothing_lock_nobody_out(client: Client) -> None:
+    with ExitStack() as silent:
+        # More than the replica takes requests at once.
+        sockets = [silent.enter_context(client.session()) for _ in range(40)]
+        assert client.get("/healthz")["streams"] == 0
+        with client.session() as session:
+            session.start(SIX, num_frames=2)
+            assert play(session)[1].chunks == 1
+        for each in sockets:
+            with pytest.raises(ServerError, match="a session must start within 5 seconds"):
+                each.wait_for(VideoStart)

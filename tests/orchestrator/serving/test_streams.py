@@ -17,7 +17,7 @@ from PIL import Image
 from orchestrator.serving.client import Client, ServerError
 from pipelines import cli
 from tests.fixtures import random_weights, write_model
-from tests.orchestrator.serving.conftest import ROLLOUT, SIZES, eventually
+from tests.orchestrator.serving.conftest import FRIEND, ROLLOUT, SIZES, eventually
 
 pytestmark = pytest.mark.slow
 SIX = "a six drifting left"
@@ -136,3 +136,27 @@ def test_what_cannot_be_served_is_named_before_anything_starts(
     ):
         assert cli.main(["serve", *arguments]) == 2
         assert says in capfd.readouterr().err
+
+
+def test_pages_of_allowed_origins_may_read_the_answers(client: Client) -> None:
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origin, allowed in ((FRIEND, FRIEND), ("https://evil.example", None)):
+        headers = {"Origin": origin}
+        preflight = requests.options(f"{client.url}/v1/tickets", headers={**headers, **asks}, timeout=60)
+        answer = requests.post(f"{client.url}/v1/tickets", headers=headers, timeout=60)
+        assert (preflight.ok, answer.ok) == (allowed is not None, allowed is not None)
+        for each in (preflight, answer):
+            assert each.headers.get("access-control-allow-origin") == allowed
+
+
+def test_what_a_typed_client_leaves_empty_is_the_default(client: Client) -> None:
+    with client.stream(SIX, frames=3) as frames:
+        expected = list(frames)
+    query = f"prompt={SIX}&frames=3&seed=&first_frame=&model="
+    answer = requests.get(f"{client.url}/v1/streams?{query}", timeout=60)
+    assert answer.ok and answer.content.count(b"Content-Length") == len(expected)
+    assert all(frame in answer.content for frame in expected)
+    video = {"prompt": SIX, "seconds": None, "size": "", "seed": None, "model": "", "input_reference": None}
+    made = requests.post(f"{client.url}/v1/videos", json=video, timeout=60)
+    assert made.ok and (made.json()["seconds"], made.json()["seed"]) == ("4", 0)
+    assert requests.get(f"{client.url}/v1/videos?after=&limit=&order=", timeout=60).ok
