@@ -72,10 +72,8 @@ def local(config: Any, *names: str) -> None:
 class Places:
     """A part that holds paths of a file system."""
 
-    OUTPUTS: ClassVar[tuple[str, ...]] = ()
-    """Settings whose paths lie below `root`."""
-    INPUTS: ClassVar[tuple[str, ...]] = ()
-    """Those whose paths may also lie in the working directory."""
+    OUTPUTS: ClassVar[tuple[str, ...]] = ()  # settings whose paths lie below `root`
+    INPUTS: ClassVar[tuple[str, ...]] = ()  # those whose paths may also lie in the working directory
 
     def __post_init__(self) -> None:
         local(self, *self.OUTPUTS, *self.INPUTS)

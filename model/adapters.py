@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) on the linear layers of any network.
 
-A layer answers W x + b + (alpha / rank) · B A x, where only A and B learn. Both are parameters of the layer itself, so
-that the base keeps its names, and ZeRO-3 gathers a layer's weights and its adapter at once.
+A layer answers W x + b + (alpha / rank) · B A x, where only A and B learn. Both are parameters of the layer
+itself, so that the base keeps its names, and ZeRO-3 gathers a layer's weights and its adapter at once.
 """
 
 import math
@@ -79,7 +79,8 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(network: Any, config: AdapterConfig) -> Any:
-    """Freeze `network` and put an adapter on each layer that `config` names, in place; without a rank, nothing."""
+    """Freeze `network` and put an adapter on each layer that `config` names, in place; without a rank,
+    nothing."""
     if config.rank:
         network.requires_grad_(False)
         for name, layer in config.layers(network).items():
@@ -132,7 +133,8 @@ def merged(name: str, base: Tensor, adapters: Mapping[str, Tensor], config: Adap
 def peft_layout(
     adapters: Mapping[str, Tensor], config: AdapterConfig, base: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the `adapter_config.json` of an adapter as PEFT stores them; `base` says what it adapts."""
+    """The tensors and the `adapter_config.json` of an adapter as PEFT stores them; `base` says what it
+    adapts."""
     tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in adapters.items()}
     settings = {
         "peft_type": "LORA",

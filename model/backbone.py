@@ -15,21 +15,17 @@ EVERYTHING = Window(None, 0, "absolute")
 class Output(NamedTuple):
     """What one forward answers (a tuple, because ZeRO-3 hooks look into those)."""
 
-    velocity: Tensor
-    """[B, F, C, H, W]."""
-    live: list[KeyValue]
-    """Keys and values of each layer as a cache stores them, where they are asked for."""
-    hidden: list[Tensor]
-    """Hidden states [B, L, D] after each tapped block."""
-    time: Tensor | None
-    """Time embedding [B, 1 or F, D], where blocks are tapped."""
+    velocity: Tensor  # [B, F, C, H, W]
+    live: list[KeyValue]  # keys and values of each layer as a cache stores them, where they are asked for
+    hidden: list[Tensor]  # hidden states [B, L, D] after each tapped block
+    time: Tensor | None  # time embedding [B, 1 or F, D], where blocks are tapped
 
 
 class Backbone(nn.Module, ABC):
     """A network that predicts the velocity of a noisy latent video. `config` holds its sizes.
 
-    Three ways of use: bidirectional (teacher, critic), block-causal over a whole sequence (initial students, forced
-    inputs), and one live chunk against a constant history (rollout).
+    Three ways of use: bidirectional (teacher, critic), block-causal over a whole sequence (initial students,
+    forced inputs), and one live chunk against a constant history (rollout).
     """
 
     config: Any
@@ -53,10 +49,10 @@ class Backbone(nn.Module, ABC):
         Args:
             timestep: [B] or [B, F], 0..1000.
             context: [B, text_len, text_dim], or what `encode_context` made of that.
-            chunk: where given, frames see their own chunk of so many and what `window` holds of earlier ones, as in a
-                rollout; else every frame sees every frame.
-            clean: a video like `x`; with `chunk`, the earlier frames seen are its own at timestep 0 instead of those of
-                `x` (teacher forcing).
+            chunk: where given, frames see their own chunk of so many and what `window` holds of earlier ones,
+                as in a rollout; else every frame sees every frame.
+            clean: a video like `x`; with `chunk`, the earlier frames seen are its own at timestep 0 instead
+                of those of `x` (teacher forcing).
             history: where given, all of `x` is one live chunk after it.
             return_live: also answer the live chunk's keys and values.
             taps: blocks, from 0, whose hidden states are answered too.
@@ -67,11 +63,13 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_context(self, context: Tensor) -> list[KeyValue]:
-        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls under them."""
+        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls under
+        them."""
 
     @abstractmethod
     def new_cache(self, window: Window, height: int, width: int, device: torch.device | str) -> BlockCache:
-        """An empty cache of one batch's rollout, through which gradients may flow; sizes are those of latents."""
+        """An empty cache of one batch's rollout, through which gradients may flow; sizes are those of
+        latents."""
 
     @abstractmethod
     def new_slots(

@@ -13,8 +13,7 @@ class ChunkView:
     """What one chunk looks at, in tokens."""
 
     queries: slice
-    keys: tuple[slice, ...]
-    """The sink, the latest tokens before the chunk, and the chunk itself."""
+    keys: tuple[slice, ...]  # the sink, the latest tokens before the chunk, and the chunk itself
     query_phase: Tensor
     key_phase: Tensor
 

@@ -70,7 +70,8 @@ class RegisterBlock(nn.Module):
 
 
 class ClassificationBranch(nn.Module):
-    """Logits [B, num_class] from hidden states, one list entry [B, L, D] a tap, and a time embedding [B, D]."""
+    """Logits [B, num_class] from hidden states, one list entry [B, L, D] a tap, and a time embedding [B,
+    D]."""
 
     def __init__(self, config: TransformerConfig, branch: BranchConfig):
         super().__init__()
@@ -115,10 +116,8 @@ class ClassificationBranch(nn.Module):
 class Judged(NamedTuple):
     """What a discriminator answers (a tuple, because ZeRO-3 hooks look into those)."""
 
-    velocity: Tensor
-    """[B, F, C, H, W]."""
-    logits: Tensor
-    """[B, num_class], in float32."""
+    velocity: Tensor  # [B, F, C, H, W]
+    logits: Tensor  # [B, num_class], in float32
 
 
 class Discriminator(nn.Module):

@@ -1,9 +1,9 @@
 """Training inputs made from data instead of a rollout: teacher forcing and diffusion forcing.
 
-Both show a whole video to the block-causal model in one forward, each chunk at a noise level of its own. Under
-teacher forcing (Williams & Zipser 1989) a chunk's past is clean data; under diffusion forcing (Chen et al.,
-arXiv 2407.01392) it is the noisy video itself. Neither is what the model meets when it generates, which is the
-exposure bias that Self Forcing removes.
+Both show a whole video to the block-causal model in one forward, each chunk at a noise level of its own.
+Under teacher forcing (Williams & Zipser 1989) a chunk's past is clean data; under diffusion forcing (Chen et
+al., arXiv 2407.01392) it is the noisy video itself. Neither is what the model meets when it generates, which
+is the exposure bias that Self Forcing removes.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,8 @@ def forced(
     context: Tensor,
     clean: Tensor | None,
 ) -> Tensor:
-    """Velocity of a noisy video at timesteps [B, F]; each chunk's past is `clean`, or the noisy video where None."""
+    """Velocity of a noisy video at timesteps [B, F]; each chunk's past is `clean`, or the noisy video where
+    None."""
     window = config.context_window()
     return module(noisy, timestep, context, chunk=config.chunk, window=window, clean=clean).velocity
 
@@ -50,8 +51,7 @@ class ForcedPlan:
     """All that is random when a few-step student predicts on data instead of its rollout."""
 
     forcing: Forcing
-    noise: Key
-    """(run seed, update, purpose); the sample index is appended."""
+    noise: Key  # (run seed, update, purpose); the sample index is appended
     gradient: bool
 
     def predict(
@@ -59,8 +59,8 @@ class ForcedPlan:
     ) -> Tensor:
         """x0 [B, F, C, H, W] of `data` noised to one of the student's own timesteps, drawn chunk by chunk.
 
-        Under diffusion forcing clean is one of the levels, as in CausVid (arXiv 2412.07772): else the student would never see
-        the clean past that it generates on.
+        Under diffusion forcing clean is one of the levels, as in CausVid (arXiv 2412.07772): else the student
+        would never see the clean past that it generates on.
         """
         keys = [(*self.noise, sample) for sample in samples]
         schedule, teacher = FlowSchedule(config.shift), self.forcing == "teacher_forcing"

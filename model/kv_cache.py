@@ -31,10 +31,8 @@ KeyValue = tuple[Tensor, Tensor]
 class Window:
     """What a chunk attends to besides itself."""
 
-    frames: int | None
-    """Latent frames attended to in all: sink, latest, and the chunk. None is all."""
-    sink: int
-    """First frames that are never evicted."""
+    frames: int | None  # latent frames attended to in all: sink, latest, and the chunk. None is all.
+    sink: int  # first frames that are never evicted
     positions: Literal["absolute", "relative"]
     """Rotary frame positions: of the video, as published, or counted from the start of the window."""
 
@@ -48,12 +46,11 @@ class Window:
 class History(Protocol):
     """The constant context of one chunk, the same for each of its network calls."""
 
-    phase: Tensor
-    """Rotary phase of the live chunk, [1 or B, L, 1, head_dim/2, 2]."""
+    phase: Tensor  # rotary phase of the live chunk, [1 or B, L, 1, head_dim/2, 2]
     mask: Tensor | None
-    """True where a token of the history or the live chunk may be attended to, [B, 1, 1, L_history + L]; None where all may."""
-    absolute: bool
-    """Whether the cache stores keys rotated."""
+    """True where a token of the history or the live chunk may be attended to, [B, 1, 1, L_history + L]; None
+    where all may."""
+    absolute: bool  # whether the cache stores keys rotated
 
     def layer(self, index: int) -> KeyValue | None:
         """Rotated keys and values of a layer, None if there is no history yet."""
@@ -251,7 +248,8 @@ class SlotCache:
         self.keys = self.slots[:, 0]
         """As attention reads them, [layers, rows, L, heads, head_dim]."""
         if window.positions == "relative":
-            # A row's places in the window change with a commit only, so that is when its keys are turned, not at every call.
+            # A row's places in the window change with a commit only, so that is when its keys are turned, not
+            # at every call.
             self.keys = torch.zeros_like(self.keys)
         self.held = [0] * rows
         self.seen = [0] * rows
@@ -265,7 +263,8 @@ class SlotCache:
         return self.join(rows, [self._phase(row, chunk) for row in rows])
 
     def join(self, rows: Sequence[int], phases: Sequence[Tensor]) -> _SlotHistory:
-        """The context of some rows, which may be of different ages, in that order; `phases` are those of their own histories."""
+        """The context of some rows, which may be of different ages, in that order; `phases` are those of
+        their own histories."""
         device = self.slots.device
         held = [self.held[row] for row in rows]
         length = max(held) * self.tokens
@@ -309,7 +308,8 @@ class SlotCache:
         return rope.phases([range(start, start + frames)], *self.grid, self.head_dim, self.slots.device)
 
     def _turn(self, row: int, first: int = 0) -> None:
-        """Rotate a row's keys from its frame `first` on by their places in the window, if that is what positions are."""
+        """Rotate a row's keys from its frame `first` on by their places in the window, if that is what
+        positions are."""
         if self.window.positions == "absolute":
             return
         part = slice(first * self.tokens, self.held[row] * self.tokens)
@@ -349,7 +349,8 @@ class SlotCache:
 
 
 class PromptSlots:
-    """What the cross-attention reads of prompts: preallocated memory, a prompt per row. For inference only."""
+    """What the cross-attention reads of prompts: preallocated memory, a prompt per row. For inference
+    only."""
 
     def __init__(
         self,
@@ -380,8 +381,7 @@ class PromptSlots:
 class Parked:
     """What one row of a `SlotCache` held."""
 
-    slots: Tensor
-    """Keys and values of all layers, [layers, 2, L, heads, head_dim]."""
+    slots: Tensor  # keys and values of all layers, [layers, 2, L, heads, head_dim]
     held: int
     seen: int
 

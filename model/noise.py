@@ -1,8 +1,8 @@
 """Randomness that depends on what is drawn, never on who draws it.
 
 Every number is drawn from a generator seeded by its full name (run seed, update, purpose, sample index, …).
-Results therefore do not change with the number of ranks, the device, a retry, or a resume, and nothing
-about randomness has to be saved.
+Results therefore do not change with the number of ranks, the device, a retry, or a resume, and nothing about
+randomness has to be saved.
 """
 
 import hashlib

@@ -5,8 +5,8 @@ This is algorithm 1 of Self Forcing (arXiv 2506.08009), written once, as a corou
 answers. The student's training step, the critic's data, evaluation and a viewer's stream all drive it.
 
 For each chunk: denoise at `steps[0]`, …, `steps[exit_step]`, re-noising the predicted x0 between two steps;
-only the call at `exit_step` carries a gradient, and its x0 is the chunk. Then one more call without
-gradient writes the chunk's keys and values into the cache, which later chunks read as constants.
+only the call at `exit_step` carries a gradient, and its x0 is the chunk. Then one more call without gradient
+writes the chunk's keys and values into the cache, which later chunks read as constants.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -29,14 +29,11 @@ from model.schedule import FlowSchedule, clean, interpolate
 class NetworkCall:
     """One forward of the student over one chunk."""
 
-    x: Tensor
-    """The chunk as the network sees it, [B, f, C, H, W]."""
-    timestep: Tensor
-    """[B, f]."""
+    x: Tensor  # the chunk as the network sees it, [B, f, C, H, W]
+    timestep: Tensor  # [B, f]
     history: History
     gradient: bool
-    keeps_live: bool
-    """Whether the call's keys and values are wanted."""
+    keeps_live: bool  # whether the call's keys and values are wanted
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,16 @@ class Boundary:
 
 
 Steps = Generator[NetworkCall | Tensor | Boundary, Any, None]
-"""A network call is sent (velocity, keys and values where it keeps them), a boundary a truth value, a chunk nothing."""
+"""A network call is sent (velocity, keys and values where it keeps them), a boundary a truth value, a chunk
+nothing."""
 
 
 class Rollout:
     """One batch's rollout, and where it stands."""
 
     pending: NetworkCall | Tensor | Boundary | None
-    """What it waits for: a call's answer, a chunk [B, f, C, H, W] to be taken, the word to go on, or nothing."""
+    """What it waits for: a call's answer, a chunk [B, f, C, H, W] to be taken, the word to go on, or
+    nothing."""
 
     def __init__(
         self,
@@ -89,7 +88,8 @@ class Rollout:
         self.shape = shape
         self.start = 0
         self.past: list[tuple[int, Tensor]] = []
-        """Committed frames that the cache may still show, and the first one's place: what `reencode` reads."""
+        """Committed frames that the cache may still show, and the first one's place: what `reencode`
+        reads."""
         self._steps = self._chunks(initial)
         self.pending = next(self._steps)
 
@@ -204,8 +204,8 @@ def generate(
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
     `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the
-    plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows
-    is the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
+    plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows is
+    the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
     """
     while (pending := rollout.pending) is not None:
         if isinstance(pending, Tensor):

@@ -29,7 +29,8 @@ class RolloutConfig:
     first_steps: tuple[float, ...] | None = None
     """Unwarped timesteps of the first chunk, which has no past to go by; null takes `steps`."""
     sampler: Literal["consistency", "ode"] = "consistency"
-    """From one step to the next by noising the predicted x0 anew, as few-step students do, or along the ODE, for many steps."""
+    """From one step to the next by noising the predicted x0 anew, as few-step students do, or along the ODE,
+    for many steps."""
 
     def __post_init__(self) -> None:
         positive(self, "shift")
@@ -45,8 +46,8 @@ class RolloutConfig:
         if self.window is not None and self.window < self.chunk + self.sink:
             raise Invalid(
                 "window",
-                f"of {self.window} frames is smaller than the chunk of {self.chunk} plus the sink of {self.sink}; "
-                f"use at least {self.chunk + self.sink}.",
+                f"of {self.window} frames is smaller than the chunk of {self.chunk} plus the sink of "
+                f"{self.sink}; use at least {self.chunk + self.sink}.",
             )
 
     def check_frames(self, frames: int) -> None:
@@ -75,20 +76,15 @@ class RolloutConfig:
 class RolloutPlan:
     """All that is random or variable in a rollout; the coordinator derives it, so that ranks agree."""
 
-    frames: int
-    """Latent frames of the video, a given initial latent included."""
-    exit_step: int
-    """Index into the steps of the call whose x0 is the chunk, the same for every chunk."""
-    noise: Key = ()
-    """What names the noise: (run seed, update, purpose); the sample index is appended."""
+    frames: int  # latent frames of the video, a given initial latent included
+    exit_step: int  # index into the steps of the call whose x0 is the chunk, the same for every chunk
+    noise: Key = ()  # what names the noise: (run seed, update, purpose); the sample index is appended
     grad_frames: int = 0
     """A chunk carries a gradient if its first frame is among the last `grad_frames` ones; 0 is none."""
     cache_gradient: Literal["constant", "released"] = "constant"
     """Cached keys and values are constants, or pass gradient on to their chunk's own call, as released."""
-    first_exit_step: int | None = None
-    """The same for the first chunk where it has steps of its own."""
-    given_frames: int = 0
-    """Frames of the video that are given, not generated."""
+    first_exit_step: int | None = None  # the same for the first chunk where it has steps of its own
+    given_frames: int = 0  # frames of the video that are given, not generated
 
     @classmethod
     def draw(

@@ -2,8 +2,8 @@
 
 A head of size d turns `d − 4⌊d/6⌋` channels by frame, `2⌊d/6⌋` by row and `2⌊d/6⌋` by column. Angles are
 computed, not read from a table, so positions have no upper end; whether a model is any good beyond the
-positions it was trained on is another matter, which is why the rollout can also number frames relative to
-its window.
+positions it was trained on is another matter, which is why the rollout can also number frames relative to its
+window.
 """
 
 from collections.abc import Sequence

@@ -11,8 +11,7 @@ from model.schedule import FlowSchedule, per_frame
 
 def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance in the published form: `cond + guidance · (cond − uncond)`; 0 is none (Ho &
-    Salimans 2022).
-    """
+    Salimans 2022)."""
     return cond + guidance * (cond - uncond)
 
 
@@ -29,8 +28,8 @@ def guided(
 ) -> Tensor:
     """The guided `predict(x, timestep, context, **options)`, in float32; both branches run as one batch.
 
-    `x` is [B, F, C, H, W], `timestep` [B] or [B, F]; `predict` gives a velocity or an x0. `clean` is the
-    past under teacher forcing, like `x`.
+    `x` is [B, F, C, H, W], `timestep` [B] or [B, F]; `predict` gives a velocity or an x0. `clean` is the past
+    under teacher forcing, like `x`.
     """
     if clean is not None:
         options["clean"] = torch.cat([clean, clean])
@@ -54,9 +53,8 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, following: fl
 def integrate(
     velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, *, shift: float, grid: Sequence[float]
 ) -> list[Tensor]:
-    """Euler's method along `velocity(x, timestep)` from noise `x` [B, F, C, H, W]; the video at each
-    timestep of `grid`, unwarped, which ends at 0.
-    """
+    """Euler's method along `velocity(x, timestep)` from noise `x` [B, F, C, H, W]; the video at each timestep
+    of `grid`, unwarped, which ends at 0."""
     schedule = FlowSchedule(shift)
     timesteps = schedule.few_steps(grid)
     # The end of the path is clean, while the table's smallest sigma is not zero.

@@ -41,8 +41,7 @@ class ScoreConfig:
 class ScorePlan:
     """The random part of one scoring, the same for teacher and critic."""
 
-    noise: Key
-    """(run seed, update, purpose); the sample index is appended."""
+    noise: Key  # (run seed, update, purpose); the sample index is appended
     gradient: bool = False
     """Whether gradient will flow back through the score, so that the scorer keeps its graph."""
 

@@ -64,7 +64,8 @@ class TransformerConfig:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise Invalid(
                 "dim",
-                f"{self.dim} does not give {self.num_heads} heads of an even size; choose num_heads so that it does.",
+                f"{self.dim} does not give {self.num_heads} heads of an even size; choose num_heads so that "
+                "it does.",
             )
         if self.freq_dim % 2:
             raise Invalid("freq_dim", f"{self.freq_dim} must be even: half are cosines, half are sines.")
@@ -138,8 +139,8 @@ class SelfAttention(Attention):
     ) -> tuple[Tensor, KeyValue]:
         q, (k, v) = self.query(x), self.key_value(x)
         if chunks is not None:
-            # Every chunk sees itself and what the window holds of the past: slices of the keys, so no mask
-            # is ever materialised.
+            # Every chunk sees itself and what the window holds of the past: slices of the keys, so no mask is
+            # ever materialised.
             return self.o(torch.cat([self._over_chunk(q, k, v, chunk) for chunk in chunks], dim=1)), (k, v)
         q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
         if history is None:
@@ -254,8 +255,7 @@ class WanTransformer(Backbone):
 
     def __init__(self, config: TransformerConfig, *, activation_checkpointing: bool = False):
         """`activation_checkpointing` recomputes each block in the backward pass instead of keeping its
-        activations.
-        """
+        activations."""
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing

@@ -42,8 +42,8 @@ class DataConfig(Places):
     skip_damaged: bool = False
     """Leave damaged shards out and say how many there are; otherwise they are an error."""
     source: str | None = None
-    """What makes `train` and `held_out` where they are not there yet, as the examples' does; null where
-    they are."""
+    """What makes `train` and `held_out` where they are not there yet, as the examples' does; null where they
+    are."""
     source_settings: dict[str, int] = field(default_factory=dict)
     """Its own settings, such as how many `videos` it makes."""
 
@@ -55,8 +55,8 @@ class RunConfig:
     seed: int = 0
     """Everything random follows from it."""
     root: str = "."
-    """Directory that relative paths start from, readable from every node; models are also looked for in
-    the working directory."""
+    """Directory that relative paths start from, readable from every node; models are also looked for in the
+    working directory."""
     video: VideoConfig = VideoConfig()
     """Shape of a latent video."""
     text: TextConfig = TextConfig()
@@ -181,8 +181,8 @@ class RunConfig:
             )
 
     def portable(self) -> dict[str, Any]:
-        """The settings with paths below `root` made relative and without tracking, so that they mean the
-        same elsewhere."""
+        """The settings with paths below `root` made relative and without tracking, so that they mean the same
+        elsewhere."""
         root = self.root.rstrip("/") + "/"
 
         def shorten(value: Any) -> Any:
@@ -203,8 +203,8 @@ class RunConfig:
 
 
 def _located(part: Any, root: Path) -> Any:
-    """The part, and the parts in it, with paths below `root`, or in the working directory where that is
-    where they are."""
+    """The part, and the parts in it, with paths below `root`, or in the working directory where that is where
+    they are."""
     values = {each.name: getattr(part, each.name) for each in fields(part)}
     changes = {name: _located(value, root) for name, value in values.items() if is_dataclass(value)}
     if isinstance(part, Places):

@@ -1,12 +1,14 @@
-"""Self Forcing across actors (arXiv 2506.08009, algorithm 1): who does what when. It moves references, never tensors.
+"""Self Forcing across actors (arXiv 2506.08009, algorithm 1): who does what when. It moves references, never
+tensors.
 
-In every iteration: if it is a fifth, the student rolls out, is scored by the teacher and the current critic, pulls the
-gradient back and steps. Then, every iteration, the critic trains on a fresh rollout of the student as it now is.
+In every iteration: if it is a fifth, the student rolls out, is scored by the teacher and the current critic,
+pulls the gradient back and steps. Then, every iteration, the critic trains on a fresh rollout of the student
+as it now is.
 
-Asking returns at once: a group works through what it was asked in order, as soon as what that refers to is there. The
-only places that wait are the calls of `wait`. Between two student updates the student's weights stand still, so whatever
-rollout comes next is requested before the critic is waited for. What is computed is the same to the bit; only when it is
-computed changes.
+Asking returns at once: a group works through what it was asked in order, as soon as what that refers to is
+there. The only places that wait are the calls of `wait`. Between two student updates the student's weights
+stand still, so whatever rollout comes next is requested before the critic is waited for. What is computed is
+the same to the bit; only when it is computed changes.
 """
 
 import math
@@ -41,8 +43,7 @@ class Coordinator:
     config: RunConfig
     groups: Mapping[str, WorkerGroup]
     """`student`, `critic`, `prompts`, and `teacher` where the objective reads what it makes."""
-    since: tuple[int, int] = (0, 0)
-    """An iteration, and the position in the data at which it begins."""
+    since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
     ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
 
     @property
@@ -90,7 +91,8 @@ class Coordinator:
         self.wait([stepped], timer, iteration=iteration, purpose="student")
 
     def score(self, made: Batch, iteration: int, part: int) -> Asked:
-        """The predictions that the objective reads. A scorer keeps its graph where gradient will flow back."""
+        """The predictions that the objective reads. A scorer keeps its graph where gradient will flow
+        back."""
         objective = self.config.distill.objective
         predictions, requests = Batch(made.samples), []
         for scorer in self.scorers:
@@ -109,7 +111,8 @@ class Coordinator:
         return predictions, requests
 
     def pull_back(self, cotangents: Batch) -> Asked:
-        """What gradients with respect to predictions are with respect to the videos, from each scorer that made any."""
+        """What gradients with respect to predictions are with respect to the videos, from each scorer that
+        made any."""
         gradients, requests = Batch(cotangents.samples), []
         for scorer in self.scorers:
             if names := [name for name in scorer.makes if name in cotangents.columns]:
@@ -171,7 +174,8 @@ class Coordinator:
         return data, read
 
     def wait(self, requests: Iterable[Request], timer: "Timer", *, iteration: int, purpose: Purpose) -> None:
-        """Wait for requests in the order in which they were made, so that the first failure is the one that is told."""
+        """Wait for requests in the order in which they were made, so that the first failure is the one that
+        is told."""
         for request in requests:
             stats, role = request.wait(), request.group.role
             for name, value in stats.items():
@@ -206,8 +210,8 @@ class Timer:
     def metrics(self, wall: float) -> Metrics:
         """Means of values, sums of seconds, and the share of the iteration in which a role had nothing to do.
 
-        A rollout requested ahead counts in the iteration that uses it, so a single iteration's idle share may be off;
-        their mean is not.
+        A rollout requested ahead counts in the iteration that uses it, so a single iteration's idle share may
+        be off; their mean is not.
         """
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
         idle = {f"idle/{role}": max(0.0, 1 - busy / wall) for role, busy in self.busy.items()}

@@ -1,8 +1,8 @@
 """What models must agree on before one works with, or starts from, another, and what they may differ in.
 
-Roles of a run share prompts' embeddings and latents, so the text encoder, the pixels' statistics and the shape of a
-latent are the same in all of them. How a student generates is its run's own choice; what differs from the model that
-it starts from is told, not refused.
+Roles of a run share prompts' embeddings and latents, so the text encoder, the pixels' statistics and the
+shape of a latent are the same in all of them. How a student generates is its run's own choice; what differs
+from the model that it starts from is told, not refused.
 """
 
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ def check_roles(config: RunConfig, models: Mapping[str, ModelDirectory]) -> list
             check_adapters(models[role], settings.adapters)
     if (teacher := models.get("teacher")) and teacher.card.video.frames < config.video.frames:
         raise ValueError(
-            f"distill.teacher at {teacher.path} is trained on {teacher.card.video.frames} frames, too short for the "
-            f"{config.video.frames} video.frames that it would score."
+            f"distill.teacher at {teacher.path} is trained on {teacher.card.video.frames} frames, too short "
+            f"for the {config.video.frames} video.frames that it would score."
         )
     return differences(f"distill.student at {models['student'].path}", models["student"].card, config)
 
@@ -57,8 +57,8 @@ def check_start(config: RunConfig, source: ModelDirectory) -> list[str]:
         check_adapters(source, settings.role.adapters)
     if source.card.video.frames != config.video.frames:
         raise ValueError(
-            f"initialize.teacher at {source.path} is trained on {source.card.video.frames} frames, and video.frames "
-            f"says {config.video.frames}; use the same."
+            f"initialize.teacher at {source.path} is trained on {source.card.video.frames} frames, and "
+            f"video.frames says {config.video.frames}; use the same."
         )
     wanted = settings.chosen.teacher
     if wanted == "causal" and not source.card.causal:
@@ -68,14 +68,15 @@ def check_start(config: RunConfig, source: ModelDirectory) -> list[str]:
         )
     if wanted == "bidirectional" and source.card.causal:
         raise ValueError(
-            f"initialize.method {settings.method} needs a bidirectional teacher, and the model at {source.path} is "
-            "causal; use one for causal teachers, such as causal_ode."
+            f"initialize.method {settings.method} needs a bidirectional teacher, and the model at "
+            f"{source.path} is causal; use one for causal teachers, such as causal_ode."
         )
     return differences(f"initialize.teacher at {source.path}", source.card, config)
 
 
 def differences(start: str, card: ModelCard, config: RunConfig) -> list[str]:
-    """Where this run's way to generate is not that of the model named `start`; nothing of a bidirectional one."""
+    """Where this run's way to generate is not that of the model named `start`; nothing of a bidirectional
+    one."""
     if card.rollout is None:
         return []
     pairs: list[tuple[str, Any, Any]] = [
@@ -97,19 +98,21 @@ def _check_fit(
     card, video = model.card, config.video
     if card.transformer != sizes:
         raise ValueError(
-            f"{setting} at {model.path} has other sizes than `{name}` in this recipe; use a model of these sizes."
+            f"{setting} at {model.path} has other sizes than `{name}` in this recipe; use a model of these "
+            "sizes."
         )
     if card.video.shape[1:] != video.shape[1:]:
         raise ValueError(
-            f"{setting} at {model.path} makes latents of {card.video.shape[1:]}, and `video` says {video.shape[1:]}."
+            f"{setting} at {model.path} makes latents of {card.video.shape[1:]}, and `video` says "
+            f"{video.shape[1:]}."
         )
     # Without a codec pixels have no statistics here.
     for field in ("codec", "pixel_mean", "pixel_std") if video.codec != "none" else ("codec",):
         old, new = getattr(card.video, field), getattr(video, field)
         if old != new:
             raise ValueError(
-                f"{setting} at {model.path} was made with video.{field} {old}, and this recipe says {new}; its "
-                "latents mean other pixels, so use the same."
+                f"{setting} at {model.path} was made with video.{field} {old}, and this recipe says {new}; "
+                "its latents mean other pixels, so use the same."
             )
     if card.text.encoder != config.text.encoder:
         raise ValueError(
@@ -122,8 +125,8 @@ def _check_text(setting: str, model: ModelDirectory, other: str, student: ModelD
     """ValueError unless both models are handed the same embeddings: those of the student's encoder."""
     if model.text_digest() != student.text_digest():
         raise ValueError(
-            f"{setting} at {model.path} and {other} at {student.path} have text encoders of other weights; all roles "
-            "read the same embeddings, so use models that come from one pretraining."
+            f"{setting} at {model.path} and {other} at {student.path} have text encoders of other weights; "
+            "all roles read the same embeddings, so use models that come from one pretraining."
         )
 
 

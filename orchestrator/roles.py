@@ -1,4 +1,5 @@
-"""The roles of a distillation: which there are, and how the group of each is made, started, stopped and made anew."""
+"""The roles of a distillation: which there are, and how the group of each is made, started, stopped and made
+anew."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,8 +121,8 @@ class Roles:
     def rebuild(self, role: str) -> None:
         """A group's actors anew, in the same places and as they were at the start of the run.
 
-        The group stays the same object for all who hold it. What it had learned is to be loaded, and what the other
-        groups were asked with references to what it had made is to be asked again.
+        The group stays the same object for all who hold it. What it had learned is to be loaded, and what the
+        other groups were asked with references to what it had made is to be asked again.
         """
         self.stop(role)
         self.groups[role].actors = self._actors(role)

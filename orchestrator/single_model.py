@@ -1,8 +1,8 @@
 """Training of one model on Ray Train: what pretraining and initialisation share.
 
-The loop is the same on every rank: seeded batches by position, one engine step, a checkpoint now and then. All that
-is random is named by (seed, update, sample), so any number of ranks computes the same thing and a resumed run goes on
-with the same numbers.
+The loop is the same on every rank: seeded batches by position, one engine step, a checkpoint now and then.
+All that is random is named by (seed, update, sample), so any number of ranks computes the same thing and a
+resumed run goes on with the same numbers.
 """
 
 import math
@@ -53,7 +53,8 @@ class Task(Protocol):
     def loss(
         self, module: Callable[..., Tensor], update: int, samples: range, *, batch: int, position: int
     ) -> Tensor:
-        """The mean loss over `samples`, a part of this update's `batch`, which begins at `position` of the data."""
+        """The mean loss over `samples`, a part of this update's `batch`, which begins at `position` of the
+        data."""
         ...
 
     def export(self, engine: TrainEngine, path: str) -> None:

@@ -67,8 +67,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
 
 
 def compose(kind: Any, values: Any) -> Any:
-    """The config of type `kind` from parsed values; a part that refuses its values says so under its
-    dotted name."""
+    """The config of type `kind` from parsed values; a part that refuses its values says so under its dotted
+    name."""
     arguments = {}
     for name, hint in fields_of(kind).items():
         if is_part(hint):
@@ -112,8 +112,8 @@ def _command_parser(command: Command, kind: type | None) -> ArgumentParser:
 
 
 def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[str], list[str]]:
-    """The command's own arguments, with recipes read, and those that it passes on; ValueError where a name
-    is wrong."""
+    """The command's own arguments, with recipes read, and those that it passes on; ValueError where a name is
+    wrong."""
     command = COMMANDS[name]
     options = {option.name: option for option in (*command.options, TRACEBACK)}
     own: list[str] = []

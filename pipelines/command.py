@@ -31,14 +31,11 @@ class Command:
     """One command."""
 
     help: str
-    function: str
-    """`module:function`, called with the config and the parsed options."""
-    config: str | None = None
-    """`module:class` of its config, if it has one."""
+    function: str  # `module:function`, called with the config and the parsed options
+    config: str | None = None  # `module:class` of its config, if it has one
     uses: tuple[str, ...] | None = None
     """Fields of the config that it shows and takes on the command line; all where unset."""
-    recipe: bool = False
-    """Whether a recipe may come first."""
+    recipe: bool = False  # whether a recipe may come first
     options: tuple[Option, ...] = ()
     passes_on: bool = False
     """Whether options that it does not know are its function's business, in `options.overrides`."""

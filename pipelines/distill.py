@@ -27,7 +27,8 @@ SAMPLES = 8
 
 
 def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
-    """The models that the roles start from, checked like the data; ValueError, naming the setting, if one is amiss."""
+    """The models that the roles start from, checked like the data; ValueError, naming the setting, if one is
+    amiss."""
     paths = {
         "student": config.distill.student,
         "critic": config.distill.critic or config.distill.teacher,
@@ -79,8 +80,8 @@ def distill(
                         for file in sample(config, coordinator, models["student"], done):
                             tracker.artifact(file, "samples")
         except NotFinite as error:
-            # A student that has just stepped is found out by the critic, which learns from its videos; else the
-            # critic has learned last.
+            # A student that has just stepped is found out by the critic, which learns from its videos; else
+            # the critic has learned last.
             likely = ("student", "critic") if error.since > error.iteration else ("critic", "student")
             since, until = error.since, error.iteration
             raise state.stop(str(error), since=since, until=until, rates=rates(*likely)) from error
@@ -154,7 +155,8 @@ def export(
 
 
 def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:
-    """Check all that distillation starts from; what is returned distils the student, with its own tracking run."""
+    """Check all that distillation starts from; what is returned distils the student, with its own tracking
+    run."""
     models = check_models(config)
     state = opened(config, "distill", resume=resume, allow=allow)
 

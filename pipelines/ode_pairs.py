@@ -1,7 +1,9 @@
-"""ODE trajectories of a guided teacher, made by Ray Data and stored as Parquet: what initial students learn from.
+"""ODE trajectories of a guided teacher, made by Ray Data and stored as Parquet: what initial students learn
+from.
 
-A bidirectional teacher's start from noise alone. A causal teacher's are made under teacher forcing: each chunk is integrated given the clean
-frames of a real video before it, all chunks at once, and the real video is stored beside its trajectory.
+A bidirectional teacher's start from noise alone. A causal teacher's are made under teacher forcing: each
+chunk is integrated given the clean frames of a real video before it, all chunks at once, and the real video
+is stored beside its trajectory.
 """
 
 import logging
@@ -94,12 +96,14 @@ class OdeSampler:
 
 
 def missing_pairs(config: RunConfig) -> bool:
-    """Whether the pairs that this config asks for are still to be made; ValueError where others are in their place."""
+    """Whether the pairs that this config asks for are still to be made; ValueError where others are in their
+    place."""
     path = config.initialize.pairs_path
     unlike = run_state.unlike(path, run_state.identity(config, "pairs"))
     if unlike:
         raise ValueError(
-            f"{path} holds ODE pairs that were made otherwise: {unlike}; delete it, or choose another initialize.pairs_path."
+            f"{path} holds ODE pairs that were made otherwise: {unlike}; delete it, or choose another "
+            "initialize.pairs_path."
         )
     return unlike is None
 

@@ -129,7 +129,8 @@ class Pretrain(Task):
 def export_model(
     path: str, card: ModelCard, text: dict[str, Tensor], write: Callable[[ModelWriter], None]
 ) -> None:
-    """Publish a model directory whose weights `write` gives; on all ranks. `text` are its prompt encoder's weights."""
+    """Publish a model directory whose weights `write` gives; on all ranks. `text` are its prompt encoder's
+    weights."""
     staging = share(storage.begin(path) if dist.get_rank() == 0 else None)
     with storage.writing(staging) as directory:
         writer = ModelWriter(directory)

@@ -36,7 +36,8 @@ def command(config: ServeConfig, options: Any) -> None:
         raise ValueError("certificate and key belong together; give both or neither.")
     if options.certificate is not None and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise ValueError(
-            "with RAY_SERVE_ENABLE_HA_PROXY=1 there is no HTTPS: leave out certificate and key and let a proxy in front end TLS."
+            "with RAY_SERVE_ENABLE_HA_PROXY=1 there is no HTTPS: leave out certificate and key and let a "
+            "proxy in front end TLS."
         )
     check_exposure(config.access, options.host)
     if config.registered:
@@ -55,7 +56,8 @@ def command(config: ServeConfig, options: Any) -> None:
         try:
             serve.run(application(config), name=NAME)
             say(
-                f"serve: {config.model} at {scheme}://{options.host}:{options.port}/ with {config.slots} slots a replica; stop with Ctrl-C"
+                f"serve: {config.model} at {scheme}://{options.host}:{options.port}/ with {config.slots} "
+                "slots a replica; stop with Ctrl-C"
             )
             wait()
         finally:

@@ -1,7 +1,7 @@
 """What actors have in common: how they answer, and what every rank of a role is.
 
-A verb is a method `verb(plan, batch) → (Stats, Batch)`. The plan holds all that is random or variable (None where
-nothing is), and `Stats` are the only thing that the coordinator reads.
+A verb is a method `verb(plan, batch) → (Stats, Batch)`. The plan holds all that is random or variable (None
+where nothing is), and `Stats` are the only thing that the coordinator reads.
 """
 
 import time
@@ -45,10 +45,11 @@ class Worker:
         makes: Sequence[str],
         *tensors: Tensor,
     ) -> Any:
-        """The worker's half of `WorkerGroup.scatter`: the verb's `Stats`, then what it made of `makes`, sample by sample.
+        """The worker's half of `WorkerGroup.scatter`: the verb's `Stats`, then what it made of `makes`,
+        sample by sample.
 
-        `tensors` are one a sample, column after column of `columns`. Without `makes` the `Stats` come bare, as Ray
-        wants an answer of one value.
+        `tensors` are one a sample, column after column of `columns`. Without `makes` the `Stats` come bare,
+        as Ray wants an answer of one value.
         """
         began = time.perf_counter()
         stats, made = getattr(self, verb)(plan, Batch.stacked(samples, columns, tensors, self.device))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples and what is known of each: `video` and `context` of the student's, `data_video` and `data_context` of
-    the data, predictions, gradients.
+    """Samples and what is known of each: `video` and `context` of the student's, `data_video` and
+    `data_context` of the data, predictions, gradients.
 
-    A column is a tensor [B, …] in a worker. Outside it is a list of references, one a sample, so that groups of
-    different sizes share them out differently without reading them.
+    A column is a tensor [B, …] in a worker. Outside it is a list of references, one a sample, so that groups
+    of different sizes share them out differently without reading them.
     """
 
     samples: list[int] = field(default_factory=list)
@@ -64,5 +64,6 @@ class Batch:
         return Batch(samples, columns)
 
     def unstacked(self, names: Sequence[str]) -> list[Tensor]:
-        """Tensors one a sample, column after column, on the CPU; copies, for a view would carry the whole column."""
+        """Tensors one a sample, column after column, on the CPU; copies, for a view would carry the whole
+        column."""
         return [sample.clone() for name in names for sample in self.columns[name].detach().cpu()]

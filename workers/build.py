@@ -60,7 +60,8 @@ def trained(
     adapters: AdapterConfig,
     branch: BranchConfig | None = None,
 ) -> TrainEngine:
-    """One rank of a model in training: all its weights, or adapters of them, and a classification branch if asked for."""
+    """One rank of a model in training: all its weights, or adapters of them, and a classification branch if
+    asked for."""
     sizes = source.card.transformer
     weights: WeightSource = source
     if adapters.rank:
@@ -80,8 +81,8 @@ def write_weights(
 ) -> None:
     """The averaged weights (the current ones where none are kept) into a model's directory; on all ranks.
 
-    With adapters those are the weights that `source` has on disk plus what was learned, and the adapter lies beside
-    them in `adapter/`, as PEFT reads it.
+    With adapters those are the weights that `source` has on disk plus what was learned, and the adapter lies
+    beside them in `adapter/`, as PEFT reads it.
     """
     ema = engine.config.ema_decay is not None
     if not adapters.rank:

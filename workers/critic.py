@@ -65,9 +65,9 @@ class CriticWorker(Scorer, TrainedRank):
         return fake if logits is None else {**fake, "logits": logits}
 
     def update(self, plan: ScorePlan, batch: Batch) -> tuple[Stats, Batch]:
-        """One micro-batch of flow matching on the student's `video`s for their `context`s, and of telling them from
-        data (`data_video`, `data_context`) where there is a branch; the last one of an update also steps.
-        """
+        """One micro-batch of flow matching on the student's `video`s for their `context`s, and of telling
+        them from data (`data_video`, `data_context`) where there is a branch; the last one of an update also
+        steps."""
         if self._graph is not None:
             raise RuntimeError("update was called while the graph of a score is alive; pull it back first.")
         video, context = batch["video"], batch["context"]

@@ -1,8 +1,8 @@
 """One rank of a model, in training (`TrainEngine`: student, critic) or answering (`FrozenEngine`: teacher).
 
-Both expose `.module`, the `nn.Module` to call. A score is pulled back to its input with `torch.autograd.grad`, which
-leaves the weights' gradients untouched; only `TrainEngine.backward` adds to those. Knows nothing of Ray, of losses or
-of where checkpoints belong; DeepSpeed is behind `workers.zero`.
+Both expose `.module`, the `nn.Module` to call. A score is pulled back to its input with
+`torch.autograd.grad`, which leaves the weights' gradients untouched; only `TrainEngine.backward` adds to
+those. Knows nothing of Ray, of losses or of where checkpoints belong; DeepSpeed is behind `workers.zero`.
 """
 
 import math
@@ -48,13 +48,14 @@ class StepResult:
     """What `TrainEngine.step` did."""
 
     grad_norm: float
-    """Global gradient norm before clipping, the same on all ranks: inf if not finite, 0 if no step was due."""
-    stepped: bool
-    """Whether the weights were updated."""
+    """Global gradient norm before clipping, the same on all ranks: inf if not finite, 0 if no step was
+    due."""
+    stepped: bool  # whether the weights were updated
 
 
 def free_port() -> int:
-    """A TCP port that is free on this node now; call it on rank 0's node right before `init_process_group`."""
+    """A TCP port that is free on this node now; call it on rank 0's node right before
+    `init_process_group`."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -63,7 +64,8 @@ def free_port() -> int:
 class TrainEngine:
     """This rank of a model in training. All ranks construct it, and call its methods, in the same order.
 
-    `module` is what to call, `device` and `dtype` what its inputs should have, `version` the optimizer steps made.
+    `module` is what to call, `device` and `dtype` what its inputs should have, `version` the optimizer steps
+    made.
     """
 
     def __init__(
@@ -75,10 +77,10 @@ class TrainEngine:
     ) -> None:
         """Build the model, shard it and load `weights`, tensor by tensor.
 
-        At stage 3 no rank ever holds the whole model: each submodule is sharded as soon as `build` has constructed it.
-        `weights` must name exactly the model's parameters; all ranks pass it and rank 0 reads the tensors; none keeps
-        rank 0's initialisation. Parameters that `build` froze are not trained: they have no gradient, moments or average,
-        are in no checkpoint, and come from `weights` again.
+        At stage 3 no rank ever holds the whole model: each submodule is sharded as soon as `build` has
+        constructed it. `weights` must name exactly the model's parameters; all ranks pass it and rank 0 reads
+        the tensors; none keeps rank 0's initialisation. Parameters that `build` froze are not trained: they
+        have no gradient, moments or average, are in no checkpoint, and come from `weights` again.
         `ValueError`, on every rank, if names or shapes do not fit.
         """
         self.config = config
@@ -103,7 +105,8 @@ class TrainEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar `loss`, the mean over this rank's samples, once per micro-batch.
 
-        The mean over ranks and accumulation is taken here, and nowhere else. `RuntimeError` if a step is due first.
+        The mean over ranks and accumulation is taken here, and nowhere else. `RuntimeError` if a step is due
+        first.
         """
         if self._pending == self.config.accumulation:
             raise RuntimeError(
@@ -120,8 +123,8 @@ class TrainEngine:
     def step(self) -> StepResult:
         """Update the weights and the EMA if `accumulation` backward calls were made, else do nothing.
 
-        So it may be called after every backward, or once after the last. A gradient that is not finite is dropped
-        and changes nothing: `grad_norm` is then inf and `stepped` false.
+        So it may be called after every backward, or once after the last. A gradient that is not finite is
+        dropped and changes nothing: `grad_norm` is then inf and `stepped` false.
         """
         if self._pending < self.config.accumulation:
             return StepResult(grad_norm=0.0, stepped=False)
@@ -137,13 +140,15 @@ class TrainEngine:
         return StepResult(grad_norm=grad_norm, stepped=True)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole fp32 gradients by name, after the last backward of an update and before its step; for tests."""
+        """Whole fp32 gradients by name, after the last backward of an update and before its step; for
+        tests."""
         if self._pending != self.config.accumulation:
             raise RuntimeError("gradients exist between the last backward of an update and its step")
         return self._zero.gradients()
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's slices (weights, moments, EMA) and the version; returns when every rank has written.
+        """Write this rank's slices (weights, moments, EMA) and the version; returns when every rank has
+        written.
 
         `FloatingPointError`, on every rank and with nothing written, if some rank's numbers are not finite.
         """
@@ -169,7 +174,8 @@ class TrainEngine:
         dist.barrier()
 
     def load(self, directory: str | Path) -> None:
-        """Continue from `save`, to the bit. `ValueError` if files are missing, damaged or of another run's shape."""
+        """Continue from `save`, to the bit. `ValueError` if files are missing, damaged or of another run's
+        shape."""
         record, saved = _read(directory), f"the checkpoint in {directory}"
         if record["stage"] != self.config.zero_stage:
             stage = record["stage"]
@@ -203,8 +209,8 @@ class TrainEngine:
     ) -> None:
         """Hand each whole parameter, in the model's order, to `write(name, fp32 CPU tensor)` on rank 0.
 
-        Collective, with one parameter in memory at a time. With `ema`, averaged weights (frozen ones as they are).
-        `FloatingPointError`, on every rank, where one is not finite.
+        Collective, with one parameter in memory at a time. With `ema`, averaged weights (frozen ones as they
+        are). `FloatingPointError`, on every rank, where one is not finite.
         """
         if ema and self.config.ema_decay is None:
             raise ValueError("there are no averaged weights to export: set ema_decay")
@@ -219,8 +225,9 @@ class TrainEngine:
 class FrozenEngine:
     """A model that answers and is never trained: replicated (`zero_stage` 0) or sharded over its group (3).
 
-    `torch.autograd.grad(output, x, cotangent)` works through `module`. A replicated one needs no process group, so
-    such a rank can restart alone; of a sharded one, all ranks make the same calls in the same order.
+    `torch.autograd.grad(output, x, cotangent)` works through `module`. A replicated one needs no process
+    group, so such a rank can restart alone; of a sharded one, all ranks make the same calls in the same
+    order.
     """
 
     def __init__(

@@ -47,8 +47,8 @@ class Generator:
     ) -> Tensor:
         """Latent videos [B, frames, C, H, W] by rollout, one prompt and one noise key a video.
 
-        `initial` latents [B, f, C, H, W] start the videos, and are part of them. A student that
-        generates with guidance runs each row twice, the second time with `negative_prompt`.
+        `initial` latents [B, f, C, H, W] start the videos, and are part of them. A student that generates
+        with guidance runs each row twice, the second time with `negative_prompt`.
         """
         config, video = self.card.rollout, self.card.video
         if config is None:

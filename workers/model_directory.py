@@ -1,8 +1,9 @@
 """A model on disk: its weights as safetensors, and everything needed to run them.
 
-`model.json` holds sizes, the shape of a video, how the student generates, and where the model came from; `transformer-*.safetensors`
-the weights under their Wan names, in shards; `text_encoder.safetensors` the encoder, if it belongs to the model. The directory is
-published by `infra.storage`: it is whole or does not exist.
+`model.json` holds sizes, the shape of a video, how the student generates, and where the model came from;
+`transformer-*.safetensors` the weights under their Wan names, in shards; `text_encoder.safetensors` the
+encoder, if it belongs to the model. The directory is published by `infra.storage`: it is whole or does not
+exist.
 """
 
 import hashlib
@@ -88,20 +89,19 @@ class ModelCard:
     """What `model.json` says."""
 
     causal: bool
-    """Whether a frame sees earlier ones only: a student, or a teacher of one; a bidirectional teacher is not."""
+    """Whether a frame sees earlier ones only: a student, or a teacher of one; a bidirectional teacher is
+    not."""
     transformer: TransformerConfig
     video: VideoConfig
     text: TextConfig
-    rollout: RolloutConfig | None = None
-    """How a student generates; none for a teacher."""
+    rollout: RolloutConfig | None = None  # how a student generates; none for a teacher
     guidance: float = 0.0
-    """Classifier-free guidance that a student generates with, in the form cond + guidance · (cond − uncond); a distilled one needs none."""
-    shift: float = 5.0
-    """Warp of the noise schedule that the model was trained with."""
+    """Classifier-free guidance that a student generates with, in the form cond + guidance · (cond − uncond);
+    a distilled one needs none."""
+    shift: float = 5.0  # warp of the noise schedule that the model was trained with
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Tracking run ids of this model and its ancestors by stage."""
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """The resolved config of the run that made it."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # the resolved config of the run that made it
 
 
 class ModelDirectory:
@@ -112,7 +112,8 @@ class ModelDirectory:
         self.path = str(path)
         if not storage.local(path).is_dir():
             raise ValueError(
-                f"there is no complete model at {path}; train one, or name a directory that has a manifest.json."
+                f"there is no complete model at {path}; train one, or name a directory that has a "
+                "manifest.json."
             )
         storage.verify(path)
         held = ExitStack()
@@ -153,8 +154,8 @@ class ModelDirectory:
                     shape = tuple(file.get_slice(name).get_shape())
             if name not in wanted or shape != wanted[name]:
                 raise ValueError(
-                    f"the weights at {self.path} do not fit the sizes in its model.json: {name} is {shape or 'missing'}, "
-                    f"and should be {wanted.get(name, 'absent')}."
+                    f"the weights at {self.path} do not fit the sizes in its model.json: {name} is "
+                    f"{shape or 'missing'}, and should be {wanted.get(name, 'absent')}."
                 )
 
     def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:

@@ -33,7 +33,8 @@ class Prompts:
             return load_file(file)["embedding"]
         if self._encoder is None:
             raise ValueError(
-                "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative one's file."
+                "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative "
+                "one's file."
             )
         return self.embed([prompt])[0]
 
@@ -44,9 +45,8 @@ class PromptWorker(Worker):
     def __init__(
         self, path: str, seed: int, model: str, real: str | None = None, *, skip_damaged: bool = False
     ):
-        """`model` names the directory whose encoder embeds prompts, unless the data sets hold an `embedding` column; `real` is a data
-        set of videos, if any are asked for.
-        """
+        """`model` names the directory whose encoder embeds prompts, unless the data sets hold an `embedding`
+        column; `real` is a data set of videos, if any are asked for."""
         self._path, self._real_path, self._skip_damaged = path, real, skip_damaged
         self._seed, self._model = seed, model
 
@@ -61,9 +61,8 @@ class PromptWorker(Worker):
             self._real = LatentDataset(self._real_path, source.card.video, column, skip_damaged=skip)
 
     def prompts(self, position: int, batch: Batch) -> tuple[Stats, Batch]:
-        """The `context` [text_len, text_dim] of as many prompts as the batch has samples, from `position` of the seeded
-        order on.
-        """
+        """The `context` [text_len, text_dim] of as many prompts as the batch has samples, from `position` of
+        the seeded order on."""
         rows = self._data.batch(position, len(batch), self._seed)
         contexts = self._prompts.embed([row[self._prompts.column] for row in rows])
         return {}, Batch(batch.samples, {"context": torch.stack(contexts)})
@@ -85,7 +84,8 @@ class LatentDataset:
     """Latents and prompts of a data set that holds either latents or videos of pixels."""
 
     def __init__(self, path: str, video: VideoConfig, prompts: str, *, skip_damaged: bool = False):
-        """`prompts` names their column. ValueError where the data set is missing; `data_check` checks the rest."""
+        """`prompts` names their column. ValueError where the data set is missing; `data_check` checks the
+        rest."""
         self._prompts = prompts
         self._codec = video.make_codec()
         self._video = video_column(video)

@@ -1,7 +1,9 @@
-"""Many viewers' streams on one model: each has its own rollout, and every tick runs all of them in one batched forward.
+"""Many viewers' streams on one model: each has its own rollout, and every tick runs all of them in one
+batched forward.
 
-Timesteps are per frame already, so streams need not be at the same denoising step: a new viewer joins at the next tick, not at the next chunk.
-Memory is a fixed number of slots, allocated once. A newcomer is refused where none is free; nobody is dropped or started again for another.
+Timesteps are per frame already, so streams need not be at the same denoising step: a new viewer joins at the
+next tick, not at the next chunk. Memory is a fixed number of slots, allocated once. A newcomer is refused
+where none is free; nobody is dropped or started again for another.
 """
 
 from collections import defaultdict
@@ -32,18 +34,14 @@ class Stream:
     """One viewer's stream. `Streamer` alone changes it."""
 
     number: int
-    row: int | None
-    """Its slot; none while it is parked."""
+    row: int | None  # its slot; none while it is parked
     rollout: Rollout
     prompt: str
-    context: Tensor
-    """Prompt embedding, [1, text_len, text_dim]."""
+    context: Tensor  # prompt embedding, [1, text_len, text_dim]
     next_prompt: tuple[str, Tensor, bool] | None = None
     """The prompt from the next chunk on, its embedding, and whether the past is encoded anew under it."""
-    chunks: int = 0
-    """Chunks that are finished."""
-    new_prompt: bool = False
-    """Whether the chunk that is being made is the first under a new prompt."""
+    chunks: int = 0  # chunks that are finished
+    new_prompt: bool = False  # whether the chunk that is being made is the first under a new prompt
     parked: Parked | None = None
 
     @property
@@ -57,12 +55,9 @@ class Event:
     """What a tick brought one stream: a chunk, or why it cannot go on."""
 
     stream: Stream
-    chunk: Tensor | None = None
-    """Latents [f, C, H, W]."""
-    new_prompt: bool = False
-    """Whether this is the first chunk under a new prompt."""
-    last: bool = False
-    """Whether the stream ends with it."""
+    chunk: Tensor | None = None  # latents [f, C, H, W]
+    new_prompt: bool = False  # whether this is the first chunk under a new prompt
+    last: bool = False  # whether the stream ends with it
     error: str | None = None
 
 
@@ -74,7 +69,8 @@ def check(model: str) -> tuple[ModelDirectory, RolloutConfig]:
         raise ValueError(f"the model at {model} is no few-step student; streaming needs one.")
     if rollout.window is None:
         raise ValueError(
-            f"the student at {model} has no rollout.window, and its cache would grow for ever; streaming needs one."
+            f"the student at {model} has no rollout.window, and its cache would grow for ever; streaming "
+            "needs one."
         )
     check_weights(source)
     return source, rollout
@@ -112,7 +108,8 @@ class Streamer:
         """The embeddings whose keys and values are in `prompts`."""
 
     def open(self, prompt: str, seed: int, frames: int | None = None) -> Stream:
-        """A stream of `frames` latent frames, in whole chunks, or without end; NoSlot where every slot is taken."""
+        """A stream of `frames` latent frames, in whole chunks, or without end; NoSlot where every slot is
+        taken."""
         if not self.free:
             raise NoSlot(f"all {self.slots} slots are taken.")
         context = self.text.encode([prompt])
@@ -166,7 +163,8 @@ class Streamer:
         return (self.config, self.card.video) == (other.config, other.card.video)
 
     def adopt(self, stream: Stream) -> None:
-        """Go on, between two chunks, with a stream that another streamer has closed; what it has shown is encoded anew.
+        """Go on, between two chunks, with a stream that another streamer has closed; what it has shown is
+        encoded anew.
 
         NoSlot where every slot is taken.
         """
@@ -186,7 +184,8 @@ class Streamer:
     def tick(self, *, paused: Collection[int] = ()) -> list[Event]:
         """One forward of every stream that is neither parked nor `paused` (numbers), and what came of it.
 
-        It is computed for all before anything changes: a row that is not finite ends its own stream and touches no other.
+        It is computed for all before anything changes: a row that is not finite ends its own stream and
+        touches no other.
         """
         running = [
             stream

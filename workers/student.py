@@ -71,8 +71,8 @@ class StudentWorker(TrainedRank):
     def rollout(self, plan: RolloutPlan, batch: Batch) -> tuple[Stats, Batch]:
         """A `video` [F, C, H, W] for each prompt embedding `context` [text_len, text_dim].
 
-        Where the plan has given frames, it starts with those of the data's `data_video`. If the plan carries a gradient
-        the graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
+        Where the plan has given frames, it starts with those of the data's `data_video`. If the plan carries
+        a gradient the graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
         """
         return self._made(batch, plan.grad_frames > 0, lambda: self._generate(plan, batch))
 
@@ -88,7 +88,8 @@ class StudentWorker(TrainedRank):
     def _made(self, batch: Batch, gradient: bool, make: Callable[[], Tensor]) -> tuple[Stats, Batch]:
         if gradient and self._graph is not None:
             raise RuntimeError(
-                "a video with gradient was asked for while the graph of the last one is alive; pull it back first."
+                "a video with gradient was asked for while the graph of the last one is alive; pull it "
+                "back first."
             )
         video = make()
         if gradient:
@@ -110,10 +111,12 @@ class StudentWorker(TrainedRank):
         return self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
 
     def _last(self, video: Tensor) -> Tensor:
-        """The frames of a video that scorers look at: the last ones, if it is longer than they are trained for.
+        """The frames of a video that scorers look at: the last ones, if it is longer than they are trained
+        for.
 
-        A latent video's first frame is special (a causal VAE makes it of one frame of pixels, and later ones of several), so the window's
-        is made anew: decoded with its past, and its last frame of pixels encoded as an image.
+        A latent video's first frame is special (a causal VAE makes it of one frame of pixels, and later ones
+        of several), so the window's is made anew: decoded with its past, and its last frame of pixels encoded
+        as an image.
         """
         window = self.source.card.video.frames
         if video.shape[1] <= window:
@@ -127,9 +130,9 @@ class StudentWorker(TrainedRank):
     def judge(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
         """The objective of the kept video, from the predictions that it reads, which are the batch's columns.
 
-        It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with respect to the
-        video is kept for `pullback`; those with respect to the predictions through which it flows are returned under
-        their names. RuntimeError if there is no graph.
+        It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with
+        respect to the video is kept for `pullback`; those with respect to the predictions through which it
+        flows are returned under their names. RuntimeError if there is no graph.
         """
         if self._graph is None:
             raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
@@ -137,15 +140,16 @@ class StudentWorker(TrainedRank):
         leaves: dict[str, Tensor] = {**batch.columns, "video": self._graph.video.detach()}
         wanted = [leaves[name].requires_grad_() for name in ("video", *flows)]
         loss = self.objective(leaves)
-        # A loss that does not look at the video itself, such as the adversarial one, sends it nothing directly.
+        # A loss that does not look at the video itself, such as the adversarial one, sends it nothing
+        # directly.
         gradient, *cotangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
         self._graph = replace(self._graph, gradient=gradient)
         stats = {"loss": loss.item(), **self.objective.statistics(leaves)}
         return stats, Batch(batch.samples, dict(zip(flows, cotangents, strict=True)))
 
     def pullback(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
-        """Backward through the kept video. The batch's columns are gradients with respect to it, one from each scorer
-        that the objective flows through; they add to what `judge` kept.
+        """Backward through the kept video. The batch's columns are gradients with respect to it, one from
+        each scorer that the objective flows through; they add to what `judge` kept.
 
         RuntimeError if nothing was judged, or if the weights have changed since the rollout.
         """
@@ -168,7 +172,8 @@ class StudentWorker(TrainedRank):
         return {"grad_norm": result.grad_norm}, batch
 
     def export(self, staging: str, card: ModelCard) -> None:
-        """Write the averaged weights (the current ones where none are kept) into a model's staging location; on all ranks."""
+        """Write the averaged weights (the current ones where none are kept) into a model's staging location;
+        on all ranks."""
         with storage.writing(staging) as directory:
             writer = ModelWriter(directory)
             build.write_weights(self.engine, writer, self.source, self.adapters)

@@ -34,7 +34,8 @@ def deepspeed() -> Any:
 
 
 def device() -> torch.device:
-    """Where this process computes: on the first GPU that it sees, or the one that `init_process_group` was given."""
+    """Where this process computes: on the first GPU that it sees, or the one that `init_process_group` was
+    given."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -43,11 +44,12 @@ def device() -> torch.device:
 def init_process_group(
     *, rank: int, world_size: int, master_addr: str, master_port: int, timeout_s: float, gpu: int = 0
 ) -> None:
-    """Join this process to its worker group (NCCL with a GPU, gloo without): once per process, all ranks at once.
+    """Join this process to its worker group (NCCL with a GPU, gloo without): once per process, all ranks at
+    once.
 
-    `gpu` is which of the GPUs that this process sees is its own, where it sees any. An actor of ours sees one; a rank
-    of Ray Train sees those of all ranks on its node. A collective that waits longer than `timeout_s` seconds fails
-    instead of hanging.
+    `gpu` is which of the GPUs that this process sees is its own, where it sees any. An actor of ours sees
+    one; a rank of Ray Train sees those of all ranks on its node. A collective that waits longer than
+    `timeout_s` seconds fails instead of hanging.
     """
     place = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": master_addr, "MASTER_PORT": master_port}
     # DeepSpeed takes the GPU of this number.
@@ -57,8 +59,8 @@ def init_process_group(
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
     else:
-        # No compiled extensions: otherwise a first start on a CPU spends tens of seconds compiling a shared-memory
-        # backend, which only DeepSpeed's inference calls use.
+        # No compiled extensions: otherwise a first start on a CPU spends tens of seconds compiling a
+        # shared-memory backend, which only DeepSpeed's inference calls use.
         deepspeed().ops.__compatible_ops__ = {}
     deepspeed().init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -165,7 +167,8 @@ class ZeroModel:
         self.slices = {name: self._locate(parameter, owners) for name, parameter in self.parameters.items()}
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
-        """Add a micro-batch's gradient, the `first` or `last` of its update; over ranks, reduced by the last."""
+        """Add a micro-batch's gradient, the `first` or `last` of its update; over ranks, reduced by the
+        last."""
         if first:
             self._forget_gradients()
         optimizer = self.engine.optimizer
@@ -178,7 +181,8 @@ class ZeroModel:
         self.engine.backward(loss)
 
     def step(self) -> float:
-        """Update the weights; the gradient norm before clipping, or inf if it was not finite and nothing changed."""
+        """Update the weights; the gradient norm before clipping, or inf if it was not finite and nothing
+        changed."""
         norm = None
         if self.plain:
             grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
@@ -214,7 +218,8 @@ class ZeroModel:
 
     @torch.no_grad()
     def begin_writing(self) -> None:
-        """To call before `write`: at stage 3, drops whole weights still held, so that writing the shards is enough."""
+        """To call before `write`: at stage 3, drops whole weights still held, so that writing the shards is
+        enough."""
         if self.stage == 3:
             self.engine.optimizer.empty_partition_cache()
 
@@ -244,7 +249,8 @@ class ZeroModel:
                 self.moment(piece, key).copy_(value)
 
     def _whole_owners(self) -> dict[nn.Parameter, Tensor]:
-        """At stage 0, the whole tensor AdamW steps for each parameter: an fp32 copy, or in fp32 the parameter."""
+        """At stage 0, the whole tensor AdamW steps for each parameter: an fp32 copy, or in fp32 the
+        parameter."""
         optimizer = self.engine.optimizer
         if self.plain:
             return {parameter: parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -253,7 +259,8 @@ class ZeroModel:
             for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
             for low, high in zip(lows, highs, strict=True)
         }
-        # DeepSpeed has made one AdamW step with a zero gradient to allocate the moments: undo its count and decay.
+        # DeepSpeed has made one AdamW step with a zero gradient to allocate the moments: undo its count and
+        # decay.
         self.adam.state.clear()
         for low, high in owners.items():
             high.data.copy_(low)
@@ -282,7 +289,8 @@ class ZeroModel:
         return Slice(start, owner.data.view(-1)[offset : offset + count], owner, offset, trained)
 
     def _forget_gradients(self) -> None:
-        """Zero what DeepSpeed keeps of the last update: a parameter this update does not reach would get it again."""
+        """Zero what DeepSpeed keeps of the last update: a parameter this update does not reach would get it
+        again."""
         optimizer, kept = self.engine.optimizer, []
         if self.stage == 3:
             kept.append(optimizer.grad_partitions_flat_buffer)

@@ -28,9 +28,9 @@ class MethodConfig:
 
     method: str = "ode"
     """Regression on stored ODE pairs of a bidirectional teacher (`ode`) or of a causal one (`causal_ode`);
-    `causal_consistency`: consistency distillation of a causal teacher, without stored pairs; or flow
-    matching on data under `teacher_forcing` or `diffusion_forcing`, which makes a causal many-step model,
-    such as those two need for a teacher."""
+    `causal_consistency`: consistency distillation of a causal teacher, without stored pairs; or flow matching
+    on data under `teacher_forcing` or `diffusion_forcing`, which makes a causal many-step model, such as
+    those two need for a teacher."""
     ode_steps: int = 24
     """Euler steps along the teacher's ODE, and of a many-step model when it generates."""
     guidance: float = 2.0

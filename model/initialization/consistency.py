@@ -13,8 +13,7 @@ from model.schedule import per_frame
 
 def consistency_target(x0: Tensor, followed: Tensor, following: Tensor) -> Tensor:
     """What the student should say one step earlier: its own x0 at `followed`, or that video itself where it
-    is clean (`following` 0).
-    """
+    is clean (`following` 0)."""
     return torch.where(per_frame(following == 0, followed), followed, x0).detach()
 
 

@@ -17,14 +17,10 @@ from model.schedule import FlowSchedule
 class Setup:
     """What stays the same from one update to the next."""
 
-    settings: Any
-    """The run's `MethodConfig`."""
-    rollout: RolloutConfig
-    """How the student generates once it is distilled; its schedule is the only one."""
-    negative: Tensor
-    """Embedding [text_len, text_dim] of the negative prompt."""
-    teacher: Callable[..., Tensor] | None
-    """The frozen teacher's velocity, where the method asks it."""
+    settings: Any  # the run's `MethodConfig`
+    rollout: RolloutConfig  # how the student generates once it is distilled; its schedule is the only one
+    negative: Tensor  # embedding [text_len, text_dim] of the negative prompt
+    teacher: Callable[..., Tensor] | None  # the frozen teacher's velocity, where the method asks it
     device: torch.device
 
     @property
@@ -36,10 +32,8 @@ class Setup:
 class Share:
     """The part of one update's batch that a rank learns from at once: B of `batch` samples."""
 
-    context: Tensor
-    """Embeddings [B, text_len, text_dim] of the prompts."""
-    clean: Tensor | None
-    """Real videos [B, F, C, H, W]; none where ODE pairs start from noise alone."""
+    context: Tensor  # embeddings [B, text_len, text_dim] of the prompts
+    clean: Tensor | None  # real videos [B, F, C, H, W]; none where ODE pairs start from noise alone
     trajectory: Tensor | None
     """The teacher's way from noise to video [B, S, F, C, H, W] at the student's S − 1 steps and its end,
     noisiest first."""
@@ -65,8 +59,7 @@ class Method:
     before them."""
     teacher: Literal["bidirectional", "causal"] | None = None
     """What the model that the student starts from must be; either, if None."""
-    asks_teacher: bool = False
-    """Whether the loss asks that model, frozen, beside the student."""
+    asks_teacher: bool = False  # whether the loss asks that model, frozen, beside the student
     many_step: bool = False
     """Whether the finished model follows an ODE in many guided steps, rather than the student's few."""
 

@@ -22,8 +22,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def read_tokens(config: AccessConfig) -> tuple[str, ...]:
-    """Tokens from the file or the environment; ValueError for a file that is missing or empty, for tokens too short to be safe, and for
-    none where HAProxy stands before the replicas: everybody seems to come from this machine then."""
+    """Tokens from the file or the environment; ValueError for a file that is missing or empty, for tokens too
+    short to be safe, and for none where HAProxy stands before the replicas: everybody seems to come from this
+    machine then."""
     if config.tokens is None:
         tokens = os.environ.get("SELF_FORCING_TOKENS", "").split(",")
     else:
@@ -38,7 +39,8 @@ def read_tokens(config: AccessConfig) -> tuple[str, ...]:
         raise ValueError("a token has fewer than 16 characters; use for example `openssl rand -hex 32`.")
     if not found and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise ValueError(
-            "with RAY_SERVE_ENABLE_HA_PROXY=1 tokens are needed: name a file at access.tokens or set SELF_FORCING_TOKENS."
+            "with RAY_SERVE_ENABLE_HA_PROXY=1 tokens are needed: name a file at access.tokens or set "
+            "SELF_FORCING_TOKENS."
         )
     return found
 
@@ -81,7 +83,8 @@ class Access:
         self._requests: dict[str, tuple[float, float]] = {}
 
     async def admit(self, connection: HTTPConnection) -> str:
-        """A name for who is asking, counted as a request; Problem (401, 403 or 429) where there is none to be had."""
+        """A name for who is asking, counted as a request; Problem (401, 403 or 429) where there is none to be
+        had."""
         self._check_origin(connection)
         who = await self._identify(connection)
         self._count(who)
@@ -117,8 +120,8 @@ class Access:
 
     @staticmethod
     def _local(connection: HTTPConnection) -> str:
-        """Without tokens, whoever came by a loopback address, and under a loopback name: a page that has its own name
-        resolve to this machine is a stranger."""
+        """Without tokens, whoever came by a loopback address, and under a loopback name: a page that has its
+        own name resolve to this machine is a stranger."""
         address = (connection.scope.get("server") or ("", 0))[0]
         host = urlsplit(f"//{connection.headers.get('host', '')}").hostname
         if address not in LOOPBACK or host not in LOOPBACK:
@@ -167,5 +170,6 @@ def check_exposure(config: AccessConfig, host: str) -> None:
     """ValueError where tokens cannot be read, or where a server that other machines reach would have none."""
     if not read_tokens(config) and host not in LOOPBACK:
         raise ValueError(
-            f"host {host} can be reached by others, and there are no tokens; set access.tokens or SELF_FORCING_TOKENS, or listen on 127.0.0.1."
+            f"host {host} can be reached by others, and there are no tokens; set access.tokens or "
+            "SELF_FORCING_TOKENS, or listen on 127.0.0.1."
         )

@@ -1,6 +1,7 @@
 """The Ray Serve application: replicas that stream, and the directory that they share.
 
-`self-forcing serve` runs it; `serve deploy` and a RayService name `orchestrator.serving.app:build` and give the fields of a `ServeConfig`.
+`self-forcing serve` runs it; `serve deploy` and a RayService name `orchestrator.serving.app:build` and give
+the fields of a `ServeConfig`.
 """
 
 import asyncio
@@ -40,7 +41,8 @@ class StreamServer:
         self.service.models.check()
 
     async def census(self) -> dict[str, int]:
-        """What viewers hold, for whoever asks by a deployment handle; all but the slots is none when nobody is there."""
+        """What viewers hold, for whoever asks by a deployment handle; all but the slots is none when nobody
+        is there."""
         return self.service.census()
 
 
@@ -91,7 +93,8 @@ def api(service: Service) -> FastAPI:
 
 
 def build(settings: dict[str, Any]) -> serve.Application:
-    """The application, from the fields of a `ServeConfig` by name; ValueError, in one sentence, for fields that cannot work."""
+    """The application, from the fields of a `ServeConfig` by name; ValueError, in one sentence, for fields
+    that cannot work."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ServeConfig, None)
     try:

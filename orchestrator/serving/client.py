@@ -1,4 +1,5 @@
-"""A client of the streaming endpoint: JPEG frames over HTTP, and sessions over WebSocket. For whole videos, use OpenAI's client.
+"""A client of the streaming endpoint: JPEG frames over HTTP, and sessions over WebSocket. For whole videos,
+use OpenAI's client.
 
 Needs `pip install self-forcing[client]`.
 """
@@ -89,7 +90,8 @@ class StreamSession:
         self.say(Control(type=f"session.{what}"))  # type: ignore[arg-type]
 
     def receive(self) -> Answer | ReceivedChunk:
-        """The next message, a chunk together with its metadata. TimeoutError, or ConnectionClosed at the end."""
+        """The next message, a chunk together with its metadata. TimeoutError, or ConnectionClosed at the
+        end."""
         if self._unread:
             return self._unread.pop()
         answer = ANSWER.validate_json(self.socket.recv(timeout=self.timeout_s))
@@ -100,7 +102,8 @@ class StreamSession:
         return ReceivedChunk(answer, data)
 
     def wait_for(self, kind: type[A]) -> A:
-        """The next message of a kind; ServerError where an error comes instead. What comes before is passed over."""
+        """The next message of a kind; ServerError where an error comes instead. What comes before is passed
+        over."""
         while True:
             message = self.receive()
             if isinstance(message, kind):
@@ -151,9 +154,11 @@ class Client:
 
     @contextmanager
     def reconnected(self, request_id: str, next_chunk: int) -> Iterator[StreamSession]:
-        """A session whose connection broke, from chunk `next_chunk` on. What it answers first says whether it can go on.
+        """A session whose connection broke, from chunk `next_chunk` on. What it answers first says whether it
+        can go on.
 
-        A connection may lead to another replica than the one that holds the session; then the next one is tried.
+        A connection may lead to another replica than the one that holds the session; then the next one is
+        tried.
         """
         deadline = time.monotonic() + self.timeout_s
         while True:

@@ -9,7 +9,8 @@ class AccessConfig:
     """Who may connect, and how much each may ask for."""
 
     tokens: str | None = None
-    """File with one bearer token a line; SELF_FORCING_TOKENS, separated by commas, where unset. Without any, only this machine is answered."""
+    """File with one bearer token a line; SELF_FORCING_TOKENS, separated by commas, where unset. Without any,
+    only this machine is answered."""
     origins: tuple[str, ...] = ()
     """Origins of other pages that may connect, such as https://example.com."""
     streams: int = 64
@@ -47,7 +48,8 @@ class ServeConfig:
     """The streaming endpoint."""
 
     model: str = "outputs/distilled/model"
-    """Model directory of a student with a rolling window, or models:/NAME@ALIAS in the model registry, whose alias is then followed."""
+    """Model directory of a student with a rolling window, or models:/NAME@ALIAS in the model registry, whose
+    alias is then followed."""
     registry: str | None = None
     """Tracking URI of the model registry; MLFLOW_TRACKING_URI where unset."""
     slots: int = 8
@@ -73,7 +75,8 @@ class ServeConfig:
     refresh_s: float = 5.0
     """Seconds between two looks at the alias."""
     on_promotion: Literal["finish", "move"] = "finish"
-    """What a running stream does when the alias moves: it finishes with its model, or goes on with the new one from its next chunk on."""
+    """What a running stream does when the alias moves: it finishes with its model, or goes on with the new
+    one from its next chunk on."""
     access: AccessConfig = field(default_factory=AccessConfig)
     videos: VideosConfig = field(default_factory=VideosConfig)
 

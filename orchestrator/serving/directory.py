@@ -1,6 +1,8 @@
-"""What replicas share: tickets, what each of them counts, and the videos that are made whole. An actor of its own, so that any replica can answer.
+"""What replicas share: tickets, what each of them counts, and the videos that are made whole. An actor of its
+own, so that any replica can answer.
 
-Everything runs on one event loop. What is known of a video also lies beside it in storage, and is read again when the directory starts.
+Everything runs on one event loop. What is known of a video also lies beside it in storage, and is read again
+when the directory starts.
 """
 
 import asyncio
@@ -145,7 +147,8 @@ class Directory:
                     _log.warning("video %s cannot be deleted yet: %s", job.id, error)
 
     async def _keep(self, job: Job | None) -> bool:
-        """Write what there is to know of a job; where that fails, memory alone knows it until the next change."""
+        """Write what there is to know of a job; where that fails, memory alone knows it until the next
+        change."""
         if job is None:
             return False
         if job.status == "queued":

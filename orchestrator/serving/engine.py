@@ -1,8 +1,8 @@
 """The engine of one model: its streams, who waits for a slot, and a bounded outbox for each viewer.
 
-All of it runs on the replica's event loop, but for the model's own work: ticks, and what changes streams, go through an
-executor of one thread, in the order in which they are asked for, so that a change comes between two ticks. A viewer who
-reads slowly pauses only its own stream.
+All of it runs on the replica's event loop, but for the model's own work: ticks, and what changes streams, go
+through an executor of one thread, in the order in which they are asked for, so that a change comes between
+two ticks. A viewer who reads slowly pauses only its own stream.
 """
 
 import asyncio
@@ -39,32 +39,24 @@ class StreamEnded(RuntimeError):
 class Chunk:
     """Frames on their way to a viewer."""
 
-    index: int
-    """From 0, within the stream."""
-    data: Any
-    """What the viewer's `Encode` made of the frames."""
+    index: int  # from 0, within the stream
+    data: Any  # what the viewer's `Encode` made of the frames
     frames: int
-    new_prompt: bool
-    """Whether this is the first chunk under a new prompt."""
-    ready: float
-    """When it could be sent, in seconds of `time.monotonic`."""
+    new_prompt: bool  # whether this is the first chunk under a new prompt
+    ready: float  # when it could be sent, in seconds of `time.monotonic`
 
 
 @dataclass(eq=False)
 class Viewer:
     """One viewer's side of a stream."""
 
-    engine: "Engine"
-    """Where the stream is made; another one once it has moved."""
+    engine: "Engine"  # where the stream is made; another one once it has moved
     stream: Stream
     encode: Encode
-    first_frame: int
-    """Frames before this one are made and not shown."""
-    frames: int | None
-    """Frames that were asked for; the last chunk may have more."""
+    first_frame: int  # frames before this one are made and not shown
+    frames: int | None  # frames that were asked for; the last chunk may have more
     has_slot: bool = True
-    paused: bool = False
-    """Whether the viewer asked for a pause."""
+    paused: bool = False  # whether the viewer asked for a pause
     gone: bool = False
     unread: int = 0
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -98,7 +90,8 @@ class Viewer:
             await self.engine.on_model(change, self.stream, prompt, reencode=reencode)
 
     def pause(self) -> None:
-        """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host memory."""
+        """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host
+        memory."""
         self.paused = True
         self.engine.admit()
 
@@ -129,7 +122,8 @@ class Engine:
     """All viewers of one `Streamer`. `start` and whatever comes after it belong to one event loop."""
 
     def __init__(self, streamer: Streamer, places: int, decoder: Executor):
-        """`places` in the queue; `decoder` has one thread, so that a stream's chunks stay in order, also where it moves.
+        """`places` in the queue; `decoder` has one thread, so that a stream's chunks stay in order, also
+        where it moves.
 
         ValueError where the model's latents cannot be shown.
         """
@@ -191,8 +185,8 @@ class Engine:
     ) -> Viewer:
         """A viewer of a new stream, as `Streamer.open`; close it when the viewer is gone.
 
-        With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it would not or
-        cannot wait, StreamEnded where the engine stops.
+        With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it
+        would not or cannot wait, StreamEnded where the engine stops.
         """
         await self.claim(on_place)
         opening = asyncio.ensure_future(self.on_model(self.streamer.open, prompt, seed, frames))

@@ -22,7 +22,8 @@ RENEW_S = 1.0
 LOOK_S = 0.5
 """Seconds between two looks for a free slot."""
 GOODBYE_S = 15.0
-"""Seconds that a replica that stops has for giving its jobs back; the directory may be restarting just then."""
+"""Seconds that a replica that stops has for giving its jobs back; the directory may be restarting just
+then."""
 _log = logging.getLogger("ray.serve")
 
 
@@ -83,7 +84,8 @@ async def _begin(service: Service, files: Files, job: Job) -> "Video | None":
 
 
 def _unchanged(frames: np.ndarray, last: bool) -> np.ndarray:
-    """Frames are encoded here, off the thread that decodes for all viewers; there are never more than a few chunks of them."""
+    """Frames are encoded here, off the thread that decodes for all viewers; there are never more than a few
+    chunks of them."""
     return frames
 
 
@@ -96,8 +98,7 @@ class Video:
     job: Job
     served: Served
     viewer: Viewer
-    frames: int = 0
-    """Frames that are encoded."""
+    frames: int = 0  # frames that are encoded
 
     async def make(self) -> None:
         holding = asyncio.create_task(self._hold())

@@ -1,7 +1,7 @@
 """Videos that are made whole: which wait, which are being made, and which are there.
 
-Replicas ask for work. Who gets a job holds it under a lease and renews it; where the lease ends, the job waits again, for another replica.
-Its seed and its prompt determine the video, whoever makes it.
+Replicas ask for work. Who gets a job holds it under a lease and renews it; where the lease ends, the job
+waits again, for another replica. Its seed and its prompt determine the video, whoever makes it.
 """
 
 import time
@@ -39,17 +39,13 @@ class Job:
     order: Order
     created_at: float
     status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
-    attempt: int = 0
-    """Times that it was taken; tells who holds it from who held it before."""
+    attempt: int = 0  # times that it was taken; tells who holds it from who held it before
     failures: int = 0
-    replica: str | None = None
-    """Who makes or made it."""
-    progress: int = 0
-    """In percent."""
+    replica: str | None = None  # who makes or made it
+    progress: int = 0  # in percent
     completed_at: float | None = None
     expires_at: float | None = None
-    error: str | None = None
-    """Why it failed, or the last attempt did."""
+    error: str | None = None  # why it failed, or the last attempt did
 
     @property
     def ended(self) -> bool:
@@ -93,7 +89,8 @@ class Jobs:
     def page(
         self, owner: str, *, after: str | None, limit: int, ascending: bool
     ) -> tuple[list[Job], bool] | None:
-        """Up to `limit` jobs by age from the one after `after` on, and whether there are more; none where `after` is unknown."""
+        """Up to `limit` jobs by age from the one after `after` on, and whether there are more; none where
+        `after` is unknown."""
         jobs = [job for job in self._jobs.values() if job.order.owner == owner]
         if not ascending:
             jobs.reverse()
@@ -135,7 +132,8 @@ class Jobs:
         return job and self._put(self._wait(job))
 
     def finish(self, id: str, attempt: int, error: str | None = None) -> Job | None:
-        """The job with its video, or after an attempt that failed; none where it was not that attempt's any more."""
+        """The job with its video, or after an attempt that failed; none where it was not that attempt's any
+        more."""
         job = self._held(id, attempt)
         if job is None:
             return None

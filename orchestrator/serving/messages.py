@@ -1,7 +1,9 @@
-"""Messages of `WS /v1/realtime/video`: those of vLLM-Omni's streaming video API, and pause, resume, reconnect and the queue besides.
+"""Messages of `WS /v1/realtime/video`: those of vLLM-Omni's streaming video API, and pause, resume, reconnect
+and the queue besides.
 
-Fields that are not named here are passed over: clients of other models send sizes and sampling settings, which a distilled model has fixed;
-`video.start` says what they are. Each `video.chunk_metadata` is followed by one binary message.
+Fields that are not named here are passed over: clients of other models send sizes and sampling settings,
+which a distilled model has fixed; `video.start` says what they are. Each `video.chunk_metadata` is followed
+by one binary message.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,4 +1,5 @@
-"""What Prometheus reads. Each replica counts for itself and reports to the directory, so that any replica can answer for all."""
+"""What Prometheus reads. Each replica counts for itself and reports to the directory, so that any replica can
+answer for all."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,7 +82,8 @@ class Pace:
         self._ready: float | None = None
 
     def wait_s(self, frames: int, ready: float) -> float:
-        """Seconds until a chunk of so many frames is to be sent, which was `ready` at this time (`time.monotonic`)."""
+        """Seconds until a chunk of so many frames is to be sent, which was `ready` at this time
+        (`time.monotonic`)."""
         now, length = time.monotonic(), frames / self._fps
         if self._first:
             self._metrics.first.observe(ready - self._asked)

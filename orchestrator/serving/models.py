@@ -34,7 +34,8 @@ class Served:
 
 
 def locate(config: ServeConfig) -> tuple[str, Path]:
-    """Version and directory of the model that is to be served now; ValueError, in one sentence, where there is none."""
+    """Version and directory of the model that is to be served now; ValueError, in one sentence, where there
+    is none."""
     if not config.registered:
         return "1", Path(config.model)
     registry = Registry(config.registry)
@@ -82,7 +83,8 @@ class Models:
             served.engine.check()
 
     async def follow(self) -> None:
-        """Serve whatever version the registry names, until cancelled. What fails leaves the version before in place."""
+        """Serve whatever version the registry names, until cancelled. What fails leaves the version before in
+        place."""
         registry = Registry(self.config.registry)
         while True:
             await asyncio.sleep(self.config.refresh_s)

@@ -45,7 +45,8 @@ MOST_GREETINGS = 8
 """Connections that may be silent at once. Whoever says at once what it wants is never the oldest of them for long."""
 T = TypeVar("T")
 ELSEWHERE = "elsewhere"
-"""Code of the answer to whoever comes back to a session at another replica than it is with: the next connection may lead there."""
+"""Code of the answer to whoever comes back to a session at another replica than it is with: the next
+connection may lead there."""
 
 
 class Refused(Exception):

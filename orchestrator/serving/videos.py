@@ -116,7 +116,8 @@ def routes(service: Service) -> APIRouter:
         return Problem(
             404,
             "video_not_found",
-            f"there is no such video here; videos are deleted {config.expire_s:.0f} seconds after they are made.",
+            f"there is no such video here; videos are deleted {config.expire_s:.0f} seconds after they are "
+            "made.",
             param="video_id",
         )
 
@@ -148,8 +149,9 @@ def routes(service: Service) -> APIRouter:
             raise Problem(
                 422,
                 "invalid_value",
-                f"seconds: {asked.seconds:g} s are {frames} frames, and a video has 1 to {config.longest_frames}; "
-                f"at {served.fps} frames a second, ask for up to {config.longest_frames / served.fps:g} s.",
+                f"seconds: {asked.seconds:g} s are {frames} frames, and a video has 1 to "
+                f"{config.longest_frames}; at {served.fps} frames a second, ask for up to "
+                f"{config.longest_frames / served.fps:g} s.",
                 param="seconds",
             )
         size = await asyncio.to_thread(_check, asked, served)
@@ -170,7 +172,8 @@ def routes(service: Service) -> APIRouter:
             raise Problem(
                 429,
                 "too_many_videos",
-                f"this token has {config.unfinished} videos that are not ready, which is as many as it may have.",
+                f"this token has {config.unfinished} videos that are not ready, which is as many as it may "
+                "have.",
                 Retry_After="5",
             )
         return Video.of(job)
@@ -299,7 +302,8 @@ def _problem(error: ValidationError) -> Problem:
 
 
 def _check(asked: VideoRequest, served: Served) -> str:
-    """The size of the model's videos; Problem where it cannot read the prompt or is asked for another size."""
+    """The size of the model's videos; Problem where it cannot read the prompt or is asked for another
+    size."""
     streamer, codec = served.engine.streamer, served.engine.codec
     try:
         streamer.text.encode([asked.prompt])
