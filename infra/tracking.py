@@ -97,8 +97,7 @@ class Tracker:
         whole as the artifact `config.yaml`, and flattened as params; what a resumed run changed becomes tags
         `resumed.<name>`, for MLflow's params never change. `parents` maps roles (`teacher`,
         `initial_student`) to the `run_id` of the run each comes from, and `resume_run_id` is that of the run
-        to go on with. ValueError where the tracking URI is missing or of no known kind, or `resume_run_id`
-        cannot be an id.
+        to go on with. ValueError where the tracking URI is missing or of no known kind, or the id is none.
         """
         self._config = config
         self._redactor = Redactor()

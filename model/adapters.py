@@ -79,8 +79,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(network: Any, config: AdapterConfig) -> Any:
-    """Freeze `network` and put an adapter on each layer that `config` names, in place; without a rank,
-    nothing."""
+    """Freeze `network` and adapt each layer that `config` names, in place; without a rank, nothing."""
     if config.rank:
         network.requires_grad_(False)
         for name, layer in config.layers(network).items():

@@ -63,13 +63,11 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_context(self, context: Tensor) -> list[KeyValue]:
-        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls under
-        them."""
+        """What each block's cross-attention reads of prompts [B, text_len, text_dim], for all calls."""
 
     @abstractmethod
     def new_cache(self, window: Window, height: int, width: int, device: torch.device | str) -> BlockCache:
-        """An empty cache of one batch's rollout, through which gradients may flow; sizes are those of
-        latents."""
+        """An empty cache of one batch's rollout, through which gradients may flow; of latents' sizes."""
 
     @abstractmethod
     def new_slots(

@@ -70,8 +70,7 @@ class RegisterBlock(nn.Module):
 
 
 class ClassificationBranch(nn.Module):
-    """Logits [B, num_class] from hidden states, one list entry [B, L, D] a tap, and a time embedding [B,
-    D]."""
+    """Logits [B, num_class] from hidden states, [B, L, D] for each tap, and a time embedding [B, D]."""
 
     def __init__(self, config: TransformerConfig, branch: BranchConfig):
         super().__init__()

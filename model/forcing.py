@@ -40,8 +40,7 @@ def forced(
     context: Tensor,
     clean: Tensor | None,
 ) -> Tensor:
-    """Velocity of a noisy video at timesteps [B, F]; each chunk's past is `clean`, or the noisy video where
-    None."""
+    """Velocity of a noisy video at timesteps [B, F]; each chunk's past is `clean`, noisy where None."""
     window = config.context_window()
     return module(noisy, timestep, context, chunk=config.chunk, window=window, clean=clean).velocity
 

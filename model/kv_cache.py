@@ -6,11 +6,9 @@ window is dropped while the sink stays. There are two backings of one interface:
 - `BlockCache` for training: every commit is an immutable block and a `History` is a selection of blocks, so
   activation checkpointing may recompute a call long after the window has moved on.
 - `SlotCache` for inference: memory is allocated once and each row has its own length, so streams of
-  different ages share a batch. It cannot be read under a gradient, so no graph can ever see its slots
-  overwritten.
+  different ages share a batch. It cannot be read under a gradient, so no graph sees its slots overwritten.
 
-Keys are stored with the rotary phase of their absolute frame, or without any when positions are relative to
-the window.
+Keys are stored with the rotary phase of their absolute frame, or without any when positions are relative.
 """
 
 from collections.abc import Sequence
@@ -263,8 +261,8 @@ class SlotCache:
         return self.join(rows, [self._phase(row, chunk) for row in rows])
 
     def join(self, rows: Sequence[int], phases: Sequence[Tensor]) -> _SlotHistory:
-        """The context of some rows, which may be of different ages, in that order; `phases` are those of
-        their own histories."""
+        """The context of some rows, perhaps of different ages, in that order; `phases` are of their
+        histories."""
         device = self.slots.device
         held = [self.held[row] for row in rows]
         length = max(held) * self.tokens
@@ -308,8 +306,8 @@ class SlotCache:
         return rope.phases([range(start, start + frames)], *self.grid, self.head_dim, self.slots.device)
 
     def _turn(self, row: int, first: int = 0) -> None:
-        """Rotate a row's keys from its frame `first` on by their places in the window, if that is what
-        positions are."""
+        """Rotate a row's keys from frame `first` on by their places in the window, if positions are
+        relative."""
         if self.window.positions == "absolute":
             return
         part = slice(first * self.tokens, self.held[row] * self.tokens)
@@ -349,8 +347,7 @@ class SlotCache:
 
 
 class PromptSlots:
-    """What the cross-attention reads of prompts: preallocated memory, a prompt per row. For inference
-    only."""
+    """What the cross-attention reads of prompts: preallocated memory, a prompt per row, for inference."""
 
     def __init__(
         self,

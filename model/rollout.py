@@ -88,8 +88,7 @@ class Rollout:
         self.shape = shape
         self.start = 0
         self.past: list[tuple[int, Tensor]] = []
-        """Committed frames that the cache may still show, and the first one's place: what `reencode`
-        reads."""
+        """Committed frames that the cache may still show, and the first one's place, for `reencode`."""
         self._steps = self._chunks(initial)
         self.pending = next(self._steps)
 

@@ -29,8 +29,8 @@ class RolloutConfig:
     first_steps: tuple[float, ...] | None = None
     """Unwarped timesteps of the first chunk, which has no past to go by; null takes `steps`."""
     sampler: Literal["consistency", "ode"] = "consistency"
-    """From one step to the next by noising the predicted x0 anew, as few-step students do, or along the ODE,
-    for many steps."""
+    """From step to step by noising the predicted x0 anew, as few-step students do, or along the ODE, for many
+    steps."""
 
     def __post_init__(self) -> None:
         positive(self, "shift")

@@ -2,8 +2,7 @@
 
 A head of size d turns `d − 4⌊d/6⌋` channels by frame, `2⌊d/6⌋` by row and `2⌊d/6⌋` by column. Angles are
 computed, not read from a table, so positions have no upper end; whether a model is any good beyond the
-positions it was trained on is another matter, which is why the rollout can also number frames relative to its
-window.
+positions it was trained on is another matter, so the rollout can also number frames relative to its window.
 """
 
 from collections.abc import Sequence
@@ -47,8 +46,8 @@ def _phases(
 def phases(
     frames: Sequence[Sequence[int]], height: int, width: int, head_dim: int, device: torch.device
 ) -> Tensor:
-    """Cosines and sines [1 or B, f·height·width, 1, head_dim/2, 2] for the f frame positions of all samples
-    or of each.
+    """Cosines and sines [1 or B, f·height·width, 1, head_dim/2, 2] for f frame positions, of all samples or
+    each.
 
     `height` and `width` count patches, not latents.
     """

@@ -10,8 +10,7 @@ from model.schedule import FlowSchedule, per_frame
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance in the published form: `cond + guidance · (cond − uncond)`; 0 is none (Ho &
-    Salimans 2022)."""
+    """Classifier-free guidance (Ho & Salimans 2022) as published, `cond + guidance · (cond − uncond)`."""
     return cond + guidance * (cond - uncond)
 
 

@@ -53,8 +53,7 @@ class FlowSchedule:
         return self.warp(torch.tensor(steps, dtype=torch.float32)).tolist()
 
     def nearest(self, table: Tensor, timestep: Tensor) -> Tensor:
-        """The values of `table` [1000] whose timesteps are nearest to `timestep`; any shape, on its
-        device."""
+        """The values of `table` [1000] whose timesteps are nearest to `timestep`; of its shape and device."""
         flat = timestep.detach().float().reshape(-1, 1).cpu()
         index = (self.timesteps - flat).abs().argmin(dim=1)
         return table[index].reshape(timestep.shape).to(timestep.device)

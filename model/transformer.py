@@ -254,8 +254,7 @@ class WanTransformer(Backbone):
     """The Wan 2.1 diffusion transformer."""
 
     def __init__(self, config: TransformerConfig, *, activation_checkpointing: bool = False):
-        """`activation_checkpointing` recomputes each block in the backward pass instead of keeping its
-        activations."""
+        """`activation_checkpointing` recomputes blocks in the backward pass, keeping no activations."""
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing

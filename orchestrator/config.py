@@ -1,8 +1,6 @@
-"""The run config: one frozen tree that a YAML recipe and dotted overrides fill, checked before anything
-starts.
+"""The run config: one frozen tree, filled by a YAML recipe and dotted overrides and checked at once.
 
-Types that belong to a part live with that part; this module composes them and checks what only the whole can
-know.
+Types that belong to a part live with that part; this module composes and checks what only the whole knows.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -181,8 +179,7 @@ class RunConfig:
             )
 
     def portable(self) -> dict[str, Any]:
-        """The settings with paths below `root` made relative and without tracking, so that they mean the same
-        elsewhere."""
+        """The settings without tracking, paths below `root` made relative: they mean the same elsewhere."""
         root = self.root.rstrip("/") + "/"
 
         def shorten(value: Any) -> Any:
@@ -203,8 +200,8 @@ class RunConfig:
 
 
 def _located(part: Any, root: Path) -> Any:
-    """The part, and the parts in it, with paths below `root`, or in the working directory where that is where
-    they are."""
+    """The part, and the parts in it, with paths below `root`, or in the working directory where they are
+    there."""
     values = {each.name: getattr(part, each.name) for each in fields(part)}
     changes = {name: _located(value, root) for name, value in values.items() if is_dataclass(value)}
     if isinstance(part, Places):

@@ -1,5 +1,4 @@
-"""Self Forcing across actors (arXiv 2506.08009, algorithm 1): who does what when. It moves references, never
-tensors.
+"""Self Forcing across actors (arXiv 2506.08009, algorithm 1): who does what when. It moves references only.
 
 In every iteration: if it is a fifth, the student rolls out, is scored by the teacher and the current critic,
 pulls the gradient back and steps. Then, every iteration, the critic trains on a fresh rollout of the student
@@ -174,8 +173,7 @@ class Coordinator:
         return data, read
 
     def wait(self, requests: Iterable[Request], timer: "Timer", *, iteration: int, purpose: Purpose) -> None:
-        """Wait for requests in the order in which they were made, so that the first failure is the one that
-        is told."""
+        """Wait for requests in the order in which they were made, so that the first failure is told."""
         for request in requests:
             stats, role = request.wait(), request.group.role
             for name, value in stats.items():

@@ -75,8 +75,7 @@ def check_start(config: RunConfig, source: ModelDirectory) -> list[str]:
 
 
 def differences(start: str, card: ModelCard, config: RunConfig) -> list[str]:
-    """Where this run's way to generate is not that of the model named `start`; nothing of a bidirectional
-    one."""
+    """Where this run's way to generate is not that of the model named `start`; none if bidirectional."""
     if card.rollout is None:
         return []
     pairs: list[tuple[str, Any, Any]] = [

@@ -1,4 +1,4 @@
-"""The roles of a distillation: which there are, and how the group of each is made, started, stopped and made
+"""The roles of a distillation: which there are, and how each one's group is made, started, stopped and made
 anew."""
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -53,8 +53,7 @@ class Task(Protocol):
     def loss(
         self, module: Callable[..., Tensor], update: int, samples: range, *, batch: int, position: int
     ) -> Tensor:
-        """The mean loss over `samples`, a part of this update's `batch`, which begins at `position` of the
-        data."""
+        """The mean loss over `samples`, a part of this update's `batch`, which begins at `position`."""
         ...
 
     def export(self, engine: TrainEngine, path: str) -> None:

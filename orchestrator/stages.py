@@ -79,8 +79,8 @@ class PlacementConfig:
     """Which devices the roles share."""
 
     mode: Literal["colocated", "disaggregated"] = "colocated"
-    """Colocated packs the roles together on as few nodes as possible; disaggregated gives each role nodes of
-    its own where it can."""
+    """Colocated packs the roles on as few nodes as possible; disaggregated gives each role nodes of its own
+    where it can."""
     timeout_s: float = 120.0
     """Seconds to wait for the cluster to have room."""
 
@@ -187,8 +187,8 @@ class DistillConfig(Places):
     batch: int = 16
     """Videos per update, over all ranks."""
     inputs: Literal["rollout", "teacher_forcing", "diffusion_forcing"] = "rollout"
-    """What the student makes the scored videos from: its own rollout, or (the baselines) real videos, noised
-    chunk by chunk."""
+    """What the student makes scored videos from: its own rollout, or (baselines) real videos, noised chunk by
+    chunk."""
     rollout_frames: int | None = None
     """Longest rollout in latent frames; lengths are drawn between video.frames and this, and the last
     video.frames are scored. Null is video.frames."""

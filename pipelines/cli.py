@@ -2,8 +2,7 @@
 
 A user's mistake is one sentence and exit code 2; a run that had to stop (a loss that is not finite, a lost
 actor) is one sentence and exit code 1. Names of settings and options are looked up here, before the parser,
-which then only reads values: so the nearest name can be given, and a command refuses settings that it does
-not use.
+which then only reads values: so the nearest name can be given, and what a command does not use refused.
 """
 
 import os
@@ -44,8 +43,7 @@ HELP = ("-h", "--help", "--print_config")
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
-    """The config of the command `name`, if it has one, and the call's own options; ValueError for a user's
-    mistake."""
+    """The config of the command `name`, if it has one, and the call's options; ValueError for a mistake."""
     command = COMMANDS[name]
     kind = resolve_name(command.config) if command.config else None
     arguments = list(arguments)
@@ -67,8 +65,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
 
 
 def compose(kind: Any, values: Any) -> Any:
-    """The config of type `kind` from parsed values; a part that refuses its values says so under its dotted
-    name."""
+    """The config of type `kind` from parsed values; a part refuses its values under its dotted name."""
     arguments = {}
     for name, hint in fields_of(kind).items():
         if is_part(hint):
@@ -95,8 +92,7 @@ def _parser(made: dict[str, ArgumentParser]) -> ArgumentParser:
 
 
 def _command_parser(command: Command, kind: type | None) -> ArgumentParser:
-    """A parser of one command. It reads every setting of the config, and shows those that the command
-    uses."""
+    """A parser of one command. It reads every setting of the config, and shows those of the command."""
     parser = ArgumentParser(description=f"{command.help[0].upper()}{command.help[1:]}.", exit_on_error=False)
     if kind is not None:
         if command.recipe:
@@ -112,8 +108,7 @@ def _command_parser(command: Command, kind: type | None) -> ArgumentParser:
 
 
 def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[str], list[str]]:
-    """The command's own arguments, with recipes read, and those that it passes on; ValueError where a name is
-    wrong."""
+    """The command's own arguments, with recipes read, and those passed on; ValueError for a wrong name."""
     command = COMMANDS[name]
     options = {option.name: option for option in (*command.options, TRACEBACK)}
     own: list[str] = []

@@ -2,8 +2,7 @@
 
 A command is an entry of `COMMANDS`. Its function lives in a file of its own, is imported when the command is
 used (Ray, torch and DeepSpeed take seconds), and is called with the config and the parsed options. To give a
-command another option, add an `Option` to its entry and read it from `options`. This module imports none of
-the others.
+command another option, add an `Option` to its entry and read it from `options`. This module imports no other.
 """
 
 from collections.abc import Mapping

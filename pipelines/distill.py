@@ -27,8 +27,7 @@ SAMPLES = 8
 
 
 def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
-    """The models that the roles start from, checked like the data; ValueError, naming the setting, if one is
-    amiss."""
+    """The models that the roles start from, checked like the data; ValueError names the setting."""
     paths = {
         "student": config.distill.student,
         "critic": config.distill.critic or config.distill.teacher,
@@ -155,8 +154,7 @@ def export(
 
 
 def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:
-    """Check all that distillation starts from; what is returned distils the student, with its own tracking
-    run."""
+    """Check all that distillation starts from; returns what distils, with a tracking run of its own."""
     models = check_models(config)
     state = opened(config, "distill", resume=resume, allow=allow)
 

@@ -1,7 +1,6 @@
 """`self-forcing initialize`: the initial student, block-causal, from a model of its size.
 
-How it learns is a method of `model/initialization/`; this reads what the method learns from, and publishes
-the result.
+How it learns is a method of `model/initialization/`; this reads what that learns from, and publishes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -113,8 +112,7 @@ class Initialize(Task):
 
 
 def check(config: RunConfig) -> ModelDirectory:
-    """The model that the student starts from, checked like the data; ValueError where something does not
-    fit."""
+    """The model that the student starts from, checked like the data; ValueError if it does not fit."""
     source, data = ModelDirectory(config.initialize.teacher), config.data
     notes = check_start(config, source)
     with part("rollout"):

@@ -1,5 +1,4 @@
-"""ODE trajectories of a guided teacher, made by Ray Data and stored as Parquet: what initial students learn
-from.
+"""ODE trajectories of a guided teacher, made by Ray Data and stored as Parquet: for initial students.
 
 A bidirectional teacher's start from noise alone. A causal teacher's are made under teacher forcing: each
 chunk is integrated given the clean frames of a real video before it, all chunks at once, and the real video
@@ -96,8 +95,7 @@ class OdeSampler:
 
 
 def missing_pairs(config: RunConfig) -> bool:
-    """Whether the pairs that this config asks for are still to be made; ValueError where others are in their
-    place."""
+    """Whether the pairs that this config asks for are still to be made; ValueError where others lie there."""
     path = config.initialize.pairs_path
     unlike = run_state.unlike(path, run_state.identity(config, "pairs"))
     if unlike:

@@ -20,8 +20,7 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 def shipped(name: str, folder: Path = RECIPES) -> Path:
-    """A recipe or experiment by path, or by the name of one that ships with the package; ValueError for
-    neither."""
+    """A recipe or experiment by path, or by the name of one that ships; ValueError for neither."""
     for path in (Path(name), folder / f"{name}.yaml"):
         if os.path.isfile(path):  # where Path.is_file raises, as for a name that is too long, this does not
             return path
@@ -45,8 +44,7 @@ class _Strict(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; ValueError, naming the line, where it is none. `source` says where it
-    stands."""
+    """The value of a YAML text; ValueError, naming the line, where it is none. `source` is its place."""
     try:
         return yaml.load(text, _Strict)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -98,8 +96,7 @@ def beside(name: str, path: Path) -> Path:
 
 
 def check_names(body: Mapping[Any, Any], kind: type, *, source: str = "", prefix: str = "") -> None:
-    """ValueError where `body` holds what is no setting of configs of type `kind`; `source` says where it
-    stands."""
+    """ValueError where `body` holds what is no setting of configs of type `kind`; `source` is its place."""
     for name, value in body.items():
         dotted = f"{prefix}{name}"
         hint = find(kind, dotted)

@@ -116,8 +116,7 @@ class Suite(ABC):
     ) -> tuple[Videos, Videos] | None:
         """Two disjoint sets of real videos: one to measure as if a model had made it, one to compare with.
 
-        None where the recipe has none: then the teacher's samples are the reference. ValueError if they
-        misfit.
+        None where the recipe has none: the teacher's samples stand in. ValueError where they do not fit.
         """
 
     @abstractmethod

@@ -64,6 +64,6 @@ class Batch:
         return Batch(samples, columns)
 
     def unstacked(self, names: Sequence[str]) -> list[Tensor]:
-        """Tensors one a sample, column after column, on the CPU; copies, for a view would carry the whole
+        """Tensors one a sample, column after column, on the CPU; copies, as a view carries the whole
         column."""
         return [sample.clone() for name in names for sample in self.columns[name].detach().cpu()]

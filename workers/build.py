@@ -60,8 +60,7 @@ def trained(
     adapters: AdapterConfig,
     branch: BranchConfig | None = None,
 ) -> TrainEngine:
-    """One rank of a model in training: all its weights, or adapters of them, and a classification branch if
-    asked for."""
+    """One rank of a model in training: all its weights, or adapters; perhaps a classification branch."""
     sizes = source.card.transformer
     weights: WeightSource = source
     if adapters.rank:

@@ -48,14 +48,12 @@ class StepResult:
     """What `TrainEngine.step` did."""
 
     grad_norm: float
-    """Global gradient norm before clipping, the same on all ranks: inf if not finite, 0 if no step was
-    due."""
+    """Gradient norm before clipping, the same on all ranks: inf if not finite, 0 if no step was due."""
     stepped: bool  # whether the weights were updated
 
 
 def free_port() -> int:
-    """A TCP port that is free on this node now; call it on rank 0's node right before
-    `init_process_group`."""
+    """A TCP port that is free here now; call it on rank 0's node right before `init_process_group`."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -140,15 +138,13 @@ class TrainEngine:
         return StepResult(grad_norm=grad_norm, stepped=True)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole fp32 gradients by name, after the last backward of an update and before its step; for
-        tests."""
+        """Whole fp32 gradients by name, between the last backward of an update and its step; for tests."""
         if self._pending != self.config.accumulation:
             raise RuntimeError("gradients exist between the last backward of an update and its step")
         return self._zero.gradients()
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's slices (weights, moments, EMA) and the version; returns when every rank has
-        written.
+        """Write this rank's slices (weights, moments, EMA) and the version; returns when all have.
 
         `FloatingPointError`, on every rank and with nothing written, if some rank's numbers are not finite.
         """

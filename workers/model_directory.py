@@ -2,8 +2,7 @@
 
 `model.json` holds sizes, the shape of a video, how the student generates, and where the model came from;
 `transformer-*.safetensors` the weights under their Wan names, in shards; `text_encoder.safetensors` the
-encoder, if it belongs to the model. The directory is published by `infra.storage`: it is whole or does not
-exist.
+encoder, if it belongs to the model. The directory is published by `infra.storage`: whole or not there.
 """
 
 import hashlib
@@ -89,8 +88,7 @@ class ModelCard:
     """What `model.json` says."""
 
     causal: bool
-    """Whether a frame sees earlier ones only: a student, or a teacher of one; a bidirectional teacher is
-    not."""
+    """Whether a frame sees earlier ones only: a student, or a teacher of one; a bidirectional one is not."""
     transformer: TransformerConfig
     video: VideoConfig
     text: TextConfig

@@ -61,8 +61,8 @@ class PromptWorker(Worker):
             self._real = LatentDataset(self._real_path, source.card.video, column, skip_damaged=skip)
 
     def prompts(self, position: int, batch: Batch) -> tuple[Stats, Batch]:
-        """The `context` [text_len, text_dim] of as many prompts as the batch has samples, from `position` of
-        the seeded order on."""
+        """The `context` [text_len, text_dim] of a prompt for each sample, from `position` of the seeded
+        order."""
         rows = self._data.batch(position, len(batch), self._seed)
         contexts = self._prompts.embed([row[self._prompts.column] for row in rows])
         return {}, Batch(batch.samples, {"context": torch.stack(contexts)})
@@ -84,8 +84,7 @@ class LatentDataset:
     """Latents and prompts of a data set that holds either latents or videos of pixels."""
 
     def __init__(self, path: str, video: VideoConfig, prompts: str, *, skip_damaged: bool = False):
-        """`prompts` names their column. ValueError where the data set is missing; `data_check` checks the
-        rest."""
+        """`prompts` names their column. ValueError where it is missing; `data_check` checks the rest."""
         self._prompts = prompts
         self._codec = video.make_codec()
         self._video = video_column(video)

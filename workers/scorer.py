@@ -37,14 +37,12 @@ class Scorer(Rank):
 
     @abstractmethod
     def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
-        """What it makes of noisy videos [B, F, C, H, W] at timesteps [B], for prompts [B, text_len,
-        text_dim]."""
+        """Of noisy videos [B, F, C, H, W] at timesteps [B], for prompts [B, text_len, text_dim]."""
 
     def score(self, plan: ScorePlan, batch: Batch) -> tuple[Stats, Batch]:
         """Predictions of each `video` [F, C, H, W], noised, for its `context` [text_len, text_dim].
 
-        If the plan carries a gradient their graph is kept, to be consumed by `pullback`; RuntimeError if one
-        is alive already.
+        If the plan carries a gradient their graph is kept, for `pullback`; RuntimeError if one is alive.
         """
         if plan.gradient and self._graph is not None:
             raise RuntimeError(
@@ -61,8 +59,7 @@ class Scorer(Rank):
         return {}, Batch(batch.samples, predictions)
 
     def pullback(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
-        """The `gradient` with respect to each video of the kept score, from those with respect to its
-        predictions.
+        """The `gradient` with respect to each video of the kept score, from those to its predictions.
 
         The batch's columns name the predictions. The weights' own gradients stay as they are. RuntimeError if
         there is no graph, or if the weights have changed since.

@@ -1,5 +1,4 @@
-"""Many viewers' streams on one model: each has its own rollout, and every tick runs all of them in one
-batched forward.
+"""Many viewers' streams on one model: each has its own rollout, and a tick runs all in one batched forward.
 
 Timesteps are per frame already, so streams need not be at the same denoising step: a new viewer joins at the
 next tick, not at the next chunk. Memory is a fixed number of slots, allocated once. A newcomer is refused
@@ -108,7 +107,7 @@ class Streamer:
         """The embeddings whose keys and values are in `prompts`."""
 
     def open(self, prompt: str, seed: int, frames: int | None = None) -> Stream:
-        """A stream of `frames` latent frames, in whole chunks, or without end; NoSlot where every slot is
+        """A stream of `frames` latent frames, in whole chunks, or endless; NoSlot where every slot is
         taken."""
         if not self.free:
             raise NoSlot(f"all {self.slots} slots are taken.")
@@ -163,8 +162,7 @@ class Streamer:
         return (self.config, self.card.video) == (other.config, other.card.video)
 
     def adopt(self, stream: Stream) -> None:
-        """Go on, between two chunks, with a stream that another streamer has closed; what it has shown is
-        encoded anew.
+        """Go on, between two chunks, with a stream that another streamer closed: what it showed is encoded.
 
         NoSlot where every slot is taken.
         """
@@ -184,8 +182,7 @@ class Streamer:
     def tick(self, *, paused: Collection[int] = ()) -> list[Event]:
         """One forward of every stream that is neither parked nor `paused` (numbers), and what came of it.
 
-        It is computed for all before anything changes: a row that is not finite ends its own stream and
-        touches no other.
+        It is computed for all before anything changes: a row that is not finite ends its own stream alone.
         """
         running = [
             stream

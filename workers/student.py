@@ -115,8 +115,8 @@ class StudentWorker(TrainedRank):
         for.
 
         A latent video's first frame is special (a causal VAE makes it of one frame of pixels, and later ones
-        of several), so the window's is made anew: decoded with its past, and its last frame of pixels encoded
-        as an image.
+        of several), so the window's is made anew: decoded with its past, its last frame of pixels encoded as
+        an image.
         """
         window = self.source.card.video.frames
         if video.shape[1] <= window:
@@ -172,8 +172,7 @@ class StudentWorker(TrainedRank):
         return {"grad_norm": result.grad_norm}, batch
 
     def export(self, staging: str, card: ModelCard) -> None:
-        """Write the averaged weights (the current ones where none are kept) into a model's staging location;
-        on all ranks."""
+        """Write the averaged weights (or the current ones) into a model's staging location; on all ranks."""
         with storage.writing(staging) as directory:
             writer = ModelWriter(directory)
             build.write_weights(self.engine, writer, self.source, self.adapters)

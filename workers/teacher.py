@@ -33,8 +33,7 @@ class TeacherWorker(Scorer):
         self.engine = build.frozen(self.source, zero_stage=self.zero_stage, dtype=self.dtype)
 
     def guide(self, negative: Tensor) -> None:
-        """Take the embedding [text_len, text_dim] of the negative prompt, which every score is guided away
-        from."""
+        """Take the embedding [text_len, text_dim] of the negative prompt, to guide scores away from."""
         self.negative = negative.to(self.engine.device)
 
     def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:

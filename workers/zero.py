@@ -34,8 +34,7 @@ def deepspeed() -> Any:
 
 
 def device() -> torch.device:
-    """Where this process computes: on the first GPU that it sees, or the one that `init_process_group` was
-    given."""
+    """Where this process computes: on the first GPU that it sees, or that `init_process_group` was given."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -218,8 +217,7 @@ class ZeroModel:
 
     @torch.no_grad()
     def begin_writing(self) -> None:
-        """To call before `write`: at stage 3, drops whole weights still held, so that writing the shards is
-        enough."""
+        """To call before `write`: at stage 3, drops whole weights still held, so that shards are enough."""
         if self.stage == 3:
             self.engine.optimizer.empty_partition_cache()
 
@@ -289,7 +287,7 @@ class ZeroModel:
         return Slice(start, owner.data.view(-1)[offset : offset + count], owner, offset, trained)
 
     def _forget_gradients(self) -> None:
-        """Zero what DeepSpeed keeps of the last update: a parameter this update does not reach would get it
+        """Zero what DeepSpeed keeps of the last update: what this update does not reach would get it
         again."""
         optimizer, kept = self.engine.optimizer, []
         if self.stage == 3:

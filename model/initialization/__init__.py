@@ -37,8 +37,7 @@ class MethodConfig:
     """Classifier-free guidance along the ODE, in the form cond + guidance · (cond − uncond); a many-step
     model generates with it."""
     dropout: float = 0.1
-    """Share of prompts that are dropped where a many-step model learns from data, for classifier-free
-    guidance."""
+    """Share of prompts dropped where a many-step model learns from data, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

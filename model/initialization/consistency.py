@@ -1,5 +1,4 @@
-"""Consistency distillation of a causal teacher (Song et al., arXiv 2303.01469), without stored
-trajectories."""
+"""Consistency distillation of a causal teacher, no trajectories stored (Song et al., arXiv 2303.01469)."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,4 @@
-"""Autoregressive flow matching on data, under teacher forcing or diffusion forcing: a causal many-step
-model."""
+"""Autoregressive flow matching of a causal many-step model on data, under teacher or diffusion forcing."""
 
 from functools import partial
 

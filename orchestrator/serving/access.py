@@ -83,8 +83,7 @@ class Access:
         self._requests: dict[str, tuple[float, float]] = {}
 
     async def admit(self, connection: HTTPConnection) -> str:
-        """A name for who is asking, counted as a request; Problem (401, 403 or 429) where there is none to be
-        had."""
+        """A name for who is asking, counted as a request; Problem (401, 403 or 429) where there is none."""
         self._check_origin(connection)
         who = await self._identify(connection)
         self._count(who)

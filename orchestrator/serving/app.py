@@ -93,8 +93,7 @@ def api(service: Service) -> FastAPI:
 
 
 def build(settings: dict[str, Any]) -> serve.Application:
-    """The application, from the fields of a `ServeConfig` by name; ValueError, in one sentence, for fields
-    that cannot work."""
+    """The application, from the fields of a `ServeConfig` by name; ValueError for fields that cannot work."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ServeConfig, None)
     try:

@@ -102,8 +102,7 @@ class StreamSession:
         return ReceivedChunk(answer, data)
 
     def wait_for(self, kind: type[A]) -> A:
-        """The next message of a kind; ServerError where an error comes instead. What comes before is passed
-        over."""
+        """The next message of a kind; ServerError where an error comes instead. Others are passed over."""
         while True:
             message = self.receive()
             if isinstance(message, kind):
@@ -154,11 +153,9 @@ class Client:
 
     @contextmanager
     def reconnected(self, request_id: str, next_chunk: int) -> Iterator[StreamSession]:
-        """A session whose connection broke, from chunk `next_chunk` on. What it answers first says whether it
-        can go on.
+        """A session whose connection broke, from chunk `next_chunk` on. It answers whether it can go on.
 
-        A connection may lead to another replica than the one that holds the session; then the next one is
-        tried.
+        A connection may lead to another replica than the one that holds the session; the next is tried then.
         """
         deadline = time.monotonic() + self.timeout_s
         while True:

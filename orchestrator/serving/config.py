@@ -48,8 +48,7 @@ class ServeConfig:
     """The streaming endpoint."""
 
     model: str = "outputs/distilled/model"
-    """Model directory of a student with a rolling window, or models:/NAME@ALIAS in the model registry, whose
-    alias is then followed."""
+    """Model directory of a student with a rolling window, or models:/NAME@ALIAS, which is then followed."""
     registry: str | None = None
     """Tracking URI of the model registry; MLFLOW_TRACKING_URI where unset."""
     slots: int = 8

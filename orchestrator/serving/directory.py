@@ -147,8 +147,7 @@ class Directory:
                     _log.warning("video %s cannot be deleted yet: %s", job.id, error)
 
     async def _keep(self, job: Job | None) -> bool:
-        """Write what there is to know of a job; where that fails, memory alone knows it until the next
-        change."""
+        """Write what is known of a job; where that fails, memory alone has it until the next change."""
         if job is None:
             return False
         if job.status == "queued":

@@ -38,7 +38,7 @@ def _jpeg(frame: np.ndarray) -> bytes:
 
 class Fragments:
     """Chunk by chunk, a fragmented MP4 (ISO 14496-12) that plays through Media Source Extensions, and is a
-    file when put together.
+    file.
 
     Every chunk is sent at once and begins with a key frame.
     """

@@ -90,8 +90,7 @@ class Viewer:
             await self.engine.on_model(change, self.stream, prompt, reencode=reencode)
 
     def pause(self) -> None:
-        """Stop making chunks. The slot is given up where somebody waits for one, and the stream kept in host
-        memory."""
+        """Stop making chunks. The slot goes to who waits for one, the stream is kept in host memory."""
         self.paused = True
         self.engine.admit()
 
@@ -122,8 +121,8 @@ class Engine:
     """All viewers of one `Streamer`. `start` and whatever comes after it belong to one event loop."""
 
     def __init__(self, streamer: Streamer, places: int, decoder: Executor):
-        """`places` in the queue; `decoder` has one thread, so that a stream's chunks stay in order, also
-        where it moves.
+        """`places` in the queue; `decoder` has one thread, so that chunks stay in order, also of moved
+        streams.
 
         ValueError where the model's latents cannot be shown.
         """

@@ -22,8 +22,7 @@ RENEW_S = 1.0
 LOOK_S = 0.5
 """Seconds between two looks for a free slot."""
 GOODBYE_S = 15.0
-"""Seconds that a replica that stops has for giving its jobs back; the directory may be restarting just
-then."""
+"""Seconds that a replica that stops has for giving its jobs back; the directory may restart then."""
 _log = logging.getLogger("ray.serve")
 
 
@@ -84,8 +83,7 @@ async def _begin(service: Service, files: Files, job: Job) -> "Video | None":
 
 
 def _unchanged(frames: np.ndarray, last: bool) -> np.ndarray:
-    """Frames are encoded here, off the thread that decodes for all viewers; there are never more than a few
-    chunks of them."""
+    """Frames are encoded here, off the thread that decodes for all viewers; never more than a few chunks."""
     return frames
 
 

@@ -89,8 +89,7 @@ class Jobs:
     def page(
         self, owner: str, *, after: str | None, limit: int, ascending: bool
     ) -> tuple[list[Job], bool] | None:
-        """Up to `limit` jobs by age from the one after `after` on, and whether there are more; none where
-        `after` is unknown."""
+        """Up to `limit` jobs by age after `after`, and whether there are more; none if that is unknown."""
         jobs = [job for job in self._jobs.values() if job.order.owner == owner]
         if not ascending:
             jobs.reverse()
@@ -132,8 +131,7 @@ class Jobs:
         return job and self._put(self._wait(job))
 
     def finish(self, id: str, attempt: int, error: str | None = None) -> Job | None:
-        """The job with its video, or after an attempt that failed; none where it was not that attempt's any
-        more."""
+        """The job with its video, or after an attempt that failed; none where it is another attempt's."""
         job = self._held(id, attempt)
         if job is None:
             return None

@@ -2,8 +2,8 @@
 and the queue besides.
 
 Fields that are not named here are passed over: clients of other models send sizes and sampling settings,
-which a distilled model has fixed; `video.start` says what they are. Each `video.chunk_metadata` is followed
-by one binary message.
+which a distilled model has fixed; `video.start` says what they are. A binary message follows
+`video.chunk_metadata`.
 """
 
 from typing import Annotated, Any, Literal

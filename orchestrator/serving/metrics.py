@@ -82,8 +82,7 @@ class Pace:
         self._ready: float | None = None
 
     def wait_s(self, frames: int, ready: float) -> float:
-        """Seconds until a chunk of so many frames is to be sent, which was `ready` at this time
-        (`time.monotonic`)."""
+        """Seconds until a chunk of so many frames is to be sent, `ready` at this `time.monotonic`."""
         now, length = time.monotonic(), frames / self._fps
         if self._first:
             self._metrics.first.observe(ready - self._asked)

@@ -34,8 +34,7 @@ class Served:
 
 
 def locate(config: ServeConfig) -> tuple[str, Path]:
-    """Version and directory of the model that is to be served now; ValueError, in one sentence, where there
-    is none."""
+    """Version and directory of the model that is to be served now; ValueError where there is none."""
     if not config.registered:
         return "1", Path(config.model)
     registry = Registry(config.registry)
@@ -83,8 +82,7 @@ class Models:
             served.engine.check()
 
     async def follow(self) -> None:
-        """Serve whatever version the registry names, until cancelled. What fails leaves the version before in
-        place."""
+        """Serve whatever version the registry names, until cancelled. A failure leaves the last in place."""
         registry = Registry(self.config.registry)
         while True:
             await asyncio.sleep(self.config.refresh_s)

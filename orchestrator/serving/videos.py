@@ -302,8 +302,7 @@ def _problem(error: ValidationError) -> Problem:
 
 
 def _check(asked: VideoRequest, served: Served) -> str:
-    """The size of the model's videos; Problem where it cannot read the prompt or is asked for another
-    size."""
+    """The size of the model's videos; Problem where the prompt is too long or another size is asked for."""
     streamer, codec = served.engine.streamer, served.engine.codec
     try:
         streamer.text.encode([asked.prompt])

@@ -1,5 +1,4 @@
-"""An experiment: a YAML file of a recipe, settings that all cells share, seeds, and cells with their own
-settings."""
+"""An experiment: a YAML file of a recipe, settings that all cells share, seeds, and cells with their own."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +43,7 @@ class Experiment:
 
 
 def open_experiment(name: str) -> Experiment:
-    """An experiment by path, or by the name of one that ships with the package; ValueError where it is
-    none."""
+    """An experiment by path, or by the name of one that ships with the package; ValueError for another."""
     path = shipped(name, EXPERIMENTS)
     body = read_yaml(path)
     check_names(body, Experiment, source=f" (in {path})")
@@ -81,8 +79,7 @@ def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: Sequence[str]) -> RunConfig:
-    """The resolved config of one cell, or of what all of them share; settings are checked as those of any
-    command."""
+    """The resolved config of one cell, or of what all of them share; checked as any command's."""
     place = f"outputs/{experiment.name}"
     where = f"{place}/references" if cell is None else f"{place}/{cell.name}/{seed}"
     arguments = [experiment.recipe, *as_options(experiment.settings)]

@@ -50,8 +50,7 @@ PROMPTS = tuple(make_prompt(digit, direction) for digit in range(10) for directi
 
 
 def parse_prompt(prompt: str) -> tuple[int, Direction]:
-    """The digit and direction that `prompt` names; `ValueError` unless it has the form "a seven drifting
-    left"."""
+    """The digit and direction that `prompt` names; ValueError unless it is like "a seven drifting left"."""
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(
@@ -63,8 +62,7 @@ def parse_prompt(prompt: str) -> tuple[int, Direction]:
 
 
 def expected_shift(direction: Direction) -> tuple[int, int]:
-    """Pixels `(dy, dx)` by which the content moves from one frame to the next; y grows downwards, x to the
-    right."""
+    """Pixels `(dy, dx)` by which the content moves from one frame to the next; y grows down, x right."""
     return _SHIFTS[direction]
 
 
@@ -95,8 +93,7 @@ def render(
 ) -> np.ndarray:
     """N videos, uint8 `[N, F, 1, 16, 16]` in 0..255: each scan moves `SPEED` pixels a frame and wraps around.
 
-    `images` are scans `[N, 8, 8]`, `starts` the row and column `[N, 2]` of their upper left corner in the
-    first frame.
+    `images` are scans `[N, 8, 8]`, `starts` row and column `[N, 2]` of their upper left corner in frame 0.
     """
     canvas = np.zeros((len(images), CANVAS, CANVAS), dtype=np.uint8)
     canvas[:, :SCAN, :SCAN] = images
