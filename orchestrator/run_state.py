@@ -61,7 +61,8 @@ def settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
 
 
 def identity(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    """What decides the numbers of `stage`, whose inputs must be there: settings, and digests of what it reads."""
+    """What decides the numbers of `stage`, whose inputs must be there: settings, and digests of what it
+    reads."""
     found = settings(config, stage)
     for name, path in _inputs(config, stage).items():
         if name.startswith("data."):
@@ -140,7 +141,8 @@ class RunState:
         return f"{self.output}/checkpoints/{done:07d}"
 
     def publish(self, staging: str, done: int, position: int) -> None:
-        """Turn what every rank has written to `staging` into the checkpoint after `done` updates; old ones go."""
+        """Turn what every rank has written to `staging` into the checkpoint after `done` updates; old ones
+        go."""
         metadata = {
             "format": FORMAT,
             "stage": self.stage,
@@ -159,7 +161,8 @@ class RunState:
         Args:
             what: which number, and when.
             since: updates that made the weights which gave it.
-            until: updates that were made when it was found. Checkpoints from `since` on hold those weights and lead
+            until: updates that were made when it was found. Checkpoints from `since` on hold those weights
+            and lead
                 there again at any learning rate, so they are moved out of the way.
             rates: settings of the learning rates that may have been too high, the likelier first.
         """

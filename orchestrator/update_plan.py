@@ -24,7 +24,8 @@ class UpdatePlan:
     start: int = 0
     """An iteration whose place in the data is known, and"""
     origin: int = 0
-    """the position in the data at which it begins; later ones go on from there, whatever the batch was before."""
+    """the position in the data at which it begins; later ones go on from there, whatever the batch was
+    before."""
 
     @property
     def parts(self) -> int:

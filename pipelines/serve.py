@@ -72,7 +72,8 @@ def wait() -> None:
 
 
 def _start(options: Any) -> bool:
-    """Have Ray Serve run as asked for; whether it was started here. ValueError where it runs otherwise already."""
+    """Have Ray Serve run as asked for; whether it was started here. ValueError where it runs otherwise
+    already."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         asked = {"host": options.host, "port": options.port}
@@ -148,7 +149,8 @@ def _videos(location: str) -> Iterator[str]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with the exit code of a process that it ended. Ray's own handler aborts."""
+    """SIGTERM ends the block as Ctrl-C does, with the exit code of a process that it ended. Ray's own handler
+    aborts."""
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

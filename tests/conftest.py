@@ -11,8 +11,8 @@ from moto.server import ThreadedMotoServer
 from orchestrator import cluster
 from tests.mlflow_server import Server
 
-# Before anything reads a token: Ray caches the one it finds, one a process, and would otherwise read or write one in
-# the home directory.
+# Before anything reads a token: Ray caches the one it finds, one a process, and would otherwise read or write
+# one in the home directory.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
@@ -24,7 +24,8 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[cluster.Cluster]:
-    """A local Ray of 16 logical CPUs and a 1 GiB object store. Give back what you take: others use it after you."""
+    """A local Ray of 16 logical CPUs and a 1 GiB object store. Give back what you take: others use it after
+    you."""
     with cluster.connect("local", num_cpus=16, object_store_bytes=1 << 30) as connected:
         yield connected
 

@@ -104,7 +104,8 @@ def write_real(path: Path, config: RunConfig) -> None:
 
 
 def furnished(root: Path, recipe: str | Path = TINY_RECIPE, overrides: Sequence[str] = ()) -> RunConfig:
-    """The recipe's config below `root`, with the models, prompts and negative prompt that it names written there."""
+    """The recipe's config below `root`, with the models, prompts and negative prompt that it names written
+    there."""
     config, _ = parse("run", [str(recipe), f"--root={root}", *overrides])
     sizes, text = config.student, config.text
     teacher = config.distill.teacher

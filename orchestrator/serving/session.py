@@ -42,7 +42,8 @@ HISTORY = 16
 """Chunks that are kept after they were sent, for a viewer who reconnects."""
 POLICY_VIOLATION = 1008
 MOST_GREETINGS = 8
-"""Connections that may be silent at once. Whoever says at once what it wants is never the oldest of them for long."""
+"""Connections that may be silent at once. Whoever says at once what it wants is never the oldest of them for
+long."""
 T = TypeVar("T")
 ELSEWHERE = "elsewhere"
 """Code of the answer to whoever comes back to a session at another replica than it is with: the next
@@ -311,7 +312,8 @@ def _parse(received: Any) -> Message:
 
 
 class Greeting:
-    """A connection that has not said yet what it wants. There are only so many; a new one takes the place of the oldest."""
+    """A connection that has not said yet what it wants. There are only so many; a new one takes the place of
+    the oldest."""
 
     def __init__(self, service: Service):
         self._greetings = service.greetings

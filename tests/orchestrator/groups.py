@@ -169,6 +169,7 @@ class _Started(Roles):
 
 @contextmanager
 def reused_roles(groups: Groups, config: RunConfig) -> Iterator[Roles]:
-    """What `placed_roles` gives, on actors that are there: for runs of which other things are looked at than their start."""
+    """What `placed_roles` gives, on actors that are there: for runs of which other things are looked at than
+    their start."""
     roles = groups.roles(config)
     yield _Started(config, roles.options, workers=KINDS, groups=roles.groups)

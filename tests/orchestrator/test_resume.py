@@ -23,7 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def kill_after(saved: int, arguments: list[str], output: Path, moment: random.Random) -> None:
-    """Run the command with a Ray of its own, and SIGKILL all its processes at some moment between two checkpoints.
+    """Run the command with a Ray of its own, and SIGKILL all its processes at some moment between two
+    checkpoints.
 
     It comes after the one of iteration `saved`, within the time that it took from the one before to that.
     """

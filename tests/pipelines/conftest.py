@@ -49,7 +49,8 @@ def _rank(ray_cluster: object) -> Iterator[Any]:
 
 @pytest.fixture
 def reused_rank(_rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training of one model finds its rank started. For tests that look at what is trained; others start Ray Train."""
+    """Training of one model finds its rank started. For tests that look at what is trained; others start Ray
+    Train."""
 
     class Trainer:
         def __init__(self, loop: Callable[[Any], None], *, train_loop_config: Any, **_: Any) -> None:

@@ -105,7 +105,8 @@ def test_an_initial_student_can_be_its_teacher_and_an_adapter(reused_rank: None,
 
 
 def causal_teacher(root: Path, student: str) -> tuple[RunConfig, dict[str, ModelDirectory]]:
-    """The recipe digits-causal-teacher at the tests' size, whose distillation starts from what it initialised."""
+    """The recipe digits-causal-teacher at the tests' size, whose distillation starts from what it
+    initialised."""
     tiny = yaml.safe_load(TINY_RECIPE.read_text())
     sizes = {name: tiny[name] for name in ("video", "teacher", "student")}
     overrides = [f"--{part}.{name}={value}" for part in sizes for name, value in sizes[part].items()]

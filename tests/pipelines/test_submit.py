@@ -159,7 +159,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2_on_the_cluster_too(
     assert handed_in([RECIPE, stage_5, *address]) == 2
     ours = capfd.readouterr().out
     assert direct.wait() == 2
-    # Ray's own command ends with 1 for whatever failed, and prints the log twice; the job itself knows better.
+    # Ray's own command ends with 1 for whatever failed, and prints the log twice; the job itself knows
+    # better.
     output = rays.communicate()[0]
     client, job = submit.job_client(two_nodes.dashboard_url), job_in(output)
     assert (rays.returncode, client.get_job_info(job).driver_exit_code) == (1, 2), output
