@@ -180,6 +180,12 @@ class RunState:
         )
 
 
+def total_of(config: RunConfig, stage: Stage) -> tuple[str, int]:
+    """How many updates a stage that trains is asked for, after the name of that setting of its."""
+    name = "iterations" if stage == "distill" else "updates"
+    return name, getattr(getattr(config, stage), name)
+
+
 def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[str] = ()) -> RunState:
     """Where the run of `stage` in its output stands, with what killed processes left there removed.
 
@@ -193,9 +199,9 @@ def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[s
         ValueError: there are checkpoints and `resume` is false, or the run cannot go on under this config.
     """
     own = getattr(config, stage)
-    total_name = "iterations" if stage == "distill" else "updates"
-    total, output = getattr(own, total_name), own.output
-    checkpoints, or_else = f"{output}/checkpoints", f"choose another {stage}.output"
+    total_name, total = total_of(config, stage)
+    output, or_else = own.output, f"choose another {stage}.output"
+    checkpoints = f"{output}/checkpoints"
     for place in (output, checkpoints, f"{output}/samples"):
         storage.clean(place)
     state = RunState(stage, output, identity(config, stage), getattr(own, "keep", 2))
@@ -230,13 +236,8 @@ def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[s
             f"{' '.join(f'--allow-change {name}' for name in refused)}, or {or_else}."
         )
     stretches = [
-        {
-            "from": done,
-            "setting": name,
-            "old": saved["identity"].get(name),
-            "new": state.identity.get(name),
-        }
-        for name in changed
+        {"from": done, "setting": each, "old": saved["identity"].get(each), "new": state.identity.get(each)}
+        for each in changed
     ]
     notes += tuple(f"from update {done} on {told}." for told in changed.values())
     return replace(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from infra import storage
 from infra.tracking import Tracker
 from orchestrator import run_state
 from orchestrator.cluster import Cluster, connect
@@ -15,6 +16,7 @@ from orchestrator.config import RunConfig
 from orchestrator.run_state import RunState
 from pipelines.console import say
 from pipelines.recipe import find, settings, unknown
+from workers.model_directory import ModelDirectory
 
 Ready = Callable[[Cluster], None]
 """A stage of which all that can be checked is checked: it runs on a connected cluster."""
@@ -49,6 +51,21 @@ def opened(config: RunConfig, stage: run_state.Stage, *, resume: bool, allow: Se
     for note in state.notes:
         say(f"{stage}: {note}")
     return state
+
+
+def is_done(config: RunConfig, stage: run_state.Stage, model: str, allow: Sequence[str] = ()) -> bool:
+    """Whether the model of this stage is there: of a run that this config would not take further, or from elsewhere.
+
+    ValueError where it is of a run that was another one.
+    """
+    output = getattr(config, stage).output
+    if not storage.is_complete(model):
+        return False
+    if model != f"{output}/model" or not storage.newest_complete(f"{output}/checkpoints"):
+        return True
+    run_state.open_run(config, stage, resume=True, allow=allow)
+    name, total = run_state.total_of(config, stage)
+    return ModelDirectory(model).card.recipe.get(stage, {}).get(name) == total
 
 
 def located(command: str, config: RunConfig) -> RunConfig:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +51,7 @@ def write_model(
     video: VideoConfig | None = None,
     text: TextConfig | None = None,
     weights: dict[str, Tensor] | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> None:
     """Publish a model of random weights, a student if it has a `rollout`. All share one prompt encoder."""
     card = ModelCard(
@@ -59,6 +61,7 @@ def write_model(
         text or TextConfig(),
         rollout,
         lineage={},
+        recipe=recipe or {},
     )
     torch.manual_seed(0)
     encoder = ByteEncoder(sizes.text_len, sizes.text_dim).state_dict() if card.text.encoder == "bytes" else {}

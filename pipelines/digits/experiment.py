@@ -27,7 +27,7 @@ from pipelines.initialize import make_initial
 from pipelines.prepare import prepare
 from pipelines.report import estimates_json
 from pipelines.suite import Row
-from pipelines.tracked import tracking
+from pipelines.tracked import is_done, tracking
 from workers.model_directory import ModelDirectory
 
 
@@ -55,7 +55,7 @@ def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> N
     every = [(cell, seed) for seed in experiment.seeds for cell in experiment.cells]
     configs = {(cell.name, seed): config_of(experiment, cell, seed, overrides) for cell, seed in every}
     prepare(shared)
-    if not storage.is_complete(shared.distill.student):
+    if not is_done(shared, "initialize", shared.distill.student):
         make_initial(shared, resume=True)(cluster)
     start = {
         "teacher": ModelDirectory(shared.distill.teacher),
@@ -72,7 +72,7 @@ def run(experiment: Experiment, overrides: Sequence[str], cluster: Cluster) -> N
         say(f"experiment: cell {number} of {len(every)}, {cell.title}, seed {seed}")
         began = time.monotonic()
         output = getattr(config, cell.stage).output
-        if not storage.is_complete(f"{output}/model"):
+        if not is_done(config, cell.stage, f"{output}/model"):
             make[cell.stage](config, resume=True)(cluster)
         trained = {cell.name: ModelDirectory(f"{output}/model")}
         _measure(path, config, cell.stage, start, trained, time.monotonic() - began)

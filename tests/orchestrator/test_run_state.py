@@ -18,6 +18,7 @@ from orchestrator.run_state import RunState, open_run
 from orchestrator.update_plan import UpdatePlan
 from pipelines import cli, tracked
 from pipelines.ode_pairs import missing_pairs
+from pipelines.tracked import is_done
 from tests.fixtures import TINY_RECIPE, furnished, write_model, write_real
 
 LEARNING_RATE = "distill.roles.critic.engine.learning_rate"
@@ -282,6 +283,21 @@ def test_what_killed_processes_left_is_removed_when_a_run_starts_again(root: Pat
         left.append(aside)
     open_run(config, "distill", resume=True)
     assert [aside for aside in left if aside.exists()] == []
+
+
+def test_a_finished_stage_is_one_of_this_recipe_or_from_elsewhere(root: Path) -> None:
+    config = parsed(root)
+    model = f"{config.distill.output}/model"
+    assert not is_done(config, "distill", model)
+    write_model(model, config.student, seed=9, rollout=config.rollout, recipe=config.portable())
+    assert is_done(config, "distill", model)  # made elsewhere: nothing says what by
+    checkpointed(open_run(config, "distill", resume=False), done=6, position=32)
+    assert is_done(config, "distill", model)
+    assert not is_done(parsed(root, "--distill.iterations=8"), "distill", model)
+    with pytest.raises(ValueError, match=r"has 6 updates behind it, and distill\.iterations says 2"):
+        is_done(parsed(root, "--distill.iterations=2"), "distill", model)
+    with pytest.raises(ValueError, match=r"was made otherwise: distill\.batch 4 → 8"):
+        is_done(parsed(root, "--distill.batch=8"), "distill", model)
 
 
 def test_a_stop_says_what_works(root: Path) -> None:
