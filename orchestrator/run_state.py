@@ -1,9 +1,9 @@
 """What makes a run this run, where it stands, and what it leaves: one way for every stage.
 
-An identity maps dotted names, as on the command line, to what decides a stage's numbers: settings as they are, and of
-each input (a model, a data set, a file) a digest of what it holds, wherever it lies. What decides no number is not in
-it: places, cadence, CPUs, tracking. What was made under another identity is neither gone on with nor taken for one's
-own, unless the change is allowed by name; then it is written down as a stretch of the run.
+An identity maps dotted names, as on the command line, to what decides a stage's numbers: settings as they
+are, and of each input (a model, a data set, a file) a digest of what it holds, wherever it lies. What decides
+no number is not in it: places, cadence, CPUs, tracking. What was made under another identity is neither gone
+on with nor taken for one's own, unless the change is allowed by name; then it is written down as a stretch.
 """
 
 import hashlib
@@ -40,7 +40,8 @@ _INPUTS = frozenset((
     "distill.teacher", "distill.student", "distill.critic", "initialize.teacher", _NEGATIVE_FILE,
 ))
 _PAIRS = frozenset((
-    "seed", "initialize.pairs", "initialize.ode_steps", "initialize.guidance", "rollout.shift", "rollout.steps",
+    "seed", "initialize.pairs", "initialize.ode_steps", "initialize.guidance", "rollout.shift",
+    "rollout.steps",
     "rollout.first_steps", _NEGATIVE,
 ))
 _CAUSAL_PAIRS = frozenset(("rollout.chunk", "rollout.window", "rollout.sink", "rollout.positions"))
@@ -175,7 +176,8 @@ class RunState:
             storage.move(path, f"{self.output}/not-finite/{Path(path).name}")
         aside = f" ({', '.join(moved)} led there and is kept in {self.output}/not-finite)" if moved else ""
         return FloatingPointError(
-            f"{what}; go on with a lower {' or '.join(rates)}, as in --{rates[0]} VALUE --allow-change {rates[0]} "
+            f"{what}; go on with a lower {' or '.join(rates)}, as in "
+            f"--{rates[0]} VALUE --allow-change {rates[0]} "
             f"--resume{aside}."
         )
 
@@ -216,13 +218,14 @@ def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[s
     saved = storage.read_metadata(path)
     if saved.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has checkpoint format {saved.get('format')}, and this release reads format {FORMAT}; use the "
-            f"release that wrote it, or {or_else}."
+            f"{path} has checkpoint format {saved.get('format')}, and this release reads format {FORMAT}; "
+            f"use the release that wrote it, or {or_else}."
         )
     done = saved["done"]
     if total < done:
         raise ValueError(
-            f"{path} has {done} updates behind it, and {stage}.{total_name} says {total}; ask for {done} or more, or "
+            f"{path} has {done} updates behind it, and {stage}.{total_name} says {total}; "
+            f"ask for {done} or more, or "
             f"{or_else}."
         )
     changed = differences(saved["identity"], state.identity)

@@ -1,6 +1,7 @@
-"""What happens in which iteration, as a pure function of the config: which updates, on which part of the data, and every random choice.
+"""What happens in which iteration, as a pure function of the config: updates, data, and every random choice.
 
-Nothing here is drawn by a rank or saved in a checkpoint, so ranks agree and a resumed run goes on as if it had not stopped.
+Nothing here is drawn by a rank or saved in a checkpoint, so ranks agree and a resumed run goes on as if it
+had not stopped.
 """
 
 import math

@@ -89,19 +89,20 @@ def _start(options: Any) -> bool:
         if given != there:
             raise ValueError(
                 f"{name} is {given}, and Ray Serve runs on this cluster already with {there}; give host "
-                f"{running.host}, port {running.port} and the certificate and key that it was started with, if any."
+                f"{running.host}, port {running.port} and the certificate and key that it was started with, "
+                "if any."
             )
     for name, there in client.get_serve_details()["applications"].items():
         if name == NAME or there["route_prefix"] == "/":
             raise ValueError(
-                f"address names a cluster that serves the application {name} at {there['route_prefix']} already; "
-                "end that first, or use another cluster."
+                f"address names a cluster that serves the application {name} at {there['route_prefix']} "
+                "already; end that first, or use another cluster."
             )
     return False
 
 
 def _check_port(host: str, port: int) -> None:
-    """ValueError where nobody could listen there: Serve would share the port with who has it (SO_REUSEPORT)."""
+    """ValueError where nobody could listen there: Serve would share the port (SO_REUSEPORT)."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

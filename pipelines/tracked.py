@@ -54,7 +54,7 @@ def opened(config: RunConfig, stage: run_state.Stage, *, resume: bool, allow: Se
 
 
 def is_done(config: RunConfig, stage: run_state.Stage, model: str, allow: Sequence[str] = ()) -> bool:
-    """Whether the model of this stage is there: of a run that this config would not take further, or from elsewhere.
+    """Whether the stage's model is there: of a run that this config would not take further, or of none.
 
     ValueError where it is of a run that was another one.
     """

@@ -1,4 +1,4 @@
-"""What every test shares: one local Ray, with token authentication, an MLflow server and an S3 server for the whole session."""
+"""What every test of a session shares: one local Ray with tokens, an MLflow server and an S3 server."""
 
 import os
 import secrets
@@ -52,7 +52,11 @@ def s3_bucket() -> Iterator[Callable[[str], str]]:
     host, port = server.get_host_and_port()
     key, secret, region = "key", "secret", "us-east-1"
     boto3.client(
-        "s3", region, endpoint_url=f"http://{host}:{port}", aws_access_key_id=key, aws_secret_access_key=secret
+        "s3",
+        region,
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
     ).create_bucket(Bucket="bucket")  # fmt: skip
     query = f"endpoint_override={host}:{port}&scheme=http&region={region}"
     yield lambda prefix: f"s3://{key}:{secret}@bucket/{prefix}?{query}"

@@ -1,6 +1,7 @@
 """Tiny models and data for tests, written by the product's own writers.
 
-Weights are random everywhere: the head, which starts at zero in training, would otherwise hide most gradients.
+Weights are random everywhere: the head, which starts at zero in training, would otherwise hide most
+gradients.
 """
 
 from collections.abc import Sequence

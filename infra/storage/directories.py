@@ -162,7 +162,7 @@ def newest_complete(parent: Location) -> str | None:
 
 
 def newest_sound(parent: Location) -> tuple[str | None, list[str]]:
-    """The child of `parent` published last whose content is what was written, and what is wrong with others."""
+    """The last child of `parent` whose content is what was written, and what is wrong with others."""
     published, passed_over = [], []
     for child in sorted(_children(local(parent))):
         try:

@@ -21,7 +21,7 @@ Format = Literal["m4s", "jpeg"]
 
 
 class Request(BaseModel):
-    """What a client asks for. Null and empty are the default, as typed clients send them for what is not set."""
+    """Asked by a client. Null and empty, which typed clients send for what is not set, are the default."""
 
     @model_validator(mode="before")
     @classmethod

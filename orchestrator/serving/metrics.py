@@ -22,19 +22,19 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"self_forcing_{name}", text, registry=self.registry)
 
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"self_forcing_{name}", text, buckets=SECONDS, registry=self.registry)
+
         self.streams = gauge("streams", "Streams that hold a slot or are paused")
         self.queue = gauge("queue", "Viewers who wait for a slot")
         self.slots = gauge("slots", "Streams that can run at once")
         self.cache = gauge("cache_bytes", "Memory of the key-value cache, of all slots")
-        self.first = Histogram(
-            "self_forcing_first_chunk_seconds", "From a request to its first chunk, the queue included", buckets=SECONDS, registry=self.registry
-        )  # fmt: skip
-        self.between = Histogram(
-            "self_forcing_between_chunks_seconds", "Between two chunks of a stream that was not held up by its viewer", buckets=SECONDS, registry=self.registry
-        )  # fmt: skip
-        self.chunks = Counter(
-            "self_forcing_chunks", "Chunks sent, by whether they were on time for the frame rate", ["on_time"], registry=self.registry
-        )  # fmt: skip
+        self.first = histogram("first_chunk_seconds", "From a request to its first chunk, the queue included")
+        self.between = histogram(
+            "between_chunks_seconds", "Between two chunks of a stream that was not held up by its viewer"
+        )
+        on_time = "Chunks sent, by whether they were on time for the frame rate"
+        self.chunks = Counter("self_forcing_chunks", on_time, ["on_time"], registry=self.registry)
         self.frames = Counter("self_forcing_frames", "Frames sent", registry=self.registry)
 
     def collect(self) -> list[Metric]:

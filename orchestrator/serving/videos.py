@@ -32,7 +32,9 @@ POLL_MS = 500
 class VideoRequest(messages.Request):
     """A video to be made."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"prompt": "a seven drifting left"}]})  # fmt: skip
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"prompt": "a seven drifting left"}]}
+    )
 
     prompt: Prompt
     model: str | None = Field(None, max_length=256)
@@ -224,9 +226,8 @@ def routes(service: Service) -> APIRouter:
         try:
             path = files.path(job.file)
             if path is not None:
-                return FileResponse(
-                    path, media_type="video/mp4", headers=headers, stat_result=await asyncio.to_thread(os.stat, path)
-                )  # fmt: skip
+                stat = await asyncio.to_thread(os.stat, path)
+                return FileResponse(path, media_type="video/mp4", headers=headers, stat_result=stat)
             file = await asyncio.to_thread(files.open, job.file)
         except FileNotFoundError:
             raise _unknown() from None

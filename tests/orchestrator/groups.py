@@ -1,6 +1,7 @@
-"""The roles' real actors, of which a test session needs many configurations: each actor is started once and then rebuilt.
+"""The roles' real actors, in many configurations: each actor is started once and then rebuilt.
 
-What a rebuilt rank runs is the worker's own code under the worker's own engine; only the process and its process group are reused.
+What a rebuilt rank runs is the worker's own code under the worker's own engine; only the process and its
+process group are reused.
 """
 
 import gc

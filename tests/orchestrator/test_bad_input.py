@@ -1,4 +1,4 @@
-"""A user's mistake is one sentence and exit code 2; a loss that is not finite stops the run with code 1 and keeps what is whole."""
+"""A user's mistake is one sentence and exit code 2; a loss that is not finite is exit code 1."""
 
 import json
 import re
@@ -126,7 +126,8 @@ def test_a_model_that_is_missing_or_damaged_is_named(
     for command in (arguments, generate):
         says = complaint(*command)
         assert says == (
-            f"{config.distill.student} is damaged: {shard.name} has {len(whole) - 100} bytes instead of {len(whole)}."
+            f"{config.distill.student} is damaged: "
+            f"{shard.name} has {len(whole) - 100} bytes instead of {len(whole)}."
         )
     shard.write_bytes(whole)
     flip_a_byte(shard)

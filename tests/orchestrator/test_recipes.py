@@ -1,4 +1,4 @@
-"""Every recipe, at tiny size: two student updates change every weight that the objective reaches, and resume to the same numbers."""
+"""Every recipe, at tiny size: two student updates change every weight in reach, and resume to the same."""
 
 from pathlib import Path
 
@@ -22,12 +22,12 @@ from workers.model_directory import ModelDirectory
 
 TINY = [
     *(f"--{role}.{name}={value}" for role in ("teacher", "student") for name, value in [
-        ("dim", 24), ("ffn_dim", 48), ("num_heads", 2), ("num_layers", 2), ("text_len", 8), ("text_dim", 16), ("freq_dim", 32),
+        ("dim", 24), ("ffn_dim", 48), ("num_heads", 2), ("num_layers", 2), ("text_len", 8), ("text_dim", 16),
+        ("freq_dim", 32),
     ]),
     *(f"--video.{name}={value}" for name, value in [("frames", 9), ("height", 4), ("width", 4)]),
-    *(f"--distill.roles.{role}.{name}={value}" for role in ("student", "teacher", "critic") for name, value in [
-        ("cpus", 0.1), ("gpus", 0), ("threads", 1),
-    ]),
+    *(f"--distill.roles.{role}.{name}={value}" for role in ("student", "teacher", "critic")
+        for name, value in [("cpus", 0.1), ("gpus", 0), ("threads", 1)]),
     "--distill.batch=4",
 ]  # fmt: skip
 """Sizes and devices only: what and how a recipe learns stays as it says."""

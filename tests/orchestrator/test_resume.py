@@ -70,9 +70,7 @@ def history(uri: str, run_id: str) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bit(
-    request: pytest.FixtureRequest, ray_cluster: object, tmp_path: Path
-) -> None:
+def test_a_killed_run_resumes_to_the_bit(ray_cluster: object, tmp_path: Path) -> None:
     config = furnished(tmp_path)
 
     def arguments(output: str) -> list[str]:
@@ -95,7 +93,6 @@ def test_a_killed_run_resumes_to_the_bit(
     assert not (tmp_path / "killed" / "model").exists()
 
     assert cli.main([*arguments("killed"), "--resume"]) == 0
-    request.getfixturevalue("reused_actors")
     # A finished run's last state is kept, whatever the cadence: it may go on for longer.
     shorter = f"--distill.iterations={ITERATIONS - 2}"
     assert cli.main([*arguments("whole"), shorter]) == 0

@@ -1,4 +1,4 @@
-"""What makes a run this run: what may be other when it goes on, what may not, and what that is called; no Ray is needed."""
+"""What makes a run this run: what may be other when it goes on, what may not, and what that is called."""
 
 import re
 import shutil
@@ -101,7 +101,11 @@ def test_what_decides_no_number_never_refuses(root: Path, stage: run_state.Stage
         ("distill", "distill.batch=8", "distill.batch 4 → 8"),
         ("distill", f"{LEARNING_RATE}=0.5", f"{LEARNING_RATE} 0.0002 → 0.5"),
         ("distill", "score.shift=4", "score.shift 3 → 4"),
-        ("distill", "distill.roles.teacher.negative_prompt=a", "distill.roles.teacher.negative_prompt '' → 'a'"),
+        (
+            "distill",
+            "distill.roles.teacher.negative_prompt=a",
+            "distill.roles.teacher.negative_prompt '' → 'a'",
+        ),
         ("distill", "seed=4", "seed 3 → 4"),
     ],
 )  # fmt: skip
@@ -198,7 +202,8 @@ def test_fewer_updates_than_are_done_are_refused(
         stage, *arguments(root, *data_of(stage), f"--{total}=3", "--resume", f"--allow-change={total}")
     )
     assert says == (
-        f"{state.path(4)} has 4 updates behind it, and {total} says 3; ask for 4 or more, or choose another {stage}.output."
+        f"{state.path(4)} has 4 updates behind it, and {total} says 3; "
+        f"ask for 4 or more, or choose another {stage}.output."
     )
 
 
@@ -268,7 +273,8 @@ def test_damaged_checkpoints_are_passed_over_with_a_sentence(root: Path) -> None
     assert (found.done, found.checkpoint) == (2, state.path(2))
     assert found.notes == (
         f"{state.path(4)} was never finished: it has no manifest.json; that checkpoint is passed over.",
-        f"{state.path(6)} is damaged: the content of part.pt is not what was written; that checkpoint is passed over.",
+        f"{state.path(6)} is damaged: the content of part.pt is not what was written; "
+        "that checkpoint is passed over.",
         f"{state.path(5)} is damaged: part.pt is missing; that checkpoint is passed over.",
         f"resuming from update 2 ({state.path(2)}).",
     )

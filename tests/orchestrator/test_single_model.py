@@ -45,7 +45,7 @@ def test_a_rank_computes_on_the_device_that_ray_train_names(monkeypatch: pytest.
 
 
 class Line(Task):
-    """A linear model of the numbers at each position of the data; the loss of the update `bad` is not finite."""
+    """A linear model of the numbers at each position of the data; the update `bad` has no finite loss."""
 
     compile = False
 

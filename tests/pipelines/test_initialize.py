@@ -1,4 +1,4 @@
-"""Every way to an initial student, at tiny size, by the command itself: all weights learn, and a stopped run ends with the same numbers."""
+"""Every way to an initial student, by the command: all weights learn, and a stopped run ends the same."""
 
 import shutil
 from pathlib import Path

@@ -28,8 +28,13 @@ settings:
   initialize: {{teacher: outputs/teacher/model}}
   distill: {{sample_every: 0}}
 cells:
-  forced: {{title: Forced, stage: initialize, group: forced, settings: {{initialize: {{method: teacher_forcing}}}}}}
-  rolled: {{title: Rolled, stage: distill, group: self_forcing, settings: {{distill: {{objective: {{weights: {{sid: 1}}}}}}}}}}
+  forced:
+    {{title: Forced, stage: initialize, group: forced, settings: {{initialize: {{method: teacher_forcing}}}}}}
+  rolled:
+    title: Rolled
+    stage: distill
+    group: self_forcing
+    settings: {{distill: {{objective: {{weights: {{sid: 1}}}}}}}}
 """
 
 
