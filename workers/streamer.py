@@ -128,7 +128,8 @@ class Streamer:
 
     def close(self, stream: Stream) -> None:
         """Free a stream's slot at once; closing it twice does nothing."""
-        if self.streams.pop(stream.number, None) is not None:
+        if self.streams.get(stream.number) is stream:
+            del self.streams[stream.number]
             self._release(stream)
 
     def _release(self, stream: Stream) -> None:

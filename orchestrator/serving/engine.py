@@ -144,6 +144,8 @@ class Engine:
         """Slots that nobody holds or was granted; the streamer's own count follows it."""
         self._queue: deque[Waiter] = deque()
         self._successor: Engine | None = None
+        self._moving: Viewer | None = None
+        """Whose stream is on its way to the successor."""
         self._ticking_since: float | None = None
         self._task: asyncio.Task | None = None
 
@@ -153,7 +155,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self.viewers and not self._queue
+        return not self.viewers and not self._queue and self._moving is None
 
     @property
     def free(self) -> int:
@@ -279,7 +281,9 @@ class Engine:
 
     def close(self, viewer: Viewer) -> None:
         """End a viewer's stream, for `Viewer.close`."""
-        self.viewers.pop(viewer.stream.number, None)
+        # While a stream moves it has its old number still, which may be another's here.
+        if self.viewers.get(viewer.stream.number) is viewer:
+            del self.viewers[viewer.stream.number]
         if self._running:
             self._model.submit(self.streamer.close, viewer.stream)
         self._leave(viewer)
@@ -340,12 +344,17 @@ class Engine:
                 del self.viewers[number]
                 viewer.engine = there
                 self.release()
+                self._moving = viewer
                 try:
                     await there.on_model(there.streamer.adopt, viewer.stream)
-                except Exception as error:
+                except BaseException as error:
                     viewer.outbox.put_nowait(StreamEnded(f"the stream could not be moved: {error}."))
-                    there._leave(viewer)
+                    viewer.close()
+                    if not isinstance(error, Exception):  # this engine stops; the other may adopt it
+                        raise
                     continue
+                finally:
+                    self._moving = None
                 if not viewer.gone:
                     there.viewers[viewer.stream.number] = viewer
                     there.changed.set()
