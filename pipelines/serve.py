@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ray.serve.context import _get_global_client
 from infra.settings import check_local
 from infra.storage import Files
 from infra.tracking import tracking_uri
-from orchestrator.cluster import connect
+from orchestrator.cluster import Cluster, connect
 from orchestrator.serving.access import check_exposure
 from orchestrator.serving.app import application
 from orchestrator.serving.config import ServeConfig
@@ -50,9 +50,14 @@ def command(config: ServeConfig, options: Any) -> None:
     if address == "local" and not ray.is_initialized():
         _check_port(options.host, options.port)
     scheme = "http" if options.certificate is None else "https"
-    with _videos(config.videos.storage) as storage, connect(options.address), _ended_by_sigterm():
+    with (
+        _videos(config.videos.storage) as storage,
+        _ended_by_sigterm() as listen,
+        connect(options.address) as cluster,
+    ):
+        listen()  # Ray has put its own handler there meanwhile
         config = replace(config, videos=replace(config.videos, storage=storage))
-        began = _start(options)
+        began = _start(options, cluster)
         try:
             serve.run(application(config), name=NAME)
             say(
@@ -71,11 +76,13 @@ def wait() -> None:
     threading.Event().wait()
 
 
-def _start(options: Any) -> bool:
+def _start(options: Any, cluster: Cluster) -> bool:
     """Have Ray Serve run as asked for; whether it was started here. ValueError where it runs otherwise
     already."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
+        if cluster.address.rpartition(":")[0] == ray.util.get_node_ip_address():
+            _check_port(options.host, options.port)
         asked = {"host": options.host, "port": options.port}
         serve.start(http_options={**asked, "ssl_certfile": options.certificate, "ssl_keyfile": options.key})
         return True
@@ -149,16 +156,24 @@ def _videos(location: str) -> Iterator[str]:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with the exit code of a process that it ended. Ray's own handler
-    aborts."""
+def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
+    """SIGTERM ends the block as Ctrl-C does, and the process with the code of one that it ended.
+
+    Ray's own handler aborts.
+
+    Gives what listens for it again.
+    """
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(128 + signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, end)
+    def listen() -> None:
+        signal.signal(signal.SIGTERM, end)
+
+    before = signal.getsignal(signal.SIGTERM)
+    listen()
     try:
-        yield
+        yield listen
     finally:
         signal.signal(signal.SIGTERM, before)

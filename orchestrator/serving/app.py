@@ -54,7 +54,7 @@ class WithoutEmptyQueries:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if query := scope.get("query_string"):
-            scope = {**scope, "query_string": urlencode(parse_qsl(query.decode())).encode()}
+            scope = {**scope, "query_string": urlencode(parse_qsl(query.decode("latin-1"))).encode()}
         await self.app(scope, receive, send)
 
 

@@ -86,19 +86,18 @@ class Models:
         registry = Registry(self.config.registry)
         while True:
             await asyncio.sleep(self.config.refresh_s)
+            # Whatever it is that fails: nobody waits for this task, and the next look may succeed.
             try:
                 await self._look(registry)
+                for served in [served for served in self.retiring if served.engine.idle]:
+                    self.retiring.remove(served)
+                    await served.engine.stop()
+                    _log.info("version %s has played out", served.version)
                 self.stale = None
-            except (
-                Exception
-            ) as error:  # whatever it is, nobody waits for this task, and the next look may succeed
+            except Exception as error:
                 if self.stale is None:
                     _log.warning("version %s goes on being served: %s", self.active.version, error)
                 self.stale = f"{type(error).__name__}: {error}"
-            for served in [served for served in self.retiring if served.engine.idle]:
-                self.retiring.remove(served)
-                await served.engine.stop()
-                _log.info("version %s has played out", served.version)
 
     async def _look(self, registry: Registry) -> None:
         named = await asyncio.to_thread(registry.resolve, self.config.model)

@@ -99,7 +99,10 @@ class Session:
             if not kept <= next_chunk <= self._made:
                 raise Refused(f"next_chunk must be from {kept} to {self._made}; earlier chunks are gone.")
             self._next = next_chunk
-        self.socket = socket
+        before, self.socket = self.socket, socket
+        if before is not None:  # one connection a session, or they would pile up
+            with suppress(RuntimeError, WebSocketDisconnect):
+                await before.close()
         if next_chunk is not None and self.served is not None:
             await self._say_start()
         if self._paused:

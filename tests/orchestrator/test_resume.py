@@ -18,7 +18,7 @@ from tests import cluster
 from tests.fixtures import TINY_RECIPE, furnished
 from workers.model_directory import ModelDirectory
 
-ITERATIONS, CHECKPOINT_EVERY = 40, 4
+ITERATIONS, CHECKPOINT_EVERY = 24, 4
 REPOSITORY = Path(__file__).parents[2]
 
 

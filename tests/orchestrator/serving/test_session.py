@@ -173,3 +173,19 @@ def test_sockets_that_say_nothing_lock_nobody_out(client: Client) -> None:
         for each in sockets:
             with pytest.raises(ServerError, match="a session must start within 5 seconds"):
                 each.wait_for(VideoStart)
+
+
+def test_a_session_has_one_connection_however_often_it_is_taken_up(client: Client) -> None:
+    with client.session() as first, ExitStack() as others:
+        first.start(SIX, num_frames=1000, format="jpeg")
+        request_id = first.wait_for(VideoStart).request_id
+        first.control("pause")
+        for _ in range(40):  # more than the replica takes requests at once
+            last = others.enter_context(client.reconnected(request_id, 0))
+            assert last.wait_for(VideoStart).request_id == request_id
+        assert client.get("/healthz")["streams"] == 1
+        with pytest.raises(ConnectionClosed):
+            while True:
+                first.receive()
+        last.control("stop")
+        assert last.wait_for(Done).stopped
