@@ -5,15 +5,16 @@ itself, so that the base keeps its names, and ZeRO-3 gathers a layer's weights a
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.settings import Invalid, at_least
+from model.backbone import WeightSource
 from model.noise import generator
 
 
@@ -88,18 +89,10 @@ def adapt(network: Any, config: AdapterConfig) -> Any:
     return network
 
 
-class Weights(Protocol):
-    """Named tensors read one at a time."""
-
-    def keys(self) -> Iterable[str]: ...
-
-    def get(self, name: str) -> Tensor: ...
-
-
 class AdaptedWeights:
     """A base and adapters that have not learned yet: A uniform (as in the paper's code and PEFT), B zero."""
 
-    def __init__(self, base: Weights, config: AdapterConfig, layers: Mapping[str, nn.Linear]):
+    def __init__(self, base: WeightSource, config: AdapterConfig, layers: Mapping[str, nn.Linear]):
         self.base = base
         self.shapes: dict[str, tuple[int, int]] = {}
         for name, layer in layers.items():

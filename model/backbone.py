@@ -1,8 +1,8 @@
 """What a rollout and a score need of a network, whatever its family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
 
 EVERYTHING = Window(None, 0, "absolute")
+
+
+class WeightSource(Protocol):
+    """Named tensors read one at a time, such as an opened safetensors file."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def get(self, name: str) -> Tensor: ...
 
 
 class Output(NamedTuple):

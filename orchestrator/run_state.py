@@ -41,8 +41,7 @@ _INPUTS = frozenset((
 ))
 _PAIRS = frozenset((
     "seed", "initialize.pairs", "initialize.ode_steps", "initialize.guidance", "rollout.shift",
-    "rollout.steps",
-    "rollout.first_steps", _NEGATIVE,
+    "rollout.steps", "rollout.first_steps", _NEGATIVE,
 ))
 _CAUSAL_PAIRS = frozenset(("rollout.chunk", "rollout.window", "rollout.sink", "rollout.positions"))
 _SHAPE_PARTS = frozenset((
@@ -163,8 +162,7 @@ class RunState:
             what: which number, and when.
             since: updates that made the weights which gave it.
             until: updates that were made when it was found. Checkpoints from `since` on hold those weights
-            and lead
-                there again at any learning rate, so they are moved out of the way.
+                and lead there again at any learning rate, so they are moved out of the way.
             rates: settings of the learning rates that may have been too high, the likelier first.
         """
         if since == 0:
@@ -177,8 +175,7 @@ class RunState:
         aside = f" ({', '.join(moved)} led there and is kept in {self.output}/not-finite)" if moved else ""
         return FloatingPointError(
             f"{what}; go on with a lower {' or '.join(rates)}, as in "
-            f"--{rates[0]} VALUE --allow-change {rates[0]} "
-            f"--resume{aside}."
+            f"--{rates[0]} VALUE --allow-change {rates[0]} --resume{aside}."
         )
 
 
@@ -225,8 +222,7 @@ def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[s
     if total < done:
         raise ValueError(
             f"{path} has {done} updates behind it, and {stage}.{total_name} says {total}; "
-            f"ask for {done} or more, or "
-            f"{or_else}."
+            f"ask for {done} or more, or {or_else}."
         )
     changed = differences(saved["identity"], state.identity)
     if fixed := {name: told for name, told in changed.items() if _is_shape(name, saved["identity"])}:

@@ -55,7 +55,7 @@ def command(config: ServeConfig, options: Any) -> None:
         _ended_by_sigterm() as listen,
         connect(options.address) as cluster,
     ):
-        listen()  # Ray has put its own handler there meanwhile
+        listen()
         config = replace(config, videos=replace(config.videos, storage=storage))
         began = _start(options, cluster)
         try:
@@ -81,7 +81,8 @@ def _start(options: Any, cluster: Cluster) -> bool:
     already."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
-        if cluster.address.rpartition(":")[0] == ray.util.get_node_ip_address():
+        here = cluster.address.rpartition(":")[0] == ray.util.get_node_ip_address()
+        if here and not cluster.started_here:  # else it was looked at before Ray was started
             _check_port(options.host, options.port)
         asked = {"host": options.host, "port": options.port}
         serve.start(http_options={**asked, "ssl_certfile": options.certificate, "ssl_keyfile": options.key})
@@ -159,9 +160,7 @@ def _videos(location: str) -> Iterator[str]:
 def _ended_by_sigterm() -> Iterator[Callable[[], None]]:
     """SIGTERM ends the block as Ctrl-C does, and the process with the code of one that it ended.
 
-    Ray's own handler aborts.
-
-    Gives what listens for it again.
+    Ray's own handler, which aborts, comes with `connect`: what is given puts this one in its place again.
     """
 
     def end(*_: Any) -> None:

@@ -12,12 +12,13 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.backbone import WeightSource
 from workers import zero
 from workers.engine_config import EngineConfig
 from workers.zero import init_process_group
@@ -33,14 +34,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-
-
-class WeightSource(Protocol):
-    """Named tensors read one at a time, such as an opened safetensors file."""
-
-    def keys(self) -> Iterable[str]: ...
-
-    def get(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)

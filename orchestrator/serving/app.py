@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from orchestrator.serving import job_worker, problems, session, streams, videos
+from orchestrator.serving import connection, job_worker, problems, streams, videos
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.directory import Directory
 from orchestrator.serving.service import Service
@@ -87,7 +87,7 @@ def api(service: Service) -> FastAPI:
         )
     app.add_middleware(WithoutEmptyQueries)
     app.include_router(streams.routes(service))
-    app.include_router(session.routes(service))
+    app.include_router(connection.routes(service))
     app.include_router(videos.routes(service))
     return app
 

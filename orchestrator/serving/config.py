@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from infra.settings import at_least, positive
+
 
 @dataclass(frozen=True)
 class AccessConfig:
@@ -80,12 +82,9 @@ class ServeConfig:
     videos: VideosConfig = field(default_factory=VideosConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("queue", 0), ("replicas", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("start_s", "reconnect_s", "pause_s", "refresh_s", "drain_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        at_least(self, 1, "slots", "replicas")
+        at_least(self, 0, "queue")
+        positive(self, "start_s", "reconnect_s", "pause_s", "refresh_s", "drain_s")
         if self.most_replicas is not None and self.most_replicas < self.replicas:
             raise ValueError(
                 f"most_replicas is {self.most_replicas}; it must be at least replicas, {self.replicas}."
