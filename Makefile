@@ -3,16 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-fast check lint wheel clean
+.PHONY: quickstart test test-fast test-all check lint wheel clean
 
 quickstart: .venv/installed  ## distil a streaming generator of moving digits and measure it
 	$(BIN)/self-forcing run quickstart
 
-test: .venv/installed  ## all tests, and the slowest of them by name
-	$(BIN)/python -m pytest --durations=25
+test: .venv/installed  ## every test that CI runs, and the slowest of them by name
+	$(BIN)/python -m pytest -m "not by_hand" --durations=25
 
 test-fast: .venv/installed  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not by_hand"
+
+test-all: .venv/installed  ## also those that take long and repeat a path that others take
+	$(BIN)/python -m pytest --durations=25
 
 lint: .venv/installed  ## style, types, and the import contracts
 	$(BIN)/ruff check .

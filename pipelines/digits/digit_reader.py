@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from infra import storage
 from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, render, scans
 
-# Part of the cached file's name: raise it whenever the network or its training changes.
-_VERSION = 1
+FILE = Path(__file__).with_suffix(".safetensors")
+
 _UPDATES = 500
 _BATCH = 128
 _PEAK_LEARNING_RATE = 4e-3
@@ -85,20 +85,19 @@ def _degrade(frames: Tensor, generator: torch.Generator) -> Tensor:
     return frames.clamp(0, 1) * 2 - 1
 
 
-def load_or_train(directory: str | Path, seed: int) -> DigitReader:
-    """The reader of `seed` from the cache `directory`, trained and stored there first if it is not in it.
+def load() -> DigitReader:
+    """The reader that comes with the package: one instrument for all runs, whatever their seed.
 
-    The file appears whole or not at all, so several processes may share the directory.
+    `python -m pipelines.digits.digit_reader` makes its file again.
     """
-    file = Path(directory) / f"digit-reader-{_VERSION}-{seed}.safetensors"
-    if not file.exists():
-        with storage.write_file(file) as aside:
-            save_file(train(seed).state_dict(), aside)
     reader = DigitReader()
     try:
-        reader.load_state_dict(load_file(file))
+        reader.load_state_dict(load_file(FILE))
     except Exception as error:
-        raise ValueError(f"the digit reader {file} is damaged; delete it and it is trained anew") from error
+        raise ValueError(
+            f"the digit reader {FILE} is missing or damaged; install the package anew, or make it again with "
+            "`python -m pipelines.digits.digit_reader`"
+        ) from error
     return reader.eval().requires_grad_(False)
 
 
@@ -110,3 +109,8 @@ def read_videos(reader: DigitReader, videos: Tensor) -> tuple[Tensor, Tensor]:
         torch.cat(parts).unflatten(0, videos.shape[:2]) for parts in zip(*outputs, strict=True)
     )
     return logits, features
+
+
+if __name__ == "__main__":
+    with storage.write_file(FILE) as aside:
+        save_file(train(seed=0).state_dict(), aside)

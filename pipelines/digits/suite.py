@@ -12,7 +12,7 @@ from model.codec import to_bytes
 from model.metrics import Estimate, diversity_ratio, kernel_distance
 from orchestrator.config import RunConfig
 from pipelines.console import say
-from pipelines.digits.digit_reader import DigitReader, load_or_train, read_videos
+from pipelines.digits.digit_reader import DigitReader, load, read_videos
 from pipelines.digits.metrics import correct_digits, followed_motion
 from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
 from pipelines.suite import Compared, Metric, Row, Suite, Verdict, Videos, held_out_rows, row_of
@@ -20,8 +20,6 @@ from workers.data_check import check
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory, TextConfig
 
-READER_SEED = 0
-"""The reader is one instrument for all runs, whatever their seed."""
 SHEET = tuple(PROMPTS[i] for i in (0, 13, 26, 39))
 """Prompts on the contact sheet: four digits, four directions."""
 
@@ -123,9 +121,8 @@ class Digits(Suite):
         return videos[:count], videos[count:]
 
     def prepare(self, config: RunConfig, reference: Videos | None) -> Prepared:
-        """The reader is trained, unless an earlier run stored it."""
         assert reference is not None, "held_out gives one or raises"
-        reader = load_or_train(f"{config.root}/outputs/digit_reader", READER_SEED)
+        reader = load()
         return Prepared(reader, read_videos(reader, reference.frames())[1], numbers(reference.prompts))
 
     def measure(self, prepared: Any, videos: Videos, *, chunk: int, trained: int, seed: int) -> Row:

@@ -65,7 +65,10 @@ def input_of(config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "fp32"), (2, "fp32"), (3, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.by_hand)],
+)
 def test_adapters_alone_are_trained(
     groups: Groups, config: RunConfig, tmp_path: Path, stage: int, dtype: str
 ) -> None:

@@ -53,7 +53,7 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "certificate.pem", tmp_path / "key.pem"
 
 
-@pytest.fixture(params=["https", "haproxy"])
+@pytest.fixture(params=["https", pytest.param("haproxy", marks=pytest.mark.by_hand)])
 def server(
     request: pytest.FixtureRequest, tmp_path: Path, certificate: tuple[Path, Path]
 ) -> Iterator[tuple[subprocess.Popen, str, ssl.SSLContext | None]]:

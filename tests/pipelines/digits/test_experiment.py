@@ -39,11 +39,9 @@ cells:
 
 
 @pytest.mark.slow
-def test_cells_are_measured_once_and_reported(
-    ray_cluster: object, reused_rank: None, digit_reader: Path, tmp_path: Path
-) -> None:
+@pytest.mark.by_hand
+def test_cells_are_measured_once_and_reported(ray_cluster: object, reused_rank: None, tmp_path: Path) -> None:
     config = furnished(tmp_path)
-    shutil.copytree(digit_reader, tmp_path / "outputs" / "digit_reader")
     shutil.rmtree(config.data.train)  # `prepare` writes videos, which the cells need
     # What a run trained before it was stopped is measured and not trained again.
     for number, cell in enumerate(("forced", "rolled")):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from model.transformer import TransformerConfig, WanTransformer
 from orchestrator.config import RunConfig
 from orchestrator.stages import DistillConfig, EvaluateConfig
 from pipelines import cli
-from pipelines.digits.digit_reader import load_or_train, read_videos
+from pipelines.digits.digit_reader import load, read_videos
 from pipelines.digits.moving_digits import PROMPTS, write_dataset
-from pipelines.digits.suite import READER_SEED, SUITE, Prepared, numbers
+from pipelines.digits.suite import SUITE, Prepared, numbers
 from pipelines.evaluate import evaluate
 from pipelines.register import measured
 from pipelines.report import summary_table
@@ -35,10 +34,9 @@ ROLLOUT = RolloutConfig(steps=(1000, 500), chunk=2, window=4, positions="relativ
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, digit_reader: Path) -> Path:
-    """A root with a trained digit reader and held-out videos of 6 frames."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with held-out videos of 6 frames."""
     root = tmp_path_factory.mktemp("root")
-    shutil.copytree(digit_reader, root / "outputs" / "digit_reader")
     write_dataset(root / "outputs" / "data" / "held_out", videos=480, frames=6, seed=1, split="held_out")
     return root
 
@@ -82,7 +80,7 @@ def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) 
     real, reference = held_out
     assert real.pixels is not None
     assert len(real.prompts) == 80 and len(reference.prompts) == 400
-    reader = load_or_train(root / "outputs" / "digit_reader", READER_SEED)
+    reader = load()
     features = read_videos(reader, reference.frames())[1]
     prepared = Prepared(reader, features, numbers(reference.prompts))
 
