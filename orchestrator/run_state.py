@@ -50,6 +50,8 @@ _SHAPE_PARTS = frozenset((
 _SHAPE_WORDS = frozenset(("adapters", "ranks", "zero_stage", "taps", "concat_time", "method"))
 """Parts or whole names, and words of names, of what a checkpoint's numbers have the shape of."""
 # fmt: on
+_RENAMED = {f"{stage}.warmup": f"{stage}.role.engine.schedule.warmup" for stage in ("pretrain", "initialize")}
+"""Settings of earlier releases, and what they are called now."""
 _DIGEST = "sha256:"
 _SHOWN_AT_MOST = 4
 
@@ -89,6 +91,7 @@ def differences(old: Identity, new: Identity) -> dict[str, str]:
     A setting that an earlier release did not have was at its default.
     """
     found, defaults = {}, _defaults()
+    old = {_RENAMED.get(name, name): value for name, value in old.items()}
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))
         if before != after:

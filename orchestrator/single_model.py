@@ -66,12 +66,6 @@ Report = Callable[[int, Mapping[str, float]], None]
 """Takes how many updates are done, and what a person follows of them."""
 
 
-def learning_rate(settings: Settings, update: int) -> float:
-    """Linear warm-up, then linear decay to zero."""
-    rise = min(1.0, (update + 1) / settings.warmup) if settings.warmup else 1.0
-    return settings.role.engine.learning_rate * rise * (1 - update / settings.updates)
-
-
 def train(
     config: RunConfig,
     state: RunState,
@@ -170,7 +164,6 @@ def _loop(config: Mapping[str, Any]) -> None:
     size = settings.batch // parts
     dropped = in_a_row = 0
     for update in range(state.done, settings.updates):
-        engine.set_learning_rate(learning_rate(settings, update))
         position = state.position + (update - state.done) * settings.batch
         total = torch.zeros((), dtype=torch.float64)
         for part in range(rank, parts, ranks):
@@ -197,7 +190,7 @@ def _loop(config: Mapping[str, Any]) -> None:
                     {
                         "loss": value,
                         "grad_norm": result.grad_norm,
-                        "learning_rate": learning_rate(settings, update),
+                        "learning_rate": result.learning_rate,
                         "dropped_updates": dropped,
                     },
                 )

@@ -1,6 +1,6 @@
 """The settings of each stage, and of the processes that it runs on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from infra.settings import Invalid, Places, at_least, positive, share
@@ -8,7 +8,7 @@ from model.adapters import AdapterConfig
 from model.initialization import MethodConfig
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
-from workers.engine import EngineConfig
+from workers.engine_config import EngineConfig, ScheduleConfig
 from workers.teacher import TeacherWorker
 
 
@@ -88,6 +88,14 @@ class PlacementConfig:
         positive(self, "timeout_s")
 
 
+def whole_stage(engine: EngineConfig, updates: int) -> EngineConfig:
+    """Settings whose schedule is as long as a stage of `updates`, where they do not say how long it is."""
+    schedule = engine.schedule
+    if schedule.kind == "constant" or schedule.updates is not None:
+        return engine
+    return replace(engine, schedule=replace(schedule, updates=updates))
+
+
 @dataclass(frozen=True)
 class PretrainConfig(Places):
     """Pretraining of the bidirectional teacher."""
@@ -100,14 +108,18 @@ class PretrainConfig(Places):
     """Optimizer steps."""
     batch: int = 32
     """Videos per optimizer step, over all ranks."""
-    warmup: int = 100
-    """Steps of linear warm-up; then the learning rate falls linearly to zero."""
     dropout: float = 0.1
     """Share of prompts that are dropped, for classifier-free guidance."""
     shift: float = 5.0
     """Warp of the noise levels trained at; more than 1 prefers high ones."""
     role: TrainRole = TrainRole(
-        engine=EngineConfig(learning_rate=1.5e-3, betas=(0.9, 0.99), clip=1.0, ema_decay=0.998)
+        engine=EngineConfig(
+            learning_rate=1.5e-3,
+            schedule=ScheduleConfig("linear", warmup=100),
+            betas=(0.9, 0.99),
+            clip=1.0,
+            ema_decay=0.998,
+        )
     )
     """Ranks, optimizer and sharding."""
     compile: bool = False
@@ -118,7 +130,6 @@ class PretrainConfig(Places):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "updates", "batch", "checkpoint_every")
-        at_least(self, 0, "warmup")
         positive(self, "shift")
         share(self, "dropout")
 
@@ -143,9 +154,11 @@ class InitializeConfig(MethodConfig, Places):
     """Optimizer steps."""
     batch: int = 16
     """Videos or trajectories per optimizer step, over all ranks."""
-    warmup: int = 10
-    """Steps of linear warm-up; then the learning rate falls linearly to zero."""
-    role: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=1e-3, betas=(0.9, 0.99), clip=1.0))
+    role: AdaptedRole = AdaptedRole(
+        engine=EngineConfig(
+            learning_rate=1e-3, schedule=ScheduleConfig("linear", warmup=10), betas=(0.9, 0.99), clip=1.0
+        )
+    )
     """Ranks, optimizer and sharding."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
@@ -154,7 +167,6 @@ class InitializeConfig(MethodConfig, Places):
         super().__post_init__()
         Places.__post_init__(self)
         at_least(self, 1, "pairs", "samplers", "updates", "batch", "checkpoint_every")
-        at_least(self, 0, "warmup")
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,13 @@ class DistillConfig(Places):
             self, 1, "iterations", "student_every", "batch", "checkpoint_every", "keep", "rollout_frames"
         )
         at_least(self, 0, "given_frames", "sample_every")
+        for name, role in (("student", self.roles.student), ("critic", self.roles.critic)):
+            schedule = role.engine.schedule
+            if schedule.kind != "constant" and schedule.updates is None:
+                raise Invalid(
+                    f"roles.{name}.engine.schedule.updates",
+                    f"must say after how many updates of the {name} its rate has fallen.",
+                )
 
     @property
     def starts_from_data(self) -> bool:

@@ -18,6 +18,7 @@ from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
 from orchestrator.handover import check_start
 from orchestrator.single_model import Task, train
+from orchestrator.stages import whole_stage
 from pipelines.console import progress, say, summary
 from pipelines.ode_pairs import missing_pairs, write_pairs
 from pipelines.pretrain import export_model
@@ -45,7 +46,7 @@ class Initialize(Task):
         role = self.config.initialize.role
         return trained(
             self.source(),
-            role.engine,
+            whole_stage(role.engine, self.config.initialize.updates),
             activation_checkpointing=role.activation_checkpointing,
             adapters=role.adapters,
         )

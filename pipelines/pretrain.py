@@ -22,6 +22,7 @@ from model.text import ByteEncoder
 from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
 from orchestrator.single_model import Task, share, train
+from orchestrator.stages import whole_stage
 from pipelines.console import progress, say, summary
 from pipelines.tracked import Ready, on_cluster, opened, tracking
 from workers.data_check import check
@@ -72,7 +73,7 @@ class Pretrain(Task):
             network = new_backbone(sizes, activation_checkpointing=role.activation_checkpointing)
             return TextToVideo(network, ByteEncoder(sizes.text_len, sizes.text_dim))
 
-        return TrainEngine(build, role.engine)
+        return TrainEngine(build, whole_stage(role.engine, self.config.pretrain.updates))
 
     def open(self, device: torch.device) -> None:
         self.device = device

@@ -83,10 +83,11 @@ class CriticWorker(Scorer, TrainedRank):
         loss = sum(losses.values(), start=flow * flow_weight)
         self.engine.backward(loss)
         result = self.engine.step()
-        # Left out of the other micro-batches, whose zeros the mean over an update would take for norms.
-        norm = {"grad_norm": result.grad_norm} if result.stepped or result.grad_norm else {}
+        # Left out of the other micro-batches, whose zeros the mean over an update would take in.
+        due = result.stepped or result.grad_norm
+        step = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate} if due else {}
         values = {name: value.item() for name, value in losses.items()}
-        return {"loss": flow.item(), **values, **norm}, Batch(batch.samples)
+        return {"loss": flow.item(), **values, **step}, Batch(batch.samples)
 
     def _judge(
         self, plan: ScorePlan, batch: Batch, noisy: Tensor, noise: Tensor, timestep: Tensor

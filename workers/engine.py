@@ -43,6 +43,8 @@ class StepResult:
     grad_norm: float
     """Gradient norm before clipping, the same on all ranks: inf if not finite, 0 if no step was due."""
     stepped: bool  # whether the weights were updated
+    learning_rate: float = 0.0
+    """Of the step that was due; 0 if none was."""
 
 
 def free_port() -> int:
@@ -106,11 +108,6 @@ class TrainEngine:
         self._pending += 1
         self._zero.backward(loss, first=self._pending == 1, last=self._pending == self.config.accumulation)
 
-    def set_learning_rate(self, value: float) -> None:
-        """Step size of the coming optimizer steps, instead of the configured one."""
-        for group in self._zero.adam.param_groups:
-            group["lr"] = value
-
     def step(self) -> StepResult:
         """Update the weights and the EMA if `accumulation` backward calls were made, else do nothing.
 
@@ -120,15 +117,18 @@ class TrainEngine:
         if self._pending < self.config.accumulation:
             return StepResult(grad_norm=0.0, stepped=False)
         self._pending = 0
+        rate = self.config.schedule.rate(self.config.learning_rate, self.version)
+        for group in self._zero.adam.param_groups:
+            group["lr"] = rate
         grad_norm = self._zero.step()
         if not math.isfinite(grad_norm):
-            return StepResult(grad_norm=math.inf, stepped=False)
+            return StepResult(grad_norm=math.inf, stepped=False, learning_rate=rate)
         self.version += 1
         if self.config.ema_decay is not None:
             weight = 1.0 - self.config.ema_decay if self.version > self.config.ema_start else 1.0
             for name, average in self._ema.items():
                 average.lerp_(self._zero.slices[name].value, weight)
-        return StepResult(grad_norm=grad_norm, stepped=True)
+        return StepResult(grad_norm=grad_norm, stepped=True, learning_rate=rate)
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole fp32 gradients by name, between the last backward of an update and its step; for tests."""

@@ -1,9 +1,52 @@
 """Settings of `TrainEngine`; light, so that a configuration is checked without importing torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from infra.settings import Invalid, at_least, positive
+from infra.settings import Invalid, at_least, positive, share
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How a learning rate changes.
+
+    It is a function of the optimizer steps made and of nothing else, so a resumed run goes on with the same
+    rates, and one that goes on past the end of the schedule with the last.
+    """
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Whether the rate stays, or falls from `learning_rate` along a line or half a cosine."""
+    warmup: int = 0
+    """First steps, over which the rate also rises linearly."""
+    updates: int | None = None
+    """Optimizer steps after which a falling rate has reached `final` and stays there. Null is as many as
+    pretraining or initialisation makes; distillation, whose `iterations` may grow, asks for a number."""
+    final: float = 0.0
+    """Share of `learning_rate` that a falling rate ends at, 0..1."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("constant", "linear", "cosine"):
+            raise Invalid("kind", f"is {self.kind!r}: use constant, linear or cosine.")
+        at_least(self, 0, "warmup")
+        at_least(self, 1, "updates")
+        share(self, "final")
+        if self.kind == "constant" and (self.updates is not None or self.final):
+            raise Invalid(
+                "updates" if self.updates is not None else "final",
+                "is of a rate that falls: set kind to linear or cosine, or leave it out.",
+            )
+
+    def rate(self, peak: float, step: int) -> float:
+        """The learning rate of optimizer step `step` (from 0), for a `learning_rate` of `peak`."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.kind == "constant":
+            return peak * rise
+        assert self.updates is not None, "whoever makes an engine says how long its schedule is"
+        left = max(0.0, 1 - step / self.updates)
+        if self.kind == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return peak * rise * (self.final + (1 - self.final) * left)
 
 
 @dataclass(frozen=True)
@@ -11,7 +54,9 @@ class EngineConfig:
     """How one model is trained: ZeRO, precision, AdamW (Loshchilov and Hutter 2019), accumulation, EMA."""
 
     learning_rate: float
-    """AdamW step size, constant."""
+    """AdamW step size; the largest one where it follows a schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the step size changes."""
     zero_stage: int = 2
     """What the ranks share: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: bool = False

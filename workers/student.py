@@ -169,7 +169,7 @@ class StudentWorker(TrainedRank):
         if self._graph is not None:
             raise RuntimeError("step was called while the graph of a rollout is alive; pull it back first.")
         result = self.engine.step()
-        return {"grad_norm": result.grad_norm}, batch
+        return {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}, batch
 
     def export(self, staging: str, card: ModelCard) -> None:
         """Write the averaged weights (or the current ones) into a model's staging location; on all ranks."""

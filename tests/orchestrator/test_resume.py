@@ -80,6 +80,9 @@ def test_a_killed_run_resumes_to_the_bit(ray_cluster: object, tmp_path: Path) ->
             "distill.iterations": ITERATIONS,
             "distill.checkpoint_every": CHECKPOINT_EVERY,
             "distill.sample_every": 0,
+            # Ends before the run does, which goes on at the last rate.
+            "distill.roles.student.engine.schedule": {"kind": "linear", "updates": 6, "final": 0.5},
+            "distill.roles.critic.engine.schedule": {"kind": "cosine", "warmup": 3, "updates": 20},
         }
         return ["distill", str(TINY_RECIPE), *(f"--{name}={value}" for name, value in settings.items())]
 

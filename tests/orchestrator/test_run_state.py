@@ -100,6 +100,11 @@ def test_what_decides_no_number_never_refuses(root: Path, stage: run_state.Stage
         ("initialize", "initialize.method=teacher_forcing", "initialize.method 'ode' → 'teacher_forcing'"),
         ("distill", "distill.batch=8", "distill.batch 4 → 8"),
         ("distill", f"{LEARNING_RATE}=0.5", f"{LEARNING_RATE} 0.0002 → 0.5"),
+        (
+            "distill",
+            "distill.roles.critic.engine.schedule.warmup=4",
+            "distill.roles.critic.engine.schedule.warmup 0 → 4",
+        ),
         ("distill", "score.shift=4", "score.shift 3 → 4"),
         (
             "distill",
@@ -125,6 +130,15 @@ def test_another_setting_is_refused_by_name(
     assert (f"--allow-change {name}" in says) != fixed
     if fixed:
         assert told in refusal(stage, *given, f"--{changed}", "--resume", "--allow-change", name)
+
+
+def test_a_setting_that_has_another_name_now_is_known_by_it(root: Path) -> None:
+    config = parsed(root, *data_of("pretrain"))
+    new = run_state.identity(config, "pretrain")
+    before = {name: value for name, value in new.items() if ".schedule." not in name}
+    assert not run_state.differences({**before, "pretrain.warmup": 1}, new)
+    told = run_state.differences({**before, "pretrain.warmup": 7}, new)
+    assert list(told.values()) == ["pretrain.role.engine.schedule.warmup 7 → 1"]
 
 
 def other_data(config: RunConfig) -> None:

@@ -96,7 +96,7 @@ def weights(checkpoint: str) -> dict[str, Tensor]:
 def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
     ray_cluster: object, tmp_path: Path
 ) -> None:
-    settings = PretrainConfig(output=str(tmp_path), updates=4, batch=2, warmup=0, checkpoint_every=3)
+    settings = PretrainConfig(output=str(tmp_path), updates=4, batch=2, checkpoint_every=3)
     state, rank = RunState("pretrain", str(tmp_path), {}, keep=9), Only.remote()
     assert ray.get(rank.run.remote(settings, state, Line())) == [(0, 0), (1, 2), (2, 4), (3, 6)]
     # Every third state, and the last.

@@ -104,9 +104,10 @@ COUNTS = [
     *(f"student.{name}" for name in ("text_len", "text_dim", "freq_dim", "eps")),
     "rollout.chunk", "rollout.shift", "score.shift", "placement.timeout_s", "distill.discriminator.num_class",
     "distill.roles.critic.engine.accumulation", "distill.roles.critic.engine.eps",
+    "pretrain.role.engine.schedule.updates",
 ]  # fmt: skip
 SIZES = [
-    "seed", "pretrain.warmup", "pretrain.dropout", "initialize.warmup", "initialize.dropout",
+    "seed", "pretrain.dropout", "initialize.dropout", "initialize.role.engine.schedule.warmup",
     "distill.given_frames", "distill.sample_every", "pretrain.role.cpus", "distill.roles.teacher.gpus",
     "tracking.system_metrics_every_s",
     "distill.roles.student.engine.learning_rate", "distill.roles.student.engine.ema_start", "rollout.sink",

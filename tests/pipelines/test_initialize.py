@@ -41,7 +41,7 @@ def arguments(root: Path, method: str, output: str, **more: object) -> list[str]
         "initialize.teacher": teacher,
         "initialize.output": output,
         "initialize.pairs_path": f"pairs-{method}",
-        "initialize.warmup": 0,
+        "initialize.role.engine.schedule.warmup": 0,
         **more,
     }
     return ["initialize", str(TINY_RECIPE), *(f"--{name}={value}" for name, value in settings.items())]

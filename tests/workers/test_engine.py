@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from workers.engine import EngineConfig, FrozenEngine, TrainEngine, free_port, init_process_group
+from workers.engine_config import ScheduleConfig
 
 STAGES = (0, 1, 2, 3)
 BATCH = 8
 UPDATES = 5
 DECAY, START = 0.9, 2
-LEARNING = {"learning_rate": 1e-3, "clip": 1.2, "weight_decay": 0.1, "ema_decay": DECAY, "ema_start": START}
+LEARNING = {
+    "learning_rate": 1e-3,
+    "schedule": ScheduleConfig("linear", warmup=2, updates=4, final=0.25),
+    "clip": 1.2,
+    "weight_decay": 0.1,
+    "ema_decay": DECAY,
+    "ema_start": START,
+}
+RATES = (0.5e-3, 0.8125e-3, 0.625e-3, 0.4375e-3, 0.25e-3)
+"""Of that schedule, the last after its end."""
 
 
 class Toy(nn.Module):
@@ -74,9 +84,7 @@ def plain() -> dict:
     module = Toy()
     module.load_state_dict(Weights().tensors)
     parameters = dict(module.named_parameters())
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=1e-3, betas=(0.0, 0.999), eps=1e-8, weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1.0, betas=(0.0, 0.999), eps=1e-8, weight_decay=0.1)
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     losses, norms, gradients = [], [], {}
     for number, (extra, x, y) in enumerate(batches(), start=1):
@@ -85,6 +93,7 @@ def plain() -> dict:
         loss.backward()
         gradients = gradients or {name: parameter.grad.clone() for name, parameter in parameters.items()}
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), 1.2)))
+        optimizer.param_groups[0]["lr"] = RATES[number - 1]
         optimizer.step()
         losses.append(loss.item())
         decay = DECAY if number > START else 0.0
@@ -177,6 +186,20 @@ def check_training(ranks: list, settings: dict, plain: dict, tolerance: float) -
         assert result["version"] == UPDATES
     assert relative(results[0]["weights"], plain["weights"]) < tolerance
     assert relative(results[0]["ema"], plain["ema"]) < tolerance
+
+
+def test_rates_rise_fall_and_stay() -> None:
+    def rates(schedule: ScheduleConfig, steps: int) -> list[float]:
+        return [schedule.rate(2.0, step) for step in range(steps)]
+
+    assert rates(ScheduleConfig(), 3) == [2, 2, 2]
+    assert rates(ScheduleConfig(warmup=4), 6) == [0.5, 1, 1.5, 2, 2, 2]
+    assert rates(LEARNING["schedule"], 5) == pytest.approx([2e3 * rate for rate in RATES])
+    assert rates(ScheduleConfig("linear", updates=2), 4) == [2, 1, 0, 0]
+    half = ScheduleConfig("cosine", updates=3, final=0.5)
+    assert rates(half, 5) == pytest.approx([2, 1.75, 1.25, 1, 1])
+    with pytest.raises(ValueError, match="updates is of a rate that falls: set kind to linear or cosine"):
+        ScheduleConfig(updates=3)
 
 
 @pytest.mark.slow
