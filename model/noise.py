@@ -16,7 +16,7 @@ Key = tuple[int | str, ...]
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by a 64-bit hash of `key`."""
+    """A CPU generator seeded by a hash of `key`, of which PyTorch's CPU generator uses 32 bits."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -24,6 +24,20 @@ def generator(*key: int | str) -> torch.Generator:
 def integer(high: int, *key: int | str) -> int:
     """One uniform integer in [0, high), drawn for `key`."""
     return int(torch.randint(high, (), generator=generator(*key)))
+
+
+def permutation(count: int, *key: int | str) -> list[int]:
+    """The integers in [0, count) in an order drawn for `key`."""
+    return torch.randperm(count, generator=generator(*key)).tolist()
+
+
+def stratified(index: int, high: int, *key: int | str) -> int:
+    """Element `index` of a sequence of integers in [0, high), drawn for `key`, that takes every one of them
+    once before it takes one again.
+
+    Each element alone is uniform. It depends on `key` and `index` only, so whoever asks gets the same.
+    """
+    return permutation(high, *key, index // high)[index % high]
 
 
 class NoiseSource(Protocol):

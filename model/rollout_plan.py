@@ -5,7 +5,7 @@ from typing import Literal
 
 from infra.settings import Invalid, at_least, positive
 from model.kv_cache import Window
-from model.noise import Key, integer
+from model.noise import Key, integer, stratified
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,23 @@ class RolloutPlan:
         grad_frames: int,
         cache_gradient: Literal["constant", "released"] = "constant",
         given_frames: int = 0,
+        group: int | None = None,
     ) -> "RolloutPlan":
-        """A training plan: uniformly drawn exit steps, and gradient over the last `grad_frames` frames."""
+        """A training plan: uniformly drawn exit steps, and gradient over the last `grad_frames` frames.
+
+        The exit steps are an update's only ones, or those of a `group` of its samples, whose groups take
+        every step once before one takes it again.
+        """
         key = (seed, update, purpose)
-        exit_step = integer(len(config.steps), *key, "exit")
+
+        def drawn(steps: tuple[float, ...], name: str) -> int:
+            if group is None:
+                return integer(len(steps), *key, name)
+            return stratified(group, len(steps), *key, name)
+
+        exit_step = drawn(config.steps, "exit")
         first = config.first_steps
-        first_exit = None if first is None else integer(len(first), *key, "first-exit")
+        first_exit = None if first is None else drawn(first, "first-exit")
         return cls(frames, exit_step, key, grad_frames, cache_gradient, first_exit, given_frames)
 
     @classmethod

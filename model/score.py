@@ -6,13 +6,14 @@ guided, the critic is not.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from infra.settings import Invalid, positive
 from model.backbone import Backbone
-from model.noise import Key, SampleNoise, generator
+from model.noise import Key, SampleNoise, generator, permutation
 from model.sampler import guided
 from model.schedule import TIMESTEPS, FlowSchedule
 
@@ -27,6 +28,9 @@ class ScoreConfig:
     """Lowest score timestep, 0..1000."""
     maximum: float = 980.0
     """Highest score timestep, 0..1000."""
+    timesteps: Literal["independent", "stratified"] = "independent"
+    """Whether each sample draws its own, as published, or the samples of an update share them out: one in
+    each of as many equal parts of the range."""
 
     def __post_init__(self) -> None:
         positive(self, "shift")
@@ -44,6 +48,8 @@ class ScorePlan:
     noise: Key  # (run seed, update, purpose); the sample index is appended
     gradient: bool = False
     """Whether gradient will flow back through the score, so that the scorer keeps its graph."""
+    batch: int = 0
+    """Samples of the whole update, over which timesteps are stratified where the config says so."""
 
     def draw(self, video: Tensor, samples: list[int], config: ScoreConfig) -> tuple[Tensor, Tensor]:
         """Noise like `video` [B, F, C, H, W] and timesteps [B], for the samples with these indices."""
@@ -52,6 +58,10 @@ class ScorePlan:
         uniform = torch.stack(
             [torch.randint(TIMESTEPS, (), generator=generator(*key, "timestep")) for key in keys]
         )
+        if config.timesteps == "stratified":
+            # Sample i falls into part order[i] of the range, at a place of its own within it.
+            order = permutation(self.batch, *self.noise, "timesteps")
+            uniform = (torch.tensor([order[i] for i in samples]) * TIMESTEPS + uniform) // self.batch
         schedule = FlowSchedule(config.shift)
         return noise, schedule.score_timestep(uniform, config.minimum, config.maximum).to(video.device)
 

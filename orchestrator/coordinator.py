@@ -152,7 +152,7 @@ class Coordinator:
             return self.ahead.pop((iteration, purpose, part))
         samples = list(range(part * self.plan.size, (part + 1) * self.plan.size))
         inputs, read = self.inputs(self.plan.position(iteration, purpose, part), samples)
-        verb, plan = self.plan.videos(iteration, purpose)
+        verb, plan = self.plan.videos(iteration, purpose, part)
         request, videos = self.student.scatter(verb, plan, inputs, makes=("video",))
         return videos | inputs.select("context"), [read, request]
 

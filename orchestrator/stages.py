@@ -206,6 +206,9 @@ class DistillConfig(Places):
     video.frames are scored. Null is video.frames."""
     given_frames: int = 0
     """First latent frames of each rollout that are a real video's; 1 trains image-to-video."""
+    exit_groups: int = 1
+    """Parts of a batch with exit steps of their own, which together take every step as often as another; 1
+    draws one for all, as published. A divisor of roles.student.engine.accumulation."""
     overlap: bool = True
     """Request the next rollout while the critic trains; the results are the same to the bit."""
     cache_gradient: Literal["constant", "released"] = "constant"
@@ -226,8 +229,18 @@ class DistillConfig(Places):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(
-            self, 1, "iterations", "student_every", "batch", "checkpoint_every", "keep", "rollout_frames"
-        )
+            self, 1, "iterations", "student_every", "batch", "checkpoint_every", "keep", "rollout_frames",
+            "exit_groups",
+        )  # fmt: skip
+        parts = self.roles.student.engine.accumulation
+        if parts % self.exit_groups:
+            raise Invalid(
+                "exit_groups",
+                f"of {self.exit_groups} does not divide the roles.student.engine.accumulation of {parts}, "
+                f"and a micro-batch lies in one group; set that to {self.exit_groups} or a multiple.",
+            )
+        if self.exit_groups > 1 and self.inputs != "rollout":
+            raise Invalid("exit_groups", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
         at_least(self, 0, "given_frames", "sample_every")
         for name, role in (("student", self.roles.student), ("critic", self.roles.critic)):
             schedule = role.engine.schedule

@@ -53,10 +53,14 @@ class UpdatePlan:
 
     def score(self, iteration: int, purpose: str, *, gradient: bool = False) -> ScorePlan:
         """How noisy videos are when they are scored, or when the critic learns from them."""
-        return ScorePlan((self.config.seed, iteration, purpose), gradient)
+        return ScorePlan((self.config.seed, iteration, purpose), gradient, self.config.distill.batch)
 
-    def videos(self, iteration: int, purpose: Purpose) -> tuple[str, RolloutPlan | ForcedPlan]:
-        """How the student makes its videos: the verb, and all that is random about it."""
+    def videos(self, iteration: int, purpose: Purpose, part: int) -> tuple[str, RolloutPlan | ForcedPlan]:
+        """How the student makes the videos of a micro-batch: the verb, and all that is random about it.
+
+        A micro-batch lies within one group of samples that share their exit steps, so all ranks make the same
+        calls, and however many micro-batches there are, a sample's exit step is the same.
+        """
         config, distill = self.config, self.config.distill
         key, gradient = (config.seed, iteration, purpose), purpose == "student"
         if distill.inputs != "rollout":
@@ -75,4 +79,5 @@ class UpdatePlan:
             grad_frames=carried if gradient else 0,
             cache_gradient=distill.cache_gradient,
             given_frames=distill.given_frames,
+            group=part * distill.exit_groups // self.parts if distill.exit_groups > 1 else None,
         )

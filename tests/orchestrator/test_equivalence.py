@@ -3,6 +3,7 @@ no number."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -283,6 +284,23 @@ def test_spreading_a_run_out_changes_no_number(
 ) -> None:
     assert len(base.metrics) == UPDATES and base.metrics[-1]["critic/loss"] != base.metrics[0]["critic/loss"]
     check(run(groups, spread(config, **how)), base)
+
+
+def test_what_is_stratified_over_a_batch_is_so_for_any_ranks_and_micro_batches(
+    groups: Groups, config: RunConfig
+) -> None:
+    config = replace(config, score=replace(config.score, timesteps="stratified"))
+
+    def with_groups(**how: Any) -> RunConfig:
+        shared = spread(config, **how)
+        return replace(shared, distill=replace(shared.distill, exit_groups=2))
+
+    expected = run(groups, with_groups(accumulation=2))
+    for how in (
+        {"accumulation": 4, "stage": 2},
+        {"accumulation": 2, "ranks": 2, "stage": 3, "teacher": (2, 0)},
+    ):
+        check(run(groups, with_groups(**how)), expected)
 
 
 @pytest.mark.parametrize(
