@@ -48,6 +48,8 @@ class ScorePlan:
     noise: Key  # (run seed, update, purpose); the sample index is appended
     gradient: bool = False
     """Whether gradient will flow back through the score, so that the scorer keeps its graph."""
+    like: Key | None = None
+    """What names the timesteps, if not what names the noise: those of another scoring."""
     batch: int = 0
     """Samples of the whole update, over which timesteps are stratified where the config says so."""
 
@@ -55,12 +57,13 @@ class ScorePlan:
         """Noise like `video` [B, F, C, H, W] and timesteps [B], for the samples with these indices."""
         keys = [(*self.noise, sample) for sample in samples]
         noise = SampleNoise(keys, video.device).draw(video.shape, 0, 0)
+        named = self.noise if self.like is None else self.like
         uniform = torch.stack(
-            [torch.randint(TIMESTEPS, (), generator=generator(*key, "timestep")) for key in keys]
+            [torch.randint(TIMESTEPS, (), generator=generator(*named, i, "timestep")) for i in samples]
         )
         if config.timesteps == "stratified":
             # Sample i falls into part order[i] of the range, at a place of its own within it.
-            order = permutation(self.batch, *self.noise, "timesteps")
+            order = permutation(self.batch, *named, "timesteps")
             uniform = (torch.tensor([order[i] for i in samples]) * TIMESTEPS + uniform) // self.batch
         schedule = FlowSchedule(config.shift)
         return noise, schedule.score_timestep(uniform, config.minimum, config.maximum).to(video.device)

@@ -103,7 +103,8 @@ class Coordinator:
                 requests.append(request)
             if names := [name for name in scorer.makes if f"data_{name}" in objective.reads]:
                 data, read = self.data(self.plan.position(iteration, "student", part), made.samples)
-                plan = self.plan.score(iteration, "score-data")
+                # At the same timesteps: else what tells data from videos would be how noisy they are.
+                plan = self.plan.score(iteration, "score-data", like="score")
                 request, answer = scorer.scatter("score", plan, data, makes=names)
                 predictions |= answer.prefixed("data_")
                 requests += [read, request]

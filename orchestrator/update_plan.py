@@ -51,9 +51,16 @@ class UpdatePlan:
         batches = self.batch_index(iteration, purpose) - self.batch_index(self.start, "student")
         return self.origin + batches * self.config.distill.batch + part * self.size
 
-    def score(self, iteration: int, purpose: str, *, gradient: bool = False) -> ScorePlan:
-        """How noisy videos are when they are scored, or when the critic learns from them."""
-        return ScorePlan((self.config.seed, iteration, purpose), gradient, self.config.distill.batch)
+    def score(
+        self, iteration: int, purpose: str, *, gradient: bool = False, like: str | None = None
+    ) -> ScorePlan:
+        """How noisy videos are when they are scored, or when the critic learns from them.
+
+        The timesteps are those of the purpose `like`, where it is given.
+        """
+        seed, batch = self.config.seed, self.config.distill.batch
+        levels = None if like is None else (seed, iteration, like)
+        return ScorePlan((seed, iteration, purpose), gradient, levels, batch)
 
     def videos(self, iteration: int, purpose: Purpose, part: int) -> tuple[str, RolloutPlan | ForcedPlan]:
         """How the student makes the videos of a micro-batch: the verb, and all that is random about it.

@@ -41,10 +41,11 @@ def regression_loss(module: Module, setup: Setup, share: Share) -> Tensor:
 
     noisy, timestep = trajectory_inputs(trajectory, steps, index())
     velocity = forced(module, rollout, noisy, timestep, share.context, share.clean)
-    total, count = regression_terms(schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep)
-    # Noisy values of the whole batch, which every rank can count: so means of means are the pooled mean.
+    total, _ = regression_terms(schedule.x0(velocity, noisy, timestep), trajectory[:, -1], timestep)
+    # Noisy values of the whole batch, which every rank can count: so means of means are the pooled mean. A
+    # share without a noisy frame adds nothing to it, and a batch without one has nothing to learn from.
     noisy_frames = (steps[index(whole=True)] != 0).sum()
-    values = count / max(1, int((timestep != 0).sum())) * noisy_frames
+    values = trajectory[0, 0, 0].numel() * noisy_frames.clamp(min=1)
     return total / values * (share.batch / len(share.samples))
 
 

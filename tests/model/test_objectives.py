@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from model import objectives
 from model.discriminator import BranchConfig
-from model.initialization.regression import regression_terms, trajectory_inputs
+from model.initialization.method import Setup, Share
+from model.initialization.regression import regression_loss, regression_terms, trajectory_inputs
 from model.objectives.dmd import dmd_loss
 from model.objectives.flow_matching import flow_matching_loss, timestep_weight
 from model.objectives.gan import (
@@ -23,6 +25,7 @@ from model.objectives.gan import (
     relativistic_generator_loss,
 )
 from model.objectives.sid import sid_loss
+from model.rollout_plan import RolloutConfig
 from model.sampler import guide
 from model.schedule import FlowSchedule
 from model.score import guided_x0, predict_x0
@@ -214,6 +217,33 @@ def test_regression_pools_frames_over_ranks() -> None:
     assert pooled.item() == pytest.approx(expected.item(), rel=1e-5)
     mean_of_means = sum((total / count).item() for total, count in ranks) / 2
     assert mean_of_means != pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_share_without_a_noisy_frame_adds_nothing_to_a_batch() -> None:
+    """Timestep 0 is one of the levels drawn, and a micro-batch may draw no other."""
+    rollout = RolloutConfig(steps=(1000, 500), chunk=2)
+    context, settings = torch.zeros(4, 1, 1), None
+    setup = Setup(settings, rollout, torch.zeros(1, 1), None, torch.device("cpu"))
+    trajectory = normal(4, 3, 2, *SHAPE[2:])
+    weight = torch.ones((), requires_grad=True)
+
+    def module(noisy: Tensor, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(velocity=noisy * weight)
+
+    def loss(update: int, samples: range) -> Tensor:
+        rows = slice(samples.start, samples.stop)
+        share = Share(context[rows], None, trajectory[rows], 0, update, samples, 4)
+        return regression_loss(module, setup, share)
+
+    empty = 0
+    for update in range(20):
+        whole = loss(update, range(4))
+        parts = [loss(update, range(i, i + 1)) for i in range(4)]
+        torch.testing.assert_close(torch.stack(parts).mean(), whole)
+        (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), weight)
+        assert gradient.isfinite()
+        empty += sum(part.item() == 0 for part in parts)
+    assert empty
 
 
 def test_clean_frames_teach_nothing() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
 from model import objectives
 from model.objectives.loss import Loss
@@ -116,6 +117,13 @@ def test_a_new_leaf_is_asked_for_by_its_name_and_gradient_finds_its_way_back(
     scores = coordinator.critic.plans[:2]
     assert [plan.gradient for plan in scores] == [True, False]
     assert [plan.noise[-1] for plan in scores] == ["score", "score-data"]
+    # Videos and data are compared at the same timesteps, under noise of their own.
+    samples = list(range(4))
+    (noise, timestep), (fresh, same) = (
+        plan.draw(torch.zeros(4, 2, 1, 2, 2), samples, config.score) for plan in scores
+    )
+    assert torch.equal(same, timestep) and len(timestep.unique()) == 4
+    assert not torch.equal(fresh, noise)
 
 
 def test_a_loss_that_is_not_finite_is_never_stepped_on(config: RunConfig) -> None:

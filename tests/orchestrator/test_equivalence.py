@@ -154,8 +154,11 @@ def by_hand(config: RunConfig) -> Outcome:
             video = torch.cat([first, video[:, 1 - window :]], dim=1)
         return video, context
 
-    def noised(video: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-        noise, timestep = ScorePlan((config.seed, 0, purpose)).draw(video, samples, config.score)
+    def noised(video: Tensor, purpose: str, like: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        plan = ScorePlan((config.seed, 0, purpose))
+        noise, timestep = plan.draw(video, samples, config.score)
+        if like:
+            _, timestep = replace(plan, noise=(config.seed, 0, like)).draw(video, samples, config.score)
         return schedule.add_noise(video, noise, timestep), noise, timestep
 
     video, context = made("student", 0)
@@ -174,7 +177,7 @@ def by_hand(config: RunConfig) -> Outcome:
         velocity, leaves["logits"] = fake_model(noisy, timestep, context)
         leaves["fake"] = schedule.x0(velocity, noisy, timestep)
         data, prompts = data_of(config, 0)
-        noisy_data, _, timestep = noised(data, "score-data")
+        noisy_data, _, timestep = noised(data, "score-data", like="score")
         _, leaves["data_logits"] = fake_model(noisy_data, timestep, text.encode(prompts))
     else:
         leaves["fake"] = predict_x0(fake_model, noisy, timestep, context, schedule)
