@@ -274,8 +274,10 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _decides(config: RunConfig, stage: Stage, name: str) -> bool:
     """Whether a setting of one of the stage's parts decides its numbers; what is read is there by digest."""
     method = config.initialize.chosen
-    if name.rpartition(".")[2] in _NO_NUMBERS or name in _INPUTS or name == "distill.iterations":
+    if name.rpartition(".")[2] in _NO_NUMBERS or name in _INPUTS:
         return False
+    if name == "distill.iterations" or name.startswith("distill.selection."):
+        return False  # where it ends and which state is exported moves no number of any state
     if name == _NEGATIVE and config.text.encoder == "embedded":
         return False
     match stage:

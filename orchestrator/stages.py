@@ -1,7 +1,7 @@
 """The settings of each stage, and of the processes that it runs on."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from infra.settings import Invalid, Places, at_least, positive, share
 from model.adapters import AdapterConfig
@@ -179,6 +179,55 @@ class RolesConfig:
 
 
 @dataclass(frozen=True)
+class SelectionConfig:
+    """Measuring the averaged student while it trains, and which of its states is exported.
+
+    Where a run ends and which of its states it exports is a choice, as `iterations` is: it moves no number of
+    any state, so a run may go on under another one.
+    """
+
+    every: int = 0
+    """Iterations between measurements by `evaluate.suite`, on prompts and noises that stay the same; the last
+    iteration is always measured. 0 measures nothing."""
+    by: str | None = None
+    """Number that says which state is better: METRIC_SPAN, one of those that the suite compares."""
+    videos: int = 64
+    """Videos made for each measurement, of as many latent frames as `evaluate.frames` says."""
+    keep: int = 1
+    """Best states kept, each a whole model: at 14B 57 GB of fp32."""
+    patience: int | None = None
+    """End the run after this many measurements in a row without a better one; null never does."""
+    export: Literal["last", "best"] = "last"
+    """State that becomes the run's `model`."""
+    cpus: float = 1.0
+    """Logical CPUs that Ray reserves for measuring, beside the roles'."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for measuring, beside the roles'."""
+    threads: int = 1
+    """Threads that torch uses for measuring."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "every", "cpus", "gpus")
+        at_least(self, 1, "keep", "patience", "threads")
+        at_least(self, 2, "videos")
+        if self.every:
+            return
+        for name, used in (("patience", self.patience is not None), ("export", self.export == "best")):
+            if used:
+                value = getattr(self, name)
+                raise Invalid(
+                    name, f"is {value} and needs measurements; set every to a number of iterations."
+                )
+
+    @property
+    def choice(self) -> dict[str, Any] | None:
+        """The settings that decide what is exported; None where that is the state after all iterations."""
+        if self.patience is None and self.export == "last":
+            return None
+        return {name: getattr(self, name) for name in ("every", "by", "videos", "patience", "export")}
+
+
+@dataclass(frozen=True)
 class DistillConfig(Places):
     """Self Forcing: student, teacher and critic."""
 
@@ -219,6 +268,8 @@ class DistillConfig(Places):
     """The critic's classification branch, for the adversarial losses."""
     roles: RolesConfig = RolesConfig()
     """Ranks and optimizers of the three roles."""
+    selection: SelectionConfig = SelectionConfig()
+    """Keeping the best state, and ending in time."""
     checkpoint_every: int = 50
     """Iterations between checkpoints."""
     keep: int = 2

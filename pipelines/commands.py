@@ -45,7 +45,7 @@ COMMANDS: Mapping[str, Command] = {
     "distill": _stage(
         "Self Forcing: distil the student from teacher and critic",
         "pipelines.distill:command",
-        (*MODELS, "score", "distill", "placement"),
+        (*MODELS, "score", "distill", "evaluate", "placement"),
         ALLOW_CHANGE,
     ),
     "generate": Command(

@@ -8,7 +8,6 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
-from infra import storage
 from infra.tracking import Tracker
 from model.rollout_plan import RolloutPlan
 from orchestrator.cluster import Cluster
@@ -17,8 +16,10 @@ from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
 from orchestrator.roles import load, placed_roles, save
 from orchestrator.run_state import RunState
+from pipelines import selection
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_video
+from pipelines.selection import selecting
 from pipelines.tracked import Ready, on_cluster, opened, tracking
 from workers.data_check import check, check_negative
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
@@ -43,6 +44,7 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
     if config.distill.needs_teacher:
         guide = config.distill.roles.teacher
         check_negative(guide.negative_prompt, guide.negative_embedding, config.teacher)
+    selection.check(config, models["student"])
     for note in notes:
         say(f"distill: {note}")
     return models
@@ -58,7 +60,17 @@ def distill(
 ) -> str:
     """Run to the last iteration on the connected cluster, and return the distilled student's path."""
     settings = config.distill
-    with placed_roles(config, grows=grows) as roles:
+    with (
+        placed_roles(config, grows=grows) as roles,
+        selecting(
+            config,
+            state,
+            roles.groups["student"],
+            card_of(config, models, state.run_id or ""),
+            tracker,
+            grows=grows,
+        ) as states,
+    ):
         for role, group in roles.groups.items():
             roles.start(role)
             nodes = dict.fromkeys(group.wait(group.broadcast("node")))
@@ -67,17 +79,20 @@ def distill(
         if state.checkpoint:
             load(state.checkpoint, roles.groups)
         done = state.done
+        updates = () if states.ended(done) else coordinator.run(done)
         try:
             with Display("distill", settings.iterations, done=done) as display:
-                for done, metrics in coordinator.run(state.done):
+                for done, metrics in updates:
                     display.update(done, shown(metrics))
                     tracker.metrics(done, metrics)
-                    last = done == settings.iterations
+                    last = states.after(done) or done == settings.iterations
                     if done % settings.checkpoint_every == 0 or last:
                         save(state, done, coordinator.plan.position(done, "student", 0), roles.groups)
                     if settings.sample_every and (done % settings.sample_every == 0 or last):
                         for file in sample(config, coordinator, models["student"], done):
                             tracker.artifact(file, "samples")
+                    if last:
+                        break
         except NotFinite as error:
             # A student that has just stepped is found out by the critic, which learns from its videos; else
             # the critic has learned last.
@@ -87,7 +102,10 @@ def distill(
         except FloatingPointError as error:  # in what was learned, while it was saved
             what = f"{error} after iteration {done - 1}"
             raise state.stop(what, since=done, until=done, rates=rates("student", "critic")) from error
-        return export(config, coordinator, models, state.run_id or "")
+        if states.ended(done) and done < settings.iterations:
+            patience, by = settings.selection.patience, settings.selection.by
+            say(f"distill: stopped after iteration {done}, {patience} measurements without a better {by}")
+        return states.publish(done)
 
 
 def rates(*roles: str) -> list[str]:
@@ -132,12 +150,9 @@ def lineage(models: Mapping[str, ModelDirectory]) -> dict[str, str]:
     return {**models.get("teacher", models["critic"]).card.lineage, **models["student"].card.lineage}
 
 
-def export(
-    config: RunConfig, coordinator: Coordinator, models: Mapping[str, ModelDirectory], run_id: str
-) -> str:
-    """Publish the distilled student."""
-    path = f"{config.distill.output}/model"
-    card = ModelCard(
+def card_of(config: RunConfig, models: Mapping[str, ModelDirectory], run_id: str) -> ModelCard:
+    """The distilled student's."""
+    return ModelCard(
         True,
         config.student,
         config.video,
@@ -147,10 +162,6 @@ def export(
         lineage={**lineage(models), "distilled": run_id},
         recipe=config.portable(),
     )
-    staging = storage.begin(path)
-    coordinator.student.wait(coordinator.student.broadcast("export", staging, card))
-    storage.publish(staging, path, {"causal": True})
-    return path
 
 
 def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) -> Ready:

@@ -288,7 +288,7 @@ def _stored(output: str, jobs: Mapping[str, Job]) -> dict[str, Videos]:
         path = f"{output}/videos/{name}"
         if run_state.unlike(path, job.identity()) == "":
             with storage.reading(path) as directory:
-                stored[name] = _videos(job, load_file(directory / "videos.safetensors"))
+                stored[name] = videos_of(job, load_file(directory / "videos.safetensors"))
             say(f"evaluate: the videos of {job.model} are there already")
     return stored
 
@@ -300,10 +300,10 @@ def _store(output: str, name: str, job: Job, parts: list[dict[str, Tensor]]) -> 
     with storage.writing(staging) as directory:
         save_file(tensors, directory / "videos.safetensors")
     storage.publish(staging, path, {"identity": job.identity()})
-    return _videos(job, tensors)
+    return videos_of(job, tensors)
 
 
-def _videos(job: Job, tensors: Mapping[str, Tensor]) -> Videos:
+def videos_of(job: Job, tensors: Mapping[str, Tensor]) -> Videos:
     return Videos(job.prompts_of(range(job.videos)), tensors.get("pixels"), tensors.get("latents"))
 
 
@@ -326,8 +326,12 @@ def _generator(model: str, manifest: str, threads: int) -> Generator:
 def generate(job: Job, samples: range) -> dict[str, Tensor]:
     """A Ray task: the videos `samples`, `[len(samples), F, …]`: `pixels` in 8 bits where there is a codec,
     and `latents` where the job keeps them."""
-    generator = _generator(job.model, job.manifest, torch.get_num_threads())
-    prompts, noise = job.prompts_of(samples), [(job.seed, "evaluate", i) for i in samples]
+    return made_by(_generator(job.model, job.manifest, torch.get_num_threads()), job, samples, "evaluate")
+
+
+def made_by(generator: Generator, job: Job, samples: range, purpose: str) -> dict[str, Tensor]:
+    """The same, by a generator of the job's model; another purpose is other noise."""
+    prompts, noise = job.prompts_of(samples), [(job.seed, purpose, i) for i in samples]
     if job.sampler is None:
         latents = generator.student(prompts, noise, generator.frames_of_chunks(job.frames))
     else:

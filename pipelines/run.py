@@ -5,7 +5,7 @@ from typing import Any
 from orchestrator.cluster import connect
 from orchestrator.config import RunConfig
 from orchestrator.run_state import Stage
-from pipelines import suites
+from pipelines import selection, suites
 from pipelines.console import say
 from pipelines.distill import make_student
 from pipelines.evaluate import make_report
@@ -18,6 +18,7 @@ from pipelines.tracked import allowed, is_done, located
 def command(config: RunConfig, options: Any) -> None:
     config, allow = located("run", config), allowed(options)
     suites.find(config.evaluate.suite)  # a wrong one would end the run when all else is done
+    selection.check_settings(config)
     prepare(config)
     stages: tuple[tuple[Stage, str, Any], ...] = (
         ("pretrain", config.distill.teacher, make_teacher),

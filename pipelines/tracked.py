@@ -14,6 +14,7 @@ from orchestrator import run_state
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.run_state import RunState
+from orchestrator.stages import SelectionConfig
 from pipelines.console import say
 from pipelines.recipe import find, settings, unknown
 from workers.model_directory import ModelDirectory
@@ -65,7 +66,10 @@ def is_done(config: RunConfig, stage: run_state.Stage, model: str, allow: Sequen
         return True
     run_state.open_run(config, stage, resume=True, allow=allow)
     name, total = run_state.total_of(config, stage)
-    return ModelDirectory(model).card.recipe.get(stage, {}).get(name) == total
+    made = ModelDirectory(model).card.recipe.get(stage, {})
+    chosen = SelectionConfig(**made.get("selection", {})).choice
+    as_wanted = stage != "distill" or chosen == config.distill.selection.choice
+    return made.get(name) == total and as_wanted
 
 
 def located(command: str, config: RunConfig) -> RunConfig:

@@ -100,6 +100,8 @@ class ModelCard:
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Tracking run ids of this model and its ancestors by stage."""
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the resolved config of the run that made it
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    """Which state of its run it is, and by which number, where the run measured its states."""
 
 
 class ModelDirectory:
@@ -204,8 +206,13 @@ class ModelWriter:
         if text:
             encoder = {name: tensor.detach().cpu().contiguous() for name, tensor in text.items()}
             save(encoder, self.directory / "text_encoder.safetensors")
-        body = {"format": FORMAT, "family": family_of(card.transformer), **asdict(card)}
-        (self.directory / "model.json").write_text(json.dumps(body, indent=1))
+        write_card(self.directory, card)
+
+
+def write_card(directory: Path, card: ModelCard) -> None:
+    """Write `model.json`."""
+    body = {"format": FORMAT, "family": family_of(card.transformer), **asdict(card)}
+    (directory / "model.json").write_text(json.dumps(body, indent=1))
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -234,4 +241,5 @@ def _card(body: Mapping[str, Any]) -> ModelCard:
         shift=body["shift"],
         lineage=body["lineage"],
         recipe=body["recipe"],
+        selection=body.get("selection", {}),
     )

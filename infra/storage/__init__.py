@@ -11,6 +11,7 @@ from infra.storage.directories import (
     begin,
     clean,
     digests,
+    discard,
     is_complete,
     manifest_digest,
     move,

@@ -203,6 +203,11 @@ def prune(parent: Location, *, keep: int) -> list[str]:
     return [str(child) for child in removed if _prune(child)]
 
 
+def discard(path: Location) -> bool:
+    """Removes the directory `path`, which nobody sees half deleted; whether it went by our hand."""
+    return _prune(local(path))
+
+
 def clean(parent: Location) -> list[str]:
     """Removes what killed processes left behind in `parent`; what a living one is writing there stays."""
     return [str(leftover) for leftover in leftovers(local(parent)) if remove(leftover)]

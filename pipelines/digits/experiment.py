@@ -41,6 +41,8 @@ def identity(config: RunConfig, stage: str, models: Mapping[str, ModelDirectory]
         }
     elif stage == "distill":
         found["distill.iterations"] = config.distill.iterations
+        if (choice := config.distill.selection.choice) is not None:
+            found["distill.selection"] = choice
     measured = ("videos", "frames", "batch", "teacher_steps", "teacher_guidance", "threads")
     found |= {f"evaluate.{name}": getattr(config.evaluate, name) for name in measured}
     found |= {"data.source": config.data.source, "data.source_settings": config.data.source_settings}

@@ -16,7 +16,8 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.roles import load, save
 from orchestrator.run_state import RunState
 from orchestrator.worker_group import Request
-from pipelines.distill import check_models, export, sample
+from pipelines.distill import card_of, check_models, sample
+from pipelines.selection import write_student
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, measured, weights_of
 from workers.batch import Batch
@@ -78,7 +79,8 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
         assert found is not None and storage.read_metadata(found)["done"] == 4
         load(found, coordinator.groups)
         files = sample(config, coordinator, models["student"], 4)
-        path = export(config, coordinator, models, "run")
+        path = f"{tmp_path}/model"
+        write_student(coordinator.student, path, card_of(config, models, "run"))
 
         # The guard works: fetching what the coordinator only refers to trips it.
         made, _ = coordinator.rollout(4, "critic", 0)
