@@ -81,6 +81,7 @@ def test_what_decides_no_number_never_refuses(root: Path, stage: run_state.Stage
         "distill": [
             *("distill.keep=9", "distill.sample_every=0", "distill.overlap=false", "distill.iterations=60"),
             *("distill.roles.teacher.cpus=2", "placement.mode=disaggregated"),
+            *("distill.selection.every=5", "distill.selection.patience=1", "distill.selection.export=best"),
         ],
     }[stage]
     more += [f"{stage}.checkpoint_every=77", "video.fps=30", "tracking.experiment=x"]
