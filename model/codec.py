@@ -21,6 +21,9 @@ class Codec(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Frames of latents, clamped to [−1, 1]."""
 
+    def unclamped(self, latents: Tensor) -> Tensor:
+        """Frames of latents as they are, beyond [−1, 1] too."""
+
 
 class SpaceToDepth:
     """Each block of `factor` × `factor` pixels becomes channels; nothing is lost and nothing is learned.
@@ -38,8 +41,11 @@ class SpaceToDepth:
         return (latents - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
+        return self.unclamped(latents).clamp(-1, 1)
+
+    def unclamped(self, latents: Tensor) -> Tensor:
         frames = rearrange(latents, "b t (c p q) h w -> b t c (h p) (w q)", p=self.factor, q=self.factor)
-        return (frames * self.std + self.mean).clamp(-1, 1)
+        return frames * self.std + self.mean
 
 
 def to_bytes(frames: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ class ScorePlan:
         """Noise like `video` [B, F, C, H, W] and timesteps [B], for the samples with these indices."""
         keys = [(*self.noise, sample) for sample in samples]
         noise = SampleNoise(keys, video.device).draw(video.shape, 0, 0)
+        return noise, self.timesteps(samples, config).to(video.device)
+
+    def timesteps(self, samples: list[int], config: ScoreConfig) -> Tensor:
+        """Timesteps [B] of the samples with these indices."""
         named = self.noise if self.like is None else self.like
         uniform = torch.stack(
             [torch.randint(TIMESTEPS, (), generator=generator(*named, i, "timestep")) for i in samples]
@@ -66,7 +70,7 @@ class ScorePlan:
             order = permutation(self.batch, *named, "timesteps")
             uniform = (torch.tensor([order[i] for i in samples]) * TIMESTEPS + uniform) // self.batch
         schedule = FlowSchedule(config.shift)
-        return noise, schedule.score_timestep(uniform, config.minimum, config.maximum).to(video.device)
+        return schedule.score_timestep(uniform, config.minimum, config.maximum)
 
 
 def predict_x0(

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from model.watch import pooled
 from orchestrator.config import RunConfig
 from orchestrator.update_plan import Purpose, UpdatePlan
 from orchestrator.worker_group import Request, WorkerGroup
@@ -80,7 +81,8 @@ class Coordinator:
             made, rolled_out = self.rollout(iteration, "student", part)
             predictions, scored = self.score(made, iteration, part)
             flows = self.config.distill.objective.flows
-            judged, cotangents = self.student.scatter("judge", None, predictions, makes=flows)
+            scores = self.plan.score(iteration, "score")
+            judged, cotangents = self.student.scatter("judge", scores, predictions, makes=flows)
             gradients, returned = self.pull_back(cotangents)
             pulled, _ = self.student.scatter("pullback", None, gradients)
             requests = [*rolled_out, *scored, judged, *returned, pulled]
@@ -214,4 +216,4 @@ class Timer:
         """
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
         idle = {f"idle/{role}": max(0.0, 1 - busy / wall) for role, busy in self.busy.items()}
-        return {**means, **self.seconds, "seconds/iteration": wall, **idle}
+        return {**pooled(means), **self.seconds, "seconds/iteration": wall, **idle}

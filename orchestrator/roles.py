@@ -10,6 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from infra import storage
+from model.watch import Reference
 from orchestrator.cluster import release
 from orchestrator.config import RunConfig
 from orchestrator.placement import Options, place
@@ -62,6 +63,8 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
             "model": distill.student,
             "rollout": config.rollout,
             "objective": distill.objective,
+            "score": config.score,
+            "directions": distill.alarms.directions,
             **learning(roles.student),
         },
         "teacher": {
@@ -89,6 +92,8 @@ class Roles:
     options: Mapping[str, Sequence[Options]]
     workers: Mapping[str, type[Worker]] = field(default_factory=lambda: WORKERS)
     groups: dict[str, WorkerGroup] = field(default_factory=dict)
+    reference: Reference | None = None
+    """What the student's videos are compared with, while it learns."""
 
     def make(self) -> None:
         """Create every group's actors; they know nothing of each other yet."""
@@ -104,6 +109,8 @@ class Roles:
             group.start()
         if role == "teacher":
             self.guide()
+        if role == "student":
+            group.wait(group.broadcast("refer", self.reference))
 
     def guide(self) -> None:
         """Hand the negative prompt's embedding to the teacher, once."""
@@ -141,13 +148,13 @@ class Roles:
 
 
 @contextmanager
-def placed_roles(config: RunConfig, *, grows: bool) -> Iterator[Roles]:
+def placed_roles(config: RunConfig, *, grows: bool, reference: Reference | None = None) -> Iterator[Roles]:
     """The roles of a run with room reserved for their actors, none of which outlives the block.
 
     `grows` is whether more nodes may come (see `place`).
     """
     placed, options = place(ranks_of(config), config.placement, grows=grows)
-    roles = Roles(config, {"prompts": [{"num_cpus": 0}], **options})
+    roles = Roles(config, {"prompts": [{"num_cpus": 0}], **options}, reference=reference)
     try:
         roles.make()
         yield roles

@@ -276,8 +276,8 @@ def _decides(config: RunConfig, stage: Stage, name: str) -> bool:
     method = config.initialize.chosen
     if name.rpartition(".")[2] in _NO_NUMBERS or name in _INPUTS:
         return False
-    if name == "distill.iterations" or name.startswith("distill.selection."):
-        return False  # where it ends and which state is exported moves no number of any state
+    if name == "distill.iterations" or name.startswith(("distill.selection.", "distill.alarms.")):
+        return False  # where it ends, what is exported and what is said moves no number of any state
     if name == _NEGATIVE and config.text.encoder == "embedded":
         return False
     match stage:

@@ -8,6 +8,7 @@ from model.adapters import AdapterConfig
 from model.initialization import MethodConfig
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
+from orchestrator.alarms import AlarmConfig
 from workers.engine_config import EngineConfig, ScheduleConfig
 from workers.teacher import TeacherWorker
 
@@ -270,6 +271,8 @@ class DistillConfig(Places):
     """Ranks and optimizers of the three roles."""
     selection: SelectionConfig = SelectionConfig()
     """Keeping the best state, and ending in time."""
+    alarms: AlarmConfig = AlarmConfig()
+    """Numbers that are watched while the student learns."""
     checkpoint_every: int = 50
     """Iterations between checkpoints."""
     keep: int = 2

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infra.tracking import Tracker
 from model.rollout_plan import RolloutPlan
+from orchestrator.alarms import Diverging
 from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, NotFinite
@@ -21,8 +22,10 @@ from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_video
 from pipelines.selection import selecting
 from pipelines.tracked import Ready, on_cluster, opened, tracking
+from pipelines.watched import Watch
 from workers.data_check import check, check_negative
 from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
+from workers.reference import reference_of
 
 SAMPLES = 8
 
@@ -59,9 +62,12 @@ def distill(
     grows: bool,
 ) -> str:
     """Run to the last iteration on the connected cluster, and return the distilled student's path."""
-    settings = config.distill
+    settings, data = config.distill, config.data
+    pairs, skip = config.initialize.pairs_path, data.skip_damaged
+    reference = reference_of(config.video, data.held_out, pairs, skip_damaged=skip)
+    watch = Watch(config, reference, state.done)
     with (
-        placed_roles(config, grows=grows) as roles,
+        placed_roles(config, grows=grows, reference=reference) as roles,
         selecting(
             config,
             state,
@@ -84,10 +90,11 @@ def distill(
             with Display("distill", settings.iterations, done=done) as display:
                 for done, metrics in updates:
                     display.update(done, shown(metrics))
-                    tracker.metrics(done, metrics)
+                    tracker.metrics(done, {**metrics, **watch.look(done, metrics)})
                     last = states.after(done) or done == settings.iterations
                     if done % settings.checkpoint_every == 0 or last:
                         save(state, done, coordinator.plan.position(done, "student", 0), roles.groups)
+                        watch.write()
                     if settings.sample_every and (done % settings.sample_every == 0 or last):
                         for file in sample(config, coordinator, models["student"], done):
                             tracker.artifact(file, "samples")
@@ -99,9 +106,14 @@ def distill(
             likely = ("student", "critic") if error.since > error.iteration else ("critic", "student")
             since, until = error.since, error.iteration
             raise state.stop(str(error), since=since, until=until, rates=rates(*likely)) from error
+        except Diverging:
+            raise
         except FloatingPointError as error:  # in what was learned, while it was saved
             what = f"{error} after iteration {done - 1}"
             raise state.stop(what, since=done, until=done, rates=rates("student", "critic")) from error
+        finally:
+            for file in watch.write():
+                tracker.artifact(file, "watch")
         if states.ended(done) and done < settings.iterations:
             patience, by = settings.selection.patience, settings.selection.by
             say(f"distill: stopped after iteration {done}, {patience} measurements without a better {by}")

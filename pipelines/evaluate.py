@@ -19,6 +19,7 @@ from torch import Tensor
 from infra import storage
 from infra.tracking import Tracker
 from model.codec import to_bytes
+from model.watch import clamped_share
 from orchestrator import run_state
 from orchestrator.cluster import connect, release, reserve
 from orchestrator.config import RunConfig
@@ -304,7 +305,8 @@ def _store(output: str, name: str, job: Job, parts: list[dict[str, Tensor]]) -> 
 
 
 def videos_of(job: Job, tensors: Mapping[str, Tensor]) -> Videos:
-    return Videos(job.prompts_of(range(job.videos)), tensors.get("pixels"), tensors.get("latents"))
+    made = (tensors.get(name) for name in ("pixels", "latents", "clamped"))
+    return Videos(job.prompts_of(range(job.videos)), *made)
 
 
 def _get(references: Any) -> Any:
@@ -338,8 +340,9 @@ def made_by(generator: Generator, job: Job, samples: range, purpose: str) -> dic
         latents = generator.teacher(prompts, noise, **job.sampler)
     made = {}
     if generator.codec is not None:
-        frames = generator.decode(latents)[:, : job.frames]
+        frames = generator.codec.unclamped(latents)[:, : job.frames]
         made["pixels"] = to_bytes(frames).contiguous()
+        made["clamped"] = clamped_share(frames)
     if job.latents:
         made["latents"] = latents[:, : job.frames].float().contiguous()
     return made

@@ -4,6 +4,7 @@ Generating, storing and resuming videos, intervals, the report and its pictures 
 (`pipelines/evaluate.py`, `pipelines/report.py`); only metrics belong to a suite. See docs/adding-a-suite.md.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,20 @@ class Videos:
     pixels: Tensor | None = None
     """uint8 `[N, F, channels, height, width]`; none where there is no codec to make them."""
     latents: Tensor | None = None  # float32 `[N, F, C, H, W]`, where the suite asks for them
+    clamped: Tensor | None = None
+    """Share of pixels that decoding clamped, `[N, F]`; none for videos that nobody decoded."""
 
     def __getitem__(self, part: slice) -> "Videos":
-        pixels, latents = (None if each is None else each[part] for each in (self.pixels, self.latents))
-        return Videos(self.prompts[part], pixels, latents)
+        every = (self.pixels, self.latents, self.clamped)
+        return Videos(self.prompts[part], *(None if each is None else each[part] for each in every))
+
+    def clamped_shares(self) -> Tensor:
+        """`clamped`, NaN where nobody decoded."""
+        if self.clamped is not None:
+            return self.clamped
+        made = self.pixels if self.pixels is not None else self.latents
+        assert made is not None, "videos have pixels or latents"
+        return torch.full(made.shape[:2], math.nan)
 
     def frames(self) -> Tensor:
         """float32 pixels in [−1, 1]."""
@@ -64,6 +75,15 @@ class Metric:
     picture: str  # file of its curve; metrics that share one are its panels
     explained: str  # one line for the report: what it is, in which unit
     share: bool = False  # whether it lies between 0 and 1
+
+
+CLAMPED = Metric(
+    "share of pixels clamped",
+    "clamped.png",
+    "pixels that decoding would have put more than one of 255 steps beyond black or white.",
+    share=True,
+)
+"""What any suite of videos can be asked: contrast that runs away shows here, for decoding hides it."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from model.metrics import Estimate, kernel_distance
 from model.text import split_words
 from orchestrator.config import RunConfig
 from pipelines.console import say
-from pipelines.suite import Compared, Metric, Row, Suite, Videos, held_out_rows, row_of
+from pipelines.suite import CLAMPED, Compared, Metric, Row, Suite, Videos, held_out_rows, row_of
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
 
@@ -90,6 +90,7 @@ class Video(Suite):
             "latents.png",
             "the share of latents outside the range, channel by channel, of the reference's.",
         ),
+        "clamped": CLAMPED,
         "kernel_distance": Metric(
             "kernel distance to the reference",
             "latents.png",
@@ -221,6 +222,7 @@ class Video(Suite):
             values["out_of_range"] = video_metrics.share_outside(videos.latents, prepared.low, prepared.high)
             real = _as_long_as(prepared.features, length)
             distance = kernel_distance(prepared.features_of(videos), real, seed=seed)
+        values["clamped"] = videos.clamped_shares()
         return row_of(
             values,
             references=references,

@@ -108,6 +108,11 @@ class TrainEngine:
         self._pending += 1
         self._zero.backward(loss, first=self._pending == 1, last=self._pending == self.config.accumulation)
 
+    def trained_values(self) -> list[tuple[Tensor, Tensor | None]]:
+        """This rank's part of each trained parameter in fp32, as it is in memory, and its average if there is
+        one."""
+        return [(piece.value, self._ema.get(name)) for name, piece in self._trained.items()]
+
     def step(self) -> StepResult:
         """Update the weights and the EMA if `accumulation` backward calls were made, else do nothing.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import watch
 from model.schedule import FlowSchedule
 from model.score import ScoreConfig, ScorePlan
 from workers.actor import Rank, Stats
@@ -56,7 +57,15 @@ class Scorer(Rank):
             predictions = self.predict(noisy, timestep, batch["context"])
         if plan.gradient:
             self._graph = _Graph(video, predictions, self.engine.version)
-        return {}, Batch(batch.samples, predictions)
+        return self._seen(plan, video, timestep, predictions), Batch(batch.samples, predictions)
+
+    def _seen(self, plan: ScorePlan, video: Tensor, timestep: Tensor, predictions: Predictions) -> Stats:
+        """How well the student's videos were denoised: the flow matching loss by noise band."""
+        x0 = next((predictions[name] for name in ("real", "fake") if name in predictions), None)
+        if x0 is None or plan.like is not None:  # which is of the data
+            return {}
+        flow = watch.flow_loss(x0, video, self.schedule.sigma(timestep))
+        return watch.by_band(timestep.cpu(), flow=flow.cpu())
 
     def pullback(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
         """The `gradient` with respect to each video of the kept score, from those to its predictions.

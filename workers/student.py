@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from model import watch
 from model.adapters import AdapterConfig
 from model.backbone import Backbone
 from model.forcing import ForcedPlan
@@ -15,11 +16,13 @@ from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
+from model.score import ScoreConfig, ScorePlan
 from workers import build
 from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
 from workers.engine import EngineConfig
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
+from workers.step_watch import StepWatch
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class StudentWorker(TrainedRank):
         model: str,
         rollout: RolloutConfig,
         objective: ObjectiveConfig,
+        score: ScoreConfig,
+        directions: bool,
         engine: EngineConfig,
         activation_checkpointing: bool,
         adapters: AdapterConfig,
@@ -50,7 +55,9 @@ class StudentWorker(TrainedRank):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
         self.source = ModelDirectory(model)
         self.config = rollout
-        self.objective = objective
+        self.objective, self.score = objective, score
+        self.directions = directions
+        self.reference: watch.Reference | None = None
         self.engine_config = engine
         self.activation_checkpointing = activation_checkpointing
         self.adapters = adapters
@@ -63,6 +70,11 @@ class StudentWorker(TrainedRank):
             activation_checkpointing=self.activation_checkpointing,
             adapters=self.adapters,
         )
+        self.watch = StepWatch(self.engine, directions=self.directions)
+
+    def refer(self, reference: watch.Reference | None) -> None:
+        """Take what the latents of the student's videos are compared with."""
+        self.reference = reference
 
     @property
     def network(self) -> Backbone:
@@ -127,12 +139,12 @@ class StudentWorker(TrainedRank):
         first = codec.encode(codec.decode(past.detach())[:, -1:])
         return torch.cat([first, rest], dim=1)
 
-    def judge(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
+    def judge(self, plan: ScorePlan, batch: Batch) -> tuple[Stats, Batch]:
         """The objective of the kept video, from the predictions that it reads, which are the batch's columns.
 
-        It is computed on leaves, so what crosses actors are videos and never a graph. Its gradient with
-        respect to the video is kept for `pullback`; those with respect to the predictions through which it
-        flows are returned under their names. RuntimeError if there is no graph.
+        The plan is that of the scores. It is computed on leaves, so what crosses actors are videos and never
+        a graph. Its gradient with respect to the video is kept for `pullback`; those with respect to the
+        predictions through which it flows are returned under their names. RuntimeError if there is no graph.
         """
         if self._graph is None:
             raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
@@ -145,6 +157,10 @@ class StudentWorker(TrainedRank):
         gradient, *cotangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
         self._graph = replace(self._graph, gradient=gradient)
         stats = {"loss": loss.item(), **self.objective.statistics(leaves)}
+        stats |= watch.of_latents(leaves["video"], self.reference)
+        if "real" in leaves and "fake" in leaves:
+            timestep = plan.timesteps(batch.samples, self.score)
+            stats |= watch.by_band(timestep, score_gap=watch.score_gap(leaves["real"], leaves["fake"]).cpu())
         return stats, Batch(batch.samples, dict(zip(flows, cotangents, strict=True)))
 
     def pullback(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
@@ -168,8 +184,10 @@ class StudentWorker(TrainedRank):
         """One optimizer step once all micro-batches are pulled back; RuntimeError while a graph is alive."""
         if self._graph is not None:
             raise RuntimeError("step was called while the graph of a rollout is alive; pull it back first.")
+        self.watch.before()
         result = self.engine.step()
-        return {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}, batch
+        stats = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        return stats | self.watch.after(), batch
 
     def export(self, staging: str, card: ModelCard) -> None:
         """Write the averaged weights (or the current ones) into a model's staging location; on all ranks."""

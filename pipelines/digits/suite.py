@@ -15,7 +15,7 @@ from pipelines.console import say
 from pipelines.digits.digit_reader import DigitReader, load, read_videos
 from pipelines.digits.metrics import correct_digits, followed_motion
 from pipelines.digits.moving_digits import CANVAS, DIRECTIONS, PROMPTS, expected_shift, parse_prompt
-from pipelines.suite import Compared, Metric, Row, Suite, Verdict, Videos, held_out_rows, row_of
+from pipelines.suite import CLAMPED, Compared, Metric, Row, Suite, Verdict, Videos, held_out_rows, row_of
 from workers.data_check import check
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory, TextConfig
@@ -55,6 +55,7 @@ class Digits(Suite):
             "whether the content moved from the frame before as the prompt says.",
             share=True,
         ),
+        "clamped": CLAMPED,
         "diversity": Metric(
             "diversity within a prompt, real = 1",
             "diversity.png",
@@ -140,7 +141,11 @@ class Digits(Suite):
                 features, prompts, correct, real_features=real, real_prompts=prepared.prompts, seed=seed
             )
         return row_of(
-            {"digit_accuracy": correct, "motion_following": followed},
+            {
+                "digit_accuracy": correct,
+                "motion_following": followed,
+                "clamped": videos.clamped_shares(),
+            },
             others={"diversity": diversity, "kernel_distance": kernel_distance(features, real, seed=seed)},
             chunk=chunk,
             trained=trained,

@@ -17,4 +17,8 @@ def groups(ray_cluster: object) -> Iterator[Groups]:
 @pytest.fixture
 def reused_actors(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
     """`distill` in this process finds its actors started."""
-    monkeypatch.setattr(distill, "placed_roles", lambda config, grows: reused_roles(groups, config))
+    monkeypatch.setattr(
+        distill,
+        "placed_roles",
+        lambda config, grows, reference: reused_roles(groups, config, reference),
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from torch import Tensor
 
+from model.watch import Reference
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, Metrics
 from orchestrator.roles import Roles, ranks_of, settings_of
@@ -169,8 +170,10 @@ class _Started(Roles):
 
 
 @contextmanager
-def reused_roles(groups: Groups, config: RunConfig) -> Iterator[Roles]:
+def reused_roles(groups: Groups, config: RunConfig, reference: Reference | None = None) -> Iterator[Roles]:
     """What `placed_roles` gives, on actors that are there: for runs of which other things are looked at than
     their start."""
     roles = groups.roles(config)
+    student = roles.groups["student"]
+    student.wait(student.broadcast("refer", reference))
     yield _Started(config, roles.options, workers=KINDS, groups=roles.groups)

@@ -28,7 +28,7 @@ TINY = [
     *(f"--video.{name}={value}" for name, value in [("frames", 9), ("height", 4), ("width", 4)]),
     *(f"--distill.roles.{role}.{name}={value}" for role in ("student", "teacher", "critic")
         for name, value in [("cpus", 0.1), ("gpus", 0), ("threads", 1)]),
-    "--distill.batch=4",
+    "--distill.batch=8",
 ]  # fmt: skip
 """Sizes and devices only: what and how a recipe learns stays as it says."""
 

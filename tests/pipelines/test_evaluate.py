@@ -113,6 +113,7 @@ def test_a_student_of_another_shape_is_measured_exported_registered_and_gated(
         "flicker",
         "motion",
         "out_of_range",
+        "clamped",
         "kernel_distance",
     ):
         found = overall[metric]

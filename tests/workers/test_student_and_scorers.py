@@ -51,6 +51,8 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         model=config.distill.student,
         rollout=config.rollout,
         objective=config.distill.objective,
+        score=config.score,
+        directions=True,
         engine=replace(roles.student.engine, zero_stage=0),
         activation_checkpointing=False,
         adapters=AdapterConfig(),
@@ -106,7 +108,7 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
         plan = ScorePlan((0, 0, "score"))
         _, fake = critic.scatter("score", plan, videos | prompts, makes=("fake",))
         real = Batch(SAMPLES, {"real": [zeros_like.remote(video) for video in videos["video"]]})
-        judged, _ = student.scatter("judge", None, fake | real)
+        judged, _ = student.scatter("judge", plan, fake | real)
         return judged.wait() | student.scatter("pullback", None, Batch(SAMPLES))[0].wait()
 
     def step() -> dict[str, float]:

@@ -1,0 +1,89 @@
+"""What is watched of a distillation, update by update: in the tracker, in files beside the run, and aloud."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from model.watch import Reference
+from orchestrator.alarms import NUMBERS, Alarms, Diverging
+from orchestrator.config import RunConfig
+from pipelines.console import say
+
+_BESIDE = ("student/learning_rate", "student/score_gap", "student/latent", "teacher/flow", "critic/flow")
+"""Beginnings of names of what is reported beside the watched numbers."""
+
+
+class Watch:
+    """The numbers of one run, gone on with where it is resumed."""
+
+    def __init__(self, config: RunConfig, reference: Reference | None, done: int):
+        """`done` are the iterations that the run goes on from; what was written of later ones is dropped."""
+        self.output, self.reference = f"{config.distill.output}/watch", reference
+        self.settings = config.distill.alarms
+        self.alarms = Alarms(self.settings, reference)
+        self.rows: list[dict[str, Any]] = []
+        file = Path(self.output) / "numbers.json"
+        if done and file.exists():
+            for row in json.loads(file.read_text())["updates"]:
+                if row["iteration"] <= done:
+                    numbers = {name: row[name] for name in NUMBERS if name in row}
+                    self.alarms.numbers({f"student/{name}": value for name, value in row.items()})
+                    list(self.alarms.look(numbers))
+                    self.rows.append(row)
+        nothing = "nothing: there are neither held-out videos nor ODE pairs"
+        say(f"distill: latents are compared with {reference.source if reference else nothing}")
+
+    def look(self, done: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The watched numbers of an iteration, for the tracker; none where the student was not updated.
+
+        Raises Diverging where a number has left its range for long and the run is to end then.
+        """
+        if "student/loss" not in metrics:
+            return {}
+        numbers = self.alarms.numbers(metrics)
+        beside = {name: value for name, value in metrics.items() if name.startswith(_BESIDE)}
+        short = {name.removeprefix("student/").replace("/", "_"): value for name, value in beside.items()}
+        self.rows.append({"iteration": done, **numbers, **short})
+        for said in self.alarms.look(numbers):
+            if self.settings.action == "stop":
+                raise Diverging(
+                    f"distill: iteration {done - 1}: {said}, and go on from a checkpoint with --resume."
+                )
+            if self.settings.action == "warn":
+                say(f"distill: WARNING: iteration {done - 1}: {said}")
+        return {f"watch/{name}": value for name, value in numbers.items()}
+
+    def write(self) -> list[Path]:
+        """`numbers.json` and `numbers.md`, as far as the run has come."""
+        if not self.rows:
+            return []
+        ranges = {name: self.settings.range_of(name) for name in NUMBERS}
+        found = {
+            "reference": self.reference and vars(self.reference),
+            "ranges": {n: [low, high if high < math.inf else None] for n, (low, high) in ranges.items()},
+            "updates": self.rows,
+        }
+        files = Path(self.output) / "numbers.json", Path(self.output) / "numbers.md"
+        storage.write_text(files[0], json.dumps(found))
+        storage.write_text(files[1], self._table())
+        return list(files)
+
+    def _table(self) -> str:
+        names = list(dict.fromkeys(name for row in self.rows for name in row if name != "iteration"))
+        source = self.reference.source if self.reference else "nothing, for there is no reference"
+        lines = [
+            "# Watched numbers, by student update",
+            "",
+            f"Latents are compared with {source}.",
+            "",
+            f"| iteration | {' | '.join(names)} |",
+            f"|{' --- |' * (len(names) + 1)}",
+        ]
+        for row in self.rows:
+            cells = [f"{row[name]:.4g}" if name in row else "–" for name in names]
+            lines.append(f"| {row['iteration']} | {' | '.join(cells)} |")
+        told = [f"- `{name}`: {NUMBERS[name].means}." for name in names if name in NUMBERS]
+        return "\n".join([*lines, "", *told, ""])

@@ -1,0 +1,82 @@
+"""A run that is made to diverge is told of and ended, a sound one is not; watching changes neither."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from infra import storage
+from pipelines import cli
+from tests.fixtures import TINY_RECIPE, furnished, write_real
+from workers.model_directory import ModelDirectory
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("reused_actors")
+def test_alarms_end_a_run_that_diverges_and_are_silent_on_a_sound_one(
+    ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = furnished(tmp_path)
+    write_real(Path(config.data.held_out), config)
+
+    def distill(output: str, *more: str, code: int = 0) -> str:
+        settings = (
+            f"output={output}", "iterations=8", "student_every=1", "sample_every=0", "checkpoint_every=2",
+            "alarms.updates=2", "alarms.directions=true", *(each for each in more if each[0] != "-"),
+        )  # fmt: skip
+        given = [f"--distill.{each}" for each in settings] + [each for each in more if each[0] == "-"]
+        capfd.readouterr()
+        assert cli.main(["distill", str(TINY_RECIPE), f"--root={tmp_path}", *given]) == code
+        said = capfd.readouterr()
+        return " ".join((said.out + said.err).split())
+
+    def numbers(output: str) -> dict:
+        return json.loads((tmp_path / output / "watch" / "numbers.json").read_text())
+
+    # Models without training are pale and far from any video, so what is watched of latents is given room.
+    room = "alarms.ranges={latent_std_ratio: [0, 9], latent_energy_ratio: [0, 99], latent_outside: [0, 1]}"
+    said = distill("sound", room)
+    assert "latents are compared with" in said and "held-out videos" in said and "WARNING" not in said
+    found = numbers("sound")
+    assert [row["iteration"] for row in found["updates"]] == list(range(1, 9))
+    last = found["updates"][-1]
+    assert {
+        "latent_std_ratio",
+        "latent_std_kept",
+        "latent_outside",
+        "score_gap_growth",
+        "average_distance",
+    } <= set(last)
+    assert {"score_gap", "learning_rate", "update_cosine"} <= set(last) and -1 <= last["update_cosine"] <= 1
+    bands = [name for row in found["updates"] for name in row if name.startswith("critic_flow_")]
+    assert bands and {name.rpartition("_")[2] for name in bands} <= {"low", "middle", "high"}
+    table = (tmp_path / "sound" / "watch" / "numbers.md").read_text()
+    assert table.count("\n| ") == 2 + 8 and "held-out videos" in table
+    client = MlflowClient(config.tracking.uri)
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    history = client.get_metric_history(run.info.run_id, "watch/latent_std_kept")
+    assert {point.step: point.value for point in history} == {
+        row["iteration"]: row["latent_std_kept"] for row in found["updates"]
+    }
+
+    # The same run, its rate so high that its weights run away: a warning, or the end.
+    fast = "roles.student.engine.learning_rate=0.3"
+    said = distill("warned", room, fast)
+    assert (
+        "WARNING: iteration " in said and "for 2 student updates; lower distill.roles.student.engine" in said
+    )
+    said = distill("stopped", room, fast, "alarms.action=stop", code=1)
+    assert "for 2 student updates; lower distill.roles.student.engine.learning_rate" in said
+    assert "go on from a checkpoint with --resume" in said
+    rows = numbers("stopped")["updates"]
+    assert 2 <= len(rows) < 8 and rows == numbers("warned")["updates"][: len(rows)]
+    assert not storage.is_complete(tmp_path / "stopped" / "model")
+
+    # Alarms are no part of what a run is: it goes on under others, and what it ends with is the same.
+    distill("stopped", room, fast, "--resume", "alarms.updates=3", "alarms.action=off")
+    warned, stopped = (ModelDirectory(tmp_path / name / "model") for name in ("warned", "stopped"))
+    for name in warned.keys():  # noqa: SIM118 (not a mapping)
+        assert torch.equal(warned.get(name), stopped.get(name)), name
+    assert [row["iteration"] for row in numbers("stopped")["updates"]] == list(range(1, 9))

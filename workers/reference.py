@@ -1,0 +1,46 @@
+"""Where the numbers that watch training find videos to compare the student's with."""
+
+from pathlib import Path
+
+import torch
+
+from model.watch import Reference
+from workers.data_check import video_column
+from workers.dataset import ParquetDataset
+from workers.model_directory import VideoConfig
+
+VIDEOS = 64
+BYTES = 256 * 2**20
+"""Videos that are looked at, and how much memory they may take: 31 of Wan's 21 × 16 × 60 × 104 in fp32."""
+
+
+def reference_of(
+    video: VideoConfig, held_out: str, pairs: str, *, skip_damaged: bool = False
+) -> Reference | None:
+    """What held-out videos are like, else the ends of the teacher's ODE trajectories; None without either."""
+    codec, column = video.make_codec(), video_column(video)
+    one = 4 * torch.Size(video.shape).numel()
+    most = max(1, min(VIDEOS, BYTES // one))
+    for path, name, source in (
+        (held_out, column, "held-out videos"),
+        (pairs, "trajectory", "samples of the teacher"),
+    ):
+        if not Path(path).exists():
+            continue
+        names = ParquetDataset(path, [], skip_damaged=skip_damaged).schema.names
+        if name not in names:
+            continue
+        data = ParquetDataset(path, [name], skip_damaged=skip_damaged)
+        rows = [data.row(i)[name] for i in range(min(most, len(data)))]
+        if name == "trajectory":
+            latents, wanted = [row[-1] for row in rows], torch.Size(video.shape)
+        else:
+            shown = video.shape if codec is None else codec.decode(torch.zeros(1, *video.shape)).shape[1:]
+            latents, wanted = [row[: video.frames] for row in rows], torch.Size(shown)
+        if any(each.shape != wanted for each in latents):
+            continue
+        stacked = torch.stack(latents).float()
+        if name != "trajectory" and codec is not None:
+            stacked = codec.encode(stacked)
+        return Reference.of(stacked, f"{len(rows)} {source}")
+    return None
