@@ -4,6 +4,7 @@ What is averaged over the samples of a noise band travels as a sum and a count, 
 may have none in a band; `pooled` makes the means once all are added up.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ def pooled(means: Mapping[str, float]) -> dict[str, float]:
     found = {}
     if "student/latent_energy" in means:
         variance = means["student/latent_energy"] - means["student/latent_mean"] ** 2
-        found["student/latent_std"] = max(0.0, variance) ** 0.5
+        found["student/latent_std"] = 0.0 if variance < 0 else math.sqrt(variance)
     for name, value in means.items():
         before, at, band = name.rpartition(_AT)
         if not at:
@@ -84,10 +85,10 @@ def flow_loss(prediction: Tensor, video: Tensor, sigma: Tensor) -> Tensor:
     """The flow matching loss [B] of predictions of x0 [B, F, C, H, W] on `video` at noise levels [B].
 
     With `x_t = (1 − σ) x0 + σ noise` a prediction `x̂0` is a velocity `(x_t − x̂0) / σ`, whose error is
-    `(x0 − x̂0) / σ`.
+    `(x0 − x̂0) / σ`; where there is no noise it counts as that of σ = 10⁻⁴.
     """
     error = (prediction.detach().float() - video.detach().float()).square().mean(dim=(1, 2, 3, 4))
-    return error / sigma.float().to(error.device).square()
+    return error / sigma.float().to(error.device).clamp(min=1e-4).square()
 
 
 def score_gap(real: Tensor, fake: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ NUMBERS: Mapping[str, Watched] = {
         f"{_FALL}; where it is too high also lower distill.roles.teacher.guidance",
     ),
     "latent_std_kept": Watched(
-        0.75, math.inf, "that standard deviation, as a share of its highest so far in the run", _FALL
+        0.7, math.inf, "that standard deviation, as a share of its highest so far in the run", _FALL
     ),
     "latent_energy_ratio": Watched(
         0.25, 3.3, "mean square of the student's latents, as a share of the reference's", _FALL
@@ -105,7 +105,8 @@ class Alarms:
     reference: Reference | None = None
     highest: float = 0.0
     early: list[float] = field(default_factory=list)
-    in_a_row: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, list[int]] = field(default_factory=dict)
+    """Iterations done at the student updates in a row in which a number was out of its range."""
     fired: set[str] = field(default_factory=set)
 
     def numbers(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -129,23 +130,32 @@ class Alarms:
             found["critic_lag"] = critic / teacher
         return found
 
-    def look(self, numbers: Mapping[str, float]) -> Iterator[str]:
-        """What to tell of the numbers of one more student update: each alarm once, until it is well again."""
+    def look(self, done: int, numbers: Mapping[str, float]) -> Iterator[tuple[int, str]]:
+        """What to tell of the numbers of one more student update: each alarm once, until it is well again.
+
+        With each goes how many iterations were done when its number first left the range.
+        """
         for name, value in numbers.items():
             low, high = self.config.range_of(name)
             if low <= value <= high:
-                self.in_a_row[name] = 0
+                self.bad[name] = []
                 self.fired.discard(name)
                 continue
-            self.in_a_row[name] = self.in_a_row.get(name, 0) + 1
-            if self.in_a_row[name] >= self.config.updates and name not in self.fired:
+            self.bad.setdefault(name, []).append(done)
+            if len(self.bad[name]) >= self.config.updates and name not in self.fired:
                 self.fired.add(name)
                 watched = NUMBERS[name]
                 yield (
+                    self.bad[name][0],
                     f"{name} ({watched.means}) is {value:.3g}, outside {low:g} to {high:g} for "
-                    f"{self.in_a_row[name]} student updates; {watched.advice}"
+                    f"{len(self.bad[name])} student updates; {watched.advice}",
                 )
 
 
-class Diverging(FloatingPointError):
+class Diverging(Exception):
     """A watched number has left its range, and the run is to end then."""
+
+    def __init__(self, what: str, since: int):
+        """It was out of its range from the update that ended after `since` iterations."""
+        super().__init__(what)
+        self.since = since

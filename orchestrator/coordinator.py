@@ -180,7 +180,8 @@ class Coordinator:
         for request in requests:
             stats, role = request.wait(), request.group.role
             for name, value in stats.items():
-                if not math.isfinite(value):
+                # What is only watched of a scorer shows in the loss, if it matters.
+                if not math.isfinite(value) and "@" not in name:
                     batch = self.plan.batch_index(iteration, purpose)
                     stepped = purpose == "critic" and self.plan.updates_student(iteration)
                     raise NotFinite(

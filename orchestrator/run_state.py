@@ -158,8 +158,10 @@ class RunState:
         storage.publish(staging, self.path(done), metadata)
         storage.prune(f"{self.output}/checkpoints", keep=self.keep)
 
-    def stop(self, what: str, *, since: int, until: int, rates: Sequence[str]) -> FloatingPointError:
-        """The error that ends a run in which a number is not finite, with a way to go on.
+    def stop(
+        self, what: str, *, since: int, until: int, rates: Sequence[str], aside: str = "not-finite"
+    ) -> FloatingPointError:
+        """The error that ends a run in which a number is not finite or out of its range, with a way to go on.
 
         Args:
             what: which number, and when.
@@ -167,6 +169,7 @@ class RunState:
             until: updates that were made when it was found. Checkpoints from `since` on hold those weights
                 and lead there again at any learning rate, so they are moved out of the way.
             rates: settings of the learning rates that may have been too high, the likelier first.
+            aside: the folder of the run's output that they are moved to.
         """
         if since == 0:
             return FloatingPointError(
@@ -174,11 +177,11 @@ class RunState:
             )
         moved = [self.path(done) for done in range(since, until + 1) if storage.is_complete(self.path(done))]
         for path in moved:
-            storage.move(path, f"{self.output}/not-finite/{Path(path).name}")
-        aside = f" ({', '.join(moved)} led there and is kept in {self.output}/not-finite)" if moved else ""
+            storage.move(path, f"{self.output}/{aside}/{Path(path).name}")
+        kept = f" ({', '.join(moved)} led there and is kept in {self.output}/{aside})" if moved else ""
         return FloatingPointError(
             f"{what}; go on with a lower {' or '.join(rates)}, as in "
-            f"--{rates[0]} VALUE --allow-change {rates[0]} --resume{aside}."
+            f"--{rates[0]} VALUE --allow-change {rates[0]} --resume{kept}."
         )
 
 

@@ -106,8 +106,15 @@ def distill(
             likely = ("student", "critic") if error.since > error.iteration else ("critic", "student")
             since, until = error.since, error.iteration
             raise state.stop(str(error), since=since, until=until, rates=rates(*likely)) from error
-        except Diverging:
-            raise
+        except Diverging as error:
+            # The first such update made its videos with the weights that it began with.
+            raise state.stop(
+                f"distill: {error}",
+                since=error.since - 1,
+                until=done,
+                rates=rates("student", "critic"),
+                aside="diverging",
+            ) from error
         except FloatingPointError as error:  # in what was learned, while it was saved
             what = f"{error} after iteration {done - 1}"
             raise state.stop(what, since=done, until=done, rates=rates("student", "critic")) from error

@@ -31,7 +31,7 @@ class Watch:
                 if row["iteration"] <= done:
                     numbers = {name: row[name] for name in NUMBERS if name in row}
                     self.alarms.numbers({f"student/{name}": value for name, value in row.items()})
-                    list(self.alarms.look(numbers))
+                    list(self.alarms.look(row["iteration"], numbers))
                     self.rows.append(row)
         nothing = "nothing: there are neither held-out videos nor ODE pairs"
         say(f"distill: latents are compared with {reference.source if reference else nothing}")
@@ -47,11 +47,9 @@ class Watch:
         beside = {name: value for name, value in metrics.items() if name.startswith(_BESIDE)}
         short = {name.removeprefix("student/").replace("/", "_"): value for name, value in beside.items()}
         self.rows.append({"iteration": done, **numbers, **short})
-        for said in self.alarms.look(numbers):
+        for since, said in self.alarms.look(done, numbers):
             if self.settings.action == "stop":
-                raise Diverging(
-                    f"distill: iteration {done - 1}: {said}, and go on from a checkpoint with --resume."
-                )
+                raise Diverging(f"iteration {done - 1}: {said}", since)
             if self.settings.action == "warn":
                 say(f"distill: WARNING: iteration {done - 1}: {said}")
         return {f"watch/{name}": value for name, value in numbers.items()}

@@ -31,12 +31,14 @@ def reference_of(
         if name not in names:
             continue
         data = ParquetDataset(path, [name], skip_damaged=skip_damaged)
-        rows = [data.row(i)[name] for i in range(min(most, len(data)))]
+        read = (data.row(i)[name] for i in range(min(most, len(data))))
+        # Copies: a view would keep its whole trajectory alive.
+        rows = [(each[-1] if name == "trajectory" else each[: video.frames]).clone() for each in read]
         if name == "trajectory":
-            latents, wanted = [row[-1] for row in rows], torch.Size(video.shape)
+            latents, wanted = rows, torch.Size(video.shape)
         else:
             shown = video.shape if codec is None else codec.decode(torch.zeros(1, *video.shape)).shape[1:]
-            latents, wanted = [row[: video.frames] for row in rows], torch.Size(shown)
+            latents, wanted = rows, torch.Size(shown)
         if any(each.shape != wanted for each in latents):
             continue
         stacked = torch.stack(latents).float()

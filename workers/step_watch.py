@@ -36,7 +36,9 @@ class StepWatch:
             whole = self._summed(value.square().sum() for value, _ in pairs)
             found["average_distance"] = (apart / max(whole, 1e-30)) ** 0.5
         if self.directions:
-            update = [value - before for (value, _), before in zip(pairs, self._before, strict=True)]
+            # In the memory of the weights before, so that there are two copies and never three.
+            pieces = zip(pairs, self._before, strict=True)
+            update = [before.neg_().add_(value) for (value, _), before in pieces]
             if self._update:
                 dot, norm, other = (
                     self._summed((a * b).sum() for a, b in zip(first, second, strict=True))

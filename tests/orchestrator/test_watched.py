@@ -69,8 +69,13 @@ def test_alarms_end_a_run_that_diverges_and_are_silent_on_a_sound_one(
     )
     said = distill("stopped", room, fast, "alarms.action=stop", code=1)
     assert "for 2 student updates; lower distill.roles.student.engine.learning_rate" in said
-    assert "go on from a checkpoint with --resume" in said
+    rate = "distill.roles.student.engine.learning_rate"
+    assert f"as in --{rate} VALUE --allow-change {rate} --resume" in said
     rows = numbers("stopped")["updates"]
+    # The newest checkpoint that is left is of before the number was out of its range.
+    sound = storage.newest_complete(tmp_path / "stopped" / "checkpoints")
+    first = rows[-2]["iteration"]
+    assert sound is None or int(Path(sound).name) < first
     assert 2 <= len(rows) < 8 and rows == numbers("warned")["updates"][: len(rows)]
     assert not storage.is_complete(tmp_path / "stopped" / "model")
 
