@@ -124,8 +124,8 @@ class Alarms:
                 self.early.append(gap)
             usual = fmean(self.early)
             found["score_gap_growth"] = gap / usual if usual else 1.0
-        # Where noise is low both losses are large and small differences between models show.
-        critic, teacher = (metrics.get(f"{role}/flow_low") for role in ("critic", "teacher"))
+        # In the low band few samples with hardly any noise decide.
+        critic, teacher = (metrics.get(f"{role}/flow_middle") for role in ("critic", "teacher"))
         if critic is not None and teacher:
             found["critic_lag"] = critic / teacher
         return found

@@ -13,8 +13,8 @@ SOUND = {
     "student/score_gap": 0.2,
     "student/average_distance": 0.03,
     "student/update_cosine": 0.1,
-    "critic/flow_low": 1.1,
-    "teacher/flow_low": 1.0,
+    "critic/flow_middle": 1.1,
+    "teacher/flow_middle": 1.0,
 }
 """What the coordinator measures in a student update."""
 DIVERGING = {
@@ -23,7 +23,7 @@ DIVERGING = {
     "latent_energy_ratio": {"student/latent_energy": 0.1},
     "latent_outside": {"student/latent_outside": 0.4},
     "score_gap_growth": {"student/score_gap": 2.1},
-    "critic_lag": {"critic/flow_low": 2.5},
+    "critic_lag": {"critic/flow_middle": 2.5},
     "average_distance": {"student/average_distance": 0.5},
     "update_cosine": {"student/update_cosine": -0.9},
 }
@@ -70,6 +70,6 @@ def test_ranges_are_settings_and_wrong_ones_are_refused() -> None:
 
 def test_without_a_reference_or_a_teacher_what_needs_them_is_absent() -> None:
     alarms = Alarms(AlarmConfig())
-    seen = {"student/latent_std": 0.5, "student/latent_energy": 1.0, "critic/flow_low": 1.0}
+    seen = {"student/latent_std": 0.5, "student/latent_energy": 1.0, "critic/flow_middle": 1.0}
     numbers = alarms.numbers(seen)
     assert numbers == {"latent_std_kept": 1.0}
