@@ -85,6 +85,7 @@ def test_every_weight_learns_and_a_stopped_run_resumes(
         assert [note.removeprefix(start).split(";")[0] for note in told] == [
             f"steps {list(card.rollout.steps)}",
             "context_noise none",
+            "first_steps None",
             "sampler ode",
         ]
 
