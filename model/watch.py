@@ -81,6 +81,11 @@ def pooled(means: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def for_a_band(name: str) -> bool:
+    """Whether a number is one of `by_band`, which means nothing before it is pooled."""
+    return _AT in name
+
+
 def flow_loss(prediction: Tensor, video: Tensor, sigma: Tensor) -> Tensor:
     """The flow matching loss [B] of predictions of x0 [B, F, C, H, W] on `video` at noise levels [B].
 

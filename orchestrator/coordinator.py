@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from model.watch import pooled
+from model.watch import for_a_band, pooled
 from orchestrator.config import RunConfig
 from orchestrator.update_plan import Purpose, UpdatePlan
 from orchestrator.worker_group import Request, WorkerGroup
@@ -181,7 +181,7 @@ class Coordinator:
             stats, role = request.wait(), request.group.role
             for name, value in stats.items():
                 # What is only watched of a scorer shows in the loss, if it matters.
-                if not math.isfinite(value) and "@" not in name:
+                if not math.isfinite(value) and not for_a_band(name):
                     batch = self.plan.batch_index(iteration, purpose)
                     stepped = purpose == "critic" and self.plan.updates_student(iteration)
                     raise NotFinite(

@@ -102,6 +102,7 @@ def evaluate(
         trained=trained,
         chunk=rollout.chunk,
         steps=len(rollout.steps),
+        first_steps=len(rollout.steps_at(0)),
         samples=samples(videos, sheet),
         sample_prompts=sheet,
         seconds=time.monotonic() - began,

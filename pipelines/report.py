@@ -48,7 +48,8 @@ class Report:
     rows: Mapping[str, Row]  # of the models, and of real videos where there are any
     trained: int  # frames of the trained length
     chunk: int  # frames that the students denoise together
-    steps: int  # denoising steps of the students for each chunk
+    steps: int  # denoising steps of the students for each chunk,
+    first_steps: int  # and for the first one
     samples: Mapping[str, Tensor]
     """Of each row a few videos for the contact sheet, uint8 `[P, F, channels, H, W]`."""
     sample_prompts: Sequence[str]  # P of them
@@ -199,6 +200,7 @@ def _json(report: Report) -> dict[str, Any]:
         "trained_frames": report.trained,
         "chunk": report.chunk,
         "steps": report.steps,
+        "first_steps": report.first_steps,
         "seconds": round(report.seconds, 1),
         "models": {
             name: {**model, "path": _relative(model["path"], config.root)}
@@ -241,11 +243,14 @@ def _markdown(report: Report) -> str:
             f", the teacher's of the {report.trained} trained frames in {settings.teacher_steps} steps at "
             f"guidance {settings.teacher_guidance:g}"
         )
+    steps = f"{report.steps} steps a chunk"
+    if report.first_steps != report.steps:
+        steps += f" and {report.first_steps} for the first"
     blocks = [
         f"# {suite.title}",
         f"{settings.videos} videos of each model, the students' of {settings.frames} frames in chunks of "
-        f"{report.chunk} with {report.steps} steps a chunk{teacher}. Brackets hold 95 % bootstrap intervals "
-        f"over videos. {REFERENCES[report.reference]}",
+        f"{report.chunk} with {steps}{teacher}. Brackets hold 95 % bootstrap intervals over videos. "
+        f"{REFERENCES[report.reference]}",
     ]
     if first in pictures:
         blocks.append(f"![{words} by frame]({first})")

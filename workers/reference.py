@@ -11,7 +11,7 @@ from workers.model_directory import VideoConfig
 
 VIDEOS = 64
 BYTES = 256 * 2**20
-"""Videos that are looked at, and how much memory they may take: 31 of Wan's 21 × 16 × 60 × 104 in fp32."""
+"""Videos that are looked at, and how much memory they may take: 32 of Wan's 21 × 16 × 60 × 104 in fp32."""
 
 
 def reference_of(

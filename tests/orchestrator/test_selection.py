@@ -1,14 +1,14 @@
 """A run that measures its states keeps the best, ends when none gets better, and repeats no measurement."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from infra import storage
-from pipelines import cli
-from tests.fixtures import TINY_RECIPE, furnished, write_real
+from tests.fixtures import furnished, write_real
 from workers.model_directory import ModelDirectory
 
 BY = "out_of_range_overall"
@@ -20,25 +20,18 @@ def weights(model: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("reused_actors")
 def test_a_run_that_diverges_ends_early_and_exports_its_best_state(
-    ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    distilled: Callable[..., str], tmp_path: Path
 ) -> None:
     config = furnished(tmp_path)
     write_real(Path(config.data.held_out), config)
 
     def distill(output: str, *more: str, code: int = 0) -> str:
-        settings = (
+        return distilled(
             f"output={output}", "iterations=14", "student_every=1", "sample_every=0", "checkpoint_every=4",
             "roles.student.engine.learning_rate=0.03", "selection.every=3", f"selection.by={BY}",
-            "selection.videos=8", "selection.cpus=0.5", *(each for each in more if each[0] != "-"),
+            "selection.videos=8", "selection.cpus=0.5", "--evaluate.suite=video", *more, code=code,
         )  # fmt: skip
-        given = [f"--distill.{each}" for each in settings] + [each for each in more if each[0] == "-"]
-        capfd.readouterr()
-        arguments = ["distill", str(TINY_RECIPE), f"--root={tmp_path}", "--evaluate.suite=video", *given]
-        assert cli.main(arguments) == code
-        said = capfd.readouterr()
-        return " ".join((said.out + said.err).split())
 
     # The student's rate is far too high: what it makes leaves the range of the data, further and further.
     output = tmp_path / "wears"

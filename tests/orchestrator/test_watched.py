@@ -1,6 +1,7 @@
 """A run that is made to diverge is told of and ended, a sound one is not; watching changes neither."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,29 +9,22 @@ import torch
 from mlflow import MlflowClient
 
 from infra import storage
-from pipelines import cli
-from tests.fixtures import TINY_RECIPE, furnished, write_real
+from tests.fixtures import furnished, write_real
 from workers.model_directory import ModelDirectory
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("reused_actors")
 def test_alarms_end_a_run_that_diverges_and_are_silent_on_a_sound_one(
-    ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    distilled: Callable[..., str], tmp_path: Path
 ) -> None:
     config = furnished(tmp_path)
     write_real(Path(config.data.held_out), config)
 
     def distill(output: str, *more: str, code: int = 0) -> str:
-        settings = (
+        return distilled(
             f"output={output}", "iterations=8", "student_every=1", "sample_every=0", "checkpoint_every=2",
-            "alarms.updates=2", "alarms.directions=true", *(each for each in more if each[0] != "-"),
+            "keep=9", "alarms.updates=2", "alarms.directions=true", *more, code=code,
         )  # fmt: skip
-        given = [f"--distill.{each}" for each in settings] + [each for each in more if each[0] == "-"]
-        capfd.readouterr()
-        assert cli.main(["distill", str(TINY_RECIPE), f"--root={tmp_path}", *given]) == code
-        said = capfd.readouterr()
-        return " ".join((said.out + said.err).split())
 
     def numbers(output: str) -> dict:
         return json.loads((tmp_path / output / "watch" / "numbers.json").read_text())
@@ -72,10 +66,14 @@ def test_alarms_end_a_run_that_diverges_and_are_silent_on_a_sound_one(
     rate = "distill.roles.student.engine.learning_rate"
     assert f"as in --{rate} VALUE --allow-change {rate} --resume" in said
     rows = numbers("stopped")["updates"]
-    # The newest checkpoint that is left is of before the number was out of its range.
-    sound = storage.newest_complete(tmp_path / "stopped" / "checkpoints")
+    # What led to the first bad update is moved out of the way: only what is sound is left to go on from.
     first = rows[-2]["iteration"]
-    assert sound is None or int(Path(sound).name) < first
+    left, moved = (
+        [int(path.name) for path in (tmp_path / "stopped" / name).glob("[0-9]*")]
+        for name in ("checkpoints", "diverging")
+    )
+    assert sorted(left + moved) == list(range(2, rows[-1]["iteration"], 2))
+    assert all(each < first - 1 for each in left) and all(each >= first - 1 for each in moved)
     assert 2 <= len(rows) < 8 and rows == numbers("warned")["updates"][: len(rows)]
     assert not storage.is_complete(tmp_path / "stopped" / "model")
 

@@ -274,7 +274,7 @@ def test_a_picture_that_fails_is_said_and_the_numbers_are_there(
     row = SUITE.measure(SUITE.prepare(config, videos[4:]), videos[:4], chunk=2, trained=2, seed=0)
     report = Report(
         config=config, suite=SUITE, reference="held_out", models={}, rows={"real": row}, trained=2, chunk=2,
-        steps=2, samples={"real": pixels[:1]}, sample_prompts=["a"], seconds=0.0,
+        steps=2, first_steps=3, samples={"real": pixels[:1]}, sample_prompts=["a"], seconds=0.0,
     )  # fmt: skip
 
     def broken(*arguments: object, **options: object) -> None:
