@@ -27,6 +27,7 @@ from infra.settings import check_local, part  # noqa: E402
 from pipelines.command import RESUME, TRACEBACK, Command  # noqa: E402
 from pipelines.commands import COMMANDS  # noqa: E402
 from pipelines.recipe import (  # noqa: E402
+    PRESETS,
     check_names,
     fields_of,
     find,
@@ -97,6 +98,8 @@ def _command_parser(command: Command, kind: type | None) -> ArgumentParser:
     if kind is not None:
         if command.recipe:
             parser.add_argument("--config", action="config", help="recipe, which may also come first")
+        elif any(option.preset for option in command.options):
+            parser.add_argument("--config", action="config", help=SUPPRESS)
         parser.add_class_arguments(kind, None, sub_configs=False)
         for action in parser._actions:
             if find(kind, action.dest) is not None and not command.takes(action.dest):
@@ -128,6 +131,8 @@ def _checked(name: str, arguments: list[str], kind: type | None) -> tuple[list[s
             given |= {positionals.pop(0)} if positionals else set()
             own += words
         elif key in options or key in HELP:
+            if key in options and options[key].preset and kind is not None:
+                own[:0] = recipe_arguments(shipped(value, PRESETS), kind, folder=PRESETS)
             given.add(key)
             own += words
         elif key == "--config" and command.recipe and kind is not None:

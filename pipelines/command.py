@@ -7,10 +7,20 @@ RUN_CONFIG = "orchestrator.config:RunConfig"
 
 
 class Option:
-    """An argument of one command, as `add_argument` takes it; a `path` is a place in a file system."""
+    """An argument of one command, as `add_argument` takes it; a `path` is a place in a file system, a
+    `preset` the name of settings that ship, or a file of such, on top of which others may be given."""
 
-    def __init__(self, name: str, help: str, *, path: bool = False, required: bool = False, **how: Any):
-        self.name, self.help, self.path = name, help, path
+    def __init__(
+        self,
+        name: str,
+        help: str,
+        *,
+        path: bool = False,
+        preset: bool = False,
+        required: bool = False,
+        **how: Any,
+    ):
+        self.name, self.help, self.path, self.preset = name, help, path, preset
         positional = not name.startswith("-")
         self.is_required = required or (positional and how.get("nargs") != "?")
         self.is_flag = how.get("action") == "store_true"

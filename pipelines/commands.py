@@ -83,6 +83,34 @@ COMMANDS: Mapping[str, Command] = {
             ADDRESS,
         ),
     ),
+    "import": Command(
+        "make a model of another tool's checkpoint: Wan's, diffusers', or Self Forcing's and its kin's",
+        "pipelines.import_model:command",
+        "pipelines.import_model:ImportConfig",
+        options=(
+            Option("source", "folder or file of the checkpoint", path=True),
+            Option("--output", "directory of the model", path=True, required=True),
+            Option("--preset", "settings that the file does not hold, by the name of a preset", preset=True),
+            Option("--part", "of a file that holds several models, such as generator or critic"),
+            Option("--adapter", "LoRA file or folder that is added to the weights", path=True),
+        ),
+    ),
+    "export": Command(
+        "write a model in the layout of another tool",
+        "pipelines.export:command",
+        options=(
+            Option("model", "directory of a model, or of a checkpoint of a distillation", path=True),
+            Option("--format", "diffusers, wan, pt or peft", required=True),
+            Option("--output", "directory that is written", path=True, required=True),
+            Option("--dtype", "fp32 or bf16; what the weights are by default"),
+            Option(
+                "--weights", "of a checkpoint: average or current; average by default, where there is one"
+            ),
+            Option(
+                "--base", "of a checkpoint of adapters: directory of the model that they are of", path=True
+            ),
+        ),
+    ),
     "register": Command(
         "make a student the next version of a registered model",
         "pipelines.register:command",

@@ -17,6 +17,7 @@ import yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 EXPERIMENTS = Path(__file__).parent / "experiments"
+PRESETS = Path(__file__).parent / "presets"
 
 
 def shipped(name: str, folder: Path = RECIPES) -> Path:
@@ -68,9 +69,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return body
 
 
-def recipe_arguments(path: Path, kind: type, above: tuple[Path, ...] = ()) -> list[str]:
+def recipe_arguments(
+    path: Path, kind: type, above: tuple[Path, ...] = (), folder: Path = RECIPES
+) -> list[str]:
     """Options that read a recipe for configs of type `kind`, after the one that it names as its `base`;
-    `above` are those that it is the base of."""
+    `above` are those that it is the base of, `folder` holds those that ship."""
     if path.resolve() in above:
         raise ValueError(f"the recipe {path} is its own base.")
     body = read_yaml(path)
@@ -81,17 +84,18 @@ def recipe_arguments(path: Path, kind: type, above: tuple[Path, ...] = ()) -> li
         return own
     if not isinstance(base, str):
         raise ValueError(f"base must be the path or the name of one recipe, not {_shown(base)} (in {path}).")
-    return [*recipe_arguments(beside(base, path), kind, (*above, path.resolve())), *own]
+    return [*recipe_arguments(beside(base, path, folder), kind, (*above, path.resolve()), folder), *own]
 
 
-def beside(name: str, path: Path) -> Path:
-    """The recipe that the file `path` names: beside it, or one that ships; what lies in the working directory
-    is no part of it."""
-    for found in (path.parent / name, RECIPES / f"{name}.yaml"):
+def beside(name: str, path: Path, folder: Path = RECIPES) -> Path:
+    """The recipe that the file `path` names: beside it, or one that ships in `folder`; what lies in the
+    working directory is no part of it."""
+    for found in (path.parent / name, folder / f"{name}.yaml"):
         if os.path.isfile(found):
             return found
     raise ValueError(
-        f"there is no recipe {_shown(name)} beside {path}, which names it, nor does one of that name ship."
+        f"there is no {folder.name[:-1]} {_shown(name)} beside {path}, which names it, nor does one of "
+        "that name ship."
     )
 
 

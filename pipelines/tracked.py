@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig
 from orchestrator.run_state import RunState
 from orchestrator.stages import SelectionConfig
 from pipelines.console import say
+from pipelines.import_model import adopt
 from pipelines.recipe import find, settings, unknown
 from workers.model_directory import ModelDirectory
 
@@ -73,13 +74,14 @@ def is_done(config: RunConfig, stage: run_state.Stage, model: str, allow: Sequen
 
 
 def located(command: str, config: RunConfig) -> RunConfig:
-    """The config with absolute paths; says so where a job would write to a place that is deleted with it."""
+    """The config with absolute paths, and with models of ours where it names another tool's; says so where a
+    job would write to a place that is deleted with it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.root).is_absolute():
         say(
             f"{command}: root {config.root!r} lies in this job's working directory, which is deleted some "
             "time after the job; give --root an absolute path that every node can read."
         )
-    return config.located()
+    return adopt(config.located())
 
 
 @contextmanager

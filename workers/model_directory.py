@@ -1,12 +1,14 @@
 """A model on disk: its weights as safetensors, and everything needed to run them.
 
 `model.json` holds sizes, the shape of a video, how the student generates, and where the model came from;
-`transformer-*.safetensors` the weights under their Wan names, in shards; `text_encoder.safetensors` the
-encoder, if it belongs to the model. The directory is published by `infra.storage`: whole or not there.
+`transformer-*.safetensors` the weights under their Wan names, in shards, or `weights.json` where another
+tool's lie; `text_encoder.safetensors` the encoder, if it belongs to the model. The directory is published by
+`infra.storage`: whole or not there.
 """
 
 import hashlib
 import json
+import os
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,9 +28,12 @@ from model.families import FAMILIES, family_of
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder, TextEncoder
 from model.transformer import TransformerConfig
+from workers.foreign.checkpoint import ForeignCheckpoint, check_names
+from workers.foreign.files import Safetensors
 
 FORMAT = 1
 SHARD_BYTES = 4 * 2**30
+LINK = "weights.json"
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class ModelCard:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the resolved config of the run that made it
     selection: Mapping[str, Any] = field(default_factory=dict)
     """Which state of its run it is, and by which number, where the run measured its states."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What it was imported from, where it comes from another tool."""
 
 
 class ModelDirectory:
@@ -128,35 +135,25 @@ class ModelDirectory:
                 f"{path} has model format {body.get('format')}; this release reads format {FORMAT}."
             )
         self.card = _card(body)
-        self._files: dict[str, Path] = {}
-        for shard in sorted(self.directory.glob("transformer-*.safetensors")):
-            try:
-                with safe_open(shard, "pt") as file:
-                    self._files |= {name: shard for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path} is damaged: {shard.name} is no safetensors file ({error})."
-                ) from None
+        self._weights: dict[str, Safetensors] | ForeignCheckpoint
+        if (self.directory / LINK).exists():
+            self._weights = _linked(self.directory / LINK, self.card.origin)
+            self.shapes = self._weights.shapes
+        else:
+            shards = map(Safetensors, sorted(self.directory.glob("transformer-*.safetensors")))
+            self._weights = {name: shard for shard in shards for name in shard.shapes}
+            self.shapes = {name: shard.shapes[name] for name, shard in self._weights.items()}
 
     def keys(self) -> Iterable[str]:
-        return self._files.keys()
+        return self.shapes.keys()
 
     def get(self, name: str) -> Tensor:
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name)
+        weights = self._weights
+        return weights.get(name) if isinstance(weights, ForeignCheckpoint) else weights[name].get(name)
 
     def check_shapes(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """ValueError where the weights are not of these names and shapes; no weight is read."""
-        for name in sorted(wanted.keys() | self._files.keys()):
-            shape = None
-            if name in self._files:
-                with safe_open(self._files[name], "pt") as file:
-                    shape = tuple(file.get_slice(name).get_shape())
-            if name not in wanted or shape != wanted[name]:
-                raise ValueError(
-                    f"the weights at {self.path} do not fit the sizes in its model.json: {name} is "
-                    f"{shape or 'missing'}, and should be {wanted.get(name, 'absent')}."
-                )
+        check_names(self.path, wanted, self.shapes)
 
     def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
         """The prompt encoder that belongs to the model; ValueError where prompts come embedded."""
@@ -200,6 +197,16 @@ class ModelWriter:
             self._shards += 1
             self._tensors, self._bytes = {}, 0
 
+    def link(self, weights: ForeignCheckpoint) -> None:
+        """Stand for another tool's checkpoint in place of weights; the card's `origin` says where it lies."""
+        body = {
+            "part": weights.part,
+            "heads": weights.sizes.num_heads,
+            "text_len": weights.sizes.text_len,
+            "files": {path.name: storage.file_digest(path) for path in weights.layout.files},
+        }
+        (self.directory / LINK).write_text(json.dumps(body, indent=1))
+
     def finish(self, card: ModelCard, text: Mapping[str, Tensor]) -> None:
         """Write the rest: the last shard, the text encoder if there is one, and the card."""
         self.flush()
@@ -223,6 +230,35 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
         raise storage.StorageError(f"{path} cannot be written: {error}.") from error
 
 
+def origin_of(weights: ForeignCheckpoint) -> dict[str, Any]:
+    """Where a checkpoint lies, and how it is now, for a card."""
+    files = {str(path.absolute()): _stamp(path) for path in weights.layout.files}
+    return {"path": os.path.abspath(weights.path), "layout": weights.layout.kind, "files": files}
+
+
+def _linked(link: Path, origin: Mapping[str, Any]) -> ForeignCheckpoint:
+    """The checkpoint that a link stands for; ValueError where it is not what it was when that was made."""
+    for name, stamp in origin["files"].items():
+        if _stamp(Path(name)) != stamp:
+            raise ValueError(
+                f"{link.parent} stands for the weights at {origin['path']}, whose {Path(name).name} is gone "
+                f"or was changed since; delete {link.parent} to take them as they are now."
+            )
+    body = json.loads(link.read_text())
+    return ForeignCheckpoint(
+        origin["path"], part=body["part"], heads=body["heads"], text_len=body["text_len"]
+    )
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of the last change of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _card(body: Mapping[str, Any]) -> ModelCard:
     def build(kind: type, values: Mapping[str, Any] | None) -> Any:
         if values is None:
@@ -242,4 +278,5 @@ def _card(body: Mapping[str, Any]) -> ModelCard:
         lineage=body["lineage"],
         recipe=body["recipe"],
         selection=body.get("selection", {}),
+        origin=body.get("origin", {}),
     )

@@ -12,6 +12,7 @@ from infra.storage.directories import (
     clean,
     digests,
     discard,
+    file_digest,
     is_complete,
     manifest_digest,
     move,

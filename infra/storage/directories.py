@@ -132,7 +132,7 @@ def verify(path: Location) -> None:
     target = local(path)
     files = _check_complete(target)["files"]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        for name, digest in zip(files, pool.map(lambda name: _hash(target / name), files), strict=True):
+        for name, digest in zip(files, pool.map(lambda name: file_digest(target / name), files), strict=True):
             if digest != files[name]["sha256"]:
                 raise StorageError(f"{target} is damaged: the content of {name} is not what was written.")
 
@@ -216,7 +216,7 @@ def clean(parent: Location) -> list[str]:
 def _write_manifest(source: Path, target: Path, metadata: Mapping[str, Any]) -> None:
     names = _file_names(source)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        hashes = list(pool.map(lambda name: _hash(source / name, sync=True), names))
+        hashes = list(pool.map(lambda name: file_digest(source / name, sync=True), names))
     body = {
         "format_version": FORMAT_VERSION,
         # A logical clock, so that "newest" depends neither on names nor on the clocks of different machines.
@@ -297,7 +297,8 @@ def _file_names(root: Path) -> list[str]:
     return names
 
 
-def _hash(file_path: Path, *, sync: bool = False) -> str:
+def file_digest(file_path: Path, *, sync: bool = False) -> str:
+    """SHA-256 of a file; with `sync`, of what is on the disk."""
     with open(file_path, "rb") as file:
         if sync:
             os.fsync(file.fileno())

@@ -1,0 +1,160 @@
+"""`self-forcing import`: a model of another tool's checkpoint.
+
+A checkpoint holds weights. What else makes a model of them (whether it is causal, how it generates, what its
+latents and prompts are) a preset says, or `--rollout.*` and its like.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.settings import at_least, positive
+from model.backbone import WeightSource
+from model.rollout_plan import RolloutConfig
+from orchestrator.config import RunConfig
+from pipelines.console import say
+from pipelines.recipe import PRESETS
+from workers.foreign.adapter import ForeignAdapter, Merged
+from workers.foreign.checkpoint import ForeignCheckpoint, recognise
+from workers.model_directory import ModelCard, ModelWriter, TextConfig, VideoConfig, origin_of
+
+WAN_VIDEO = VideoConfig(frames=21, channels=16, height=60, width=104, codec="none", fps=16)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What a checkpoint does not say of its model."""
+
+    cite: str = ""
+    """Where these settings are from."""
+    causal: bool | None = None
+    """Whether a frame sees earlier ones only: a student, or a teacher of one. Null is what the checkpoint's
+    folder says, if it does."""
+    heads: int | None = None
+    """Attention heads, where no config.json says so and the width is not one of Wan's."""
+    text_len: int = 512
+    """Text tokens that the model reads, where no config.json says so."""
+    video: VideoConfig = WAN_VIDEO
+    """Shape of a latent video that the model was trained on."""
+    text: TextConfig = TextConfig("embedded")
+    """Prompt embedding."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How a causal model generates."""
+    guidance: float = 0.0
+    """Classifier-free guidance that a causal model generates with; a distilled one needs none."""
+    shift: float = 5.0
+    """Warp of the noise schedule that the model was trained with."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "heads", "text_len")
+        at_least(self, -1, "guidance")
+        positive(self, "shift")
+
+
+def command(config: ImportConfig, options: Any) -> None:
+    """Write a model; ValueError, before anything is written, where the checkpoint is none that runs here."""
+    if storage.is_complete(options.source):
+        raise ValueError(f"{options.source} is a model of this project already; use it as it is.")
+    checkpoint = ForeignCheckpoint(
+        options.source, part=options.part, heads=config.heads, text_len=config.text_len
+    )
+    weights: WeightSource = checkpoint
+    origin = origin_of(checkpoint) | {"preset": options.preset, "cite": config.cite}
+    if options.adapter is not None:
+        weights = Merged(checkpoint, ForeignAdapter(options.adapter))
+        origin["adapter"] = str(Path(options.adapter).absolute())
+    card = card_of(config, checkpoint, origin)
+    staging = storage.begin(options.output)
+    with storage.writing(staging) as directory:
+        writer = ModelWriter(directory)
+        for name in sorted(weights.keys()):
+            writer.write(name, weights.get(name))
+        writer.finish(card, {})
+    storage.publish(staging, options.output, {"causal": card.causal})
+    sizes = card.transformer
+    say(
+        f"import: {options.output} is {'a causal' if card.causal else 'a bidirectional'} model of "
+        f"{sizes.parameters() / 1e9:.3g}B weights (width {sizes.dim}, {sizes.num_layers} layers, "
+        f"{sizes.num_heads} heads), from {checkpoint.layout.kind}"
+        f"{f', part {checkpoint.part}' if checkpoint.part else ''}."
+    )
+
+
+def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping[str, Any]) -> ModelCard:
+    """The card of an imported model; ValueError where the settings do not say or fit what it is."""
+    causal = config.causal
+    if causal is None:
+        causal = True if config.rollout != RolloutConfig() else checkpoint.causal
+    if causal is None or (causal and config == ImportConfig()):
+        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        unsaid = "whether it is causal" if causal is None else "how it generates"
+        raise ValueError(
+            f"{checkpoint.path} does not say {unsaid}; name a --preset ({names}), or say so with --causal "
+            "and --rollout settings."
+        )
+    sizes, channels = checkpoint.sizes, config.video.channels
+    if sizes.in_dim != channels:
+        raise ValueError(
+            f"video.channels is {channels}, and the model at {checkpoint.path} reads {sizes.in_dim}; add "
+            f"--video.channels {sizes.in_dim}."
+        )
+    sizes.grid(config.video.height, config.video.width)
+    if causal:
+        config.rollout.check_frames(config.video.frames)
+    return ModelCard(
+        causal,
+        sizes,
+        config.video,
+        config.text,
+        rollout=config.rollout if causal else None,
+        guidance=config.guidance if causal else 0.0,
+        shift=config.rollout.shift if causal else config.shift,
+        origin=origin,
+    )
+
+
+def adopt(config: RunConfig) -> RunConfig:
+    """The config with a model of its own in place of every folder of another tool that it names.
+
+    Such a model takes no weights: it stands for the folder, in `outputs/imported` below the root, and is made
+    when it is first named. Only bidirectional models can be named so: the rest needs settings of its own.
+
+    Raises:
+        ValueError: a folder is of a network that does not run here, or is damaged; names the setting.
+    """
+    for section, names in (("initialize", ("teacher",)), ("distill", ("teacher", "student", "critic"))):
+        part = getattr(config, section)
+        found = {name: getattr(part, name) for name in names if getattr(part, name) is not None}
+        changed = {name: _adopted(path, f"{section}.{name}", config) for name, path in found.items()}
+        if changed != found:
+            config = replace(config, **{section: replace(part, **changed)})
+    return config
+
+
+def _adopted(path: str, setting: str, config: RunConfig) -> str:
+    """The model that stands for what lies at `path`, or `path` where that is a model of ours or nothing."""
+    if storage.is_complete(path) or recognise(path) is None:
+        return path
+    name = hashlib.sha256(path.encode()).hexdigest()[:8]
+    model = f"{config.root}/outputs/imported/{Path(path).name}-{name}"
+    if storage.is_complete(model):
+        return model
+    try:
+        checkpoint = ForeignCheckpoint(path, text_len=config.student.text_len)
+        if checkpoint.causal is not False:
+            raise ValueError(f"{path} may be a causal model; import it, which asks how it generates.")
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+    own = ImportConfig(causal=False, video=config.video, text=config.text, shift=config.score.shift)
+    card = card_of(own, checkpoint, origin_of(checkpoint))
+    staging = storage.begin(model)
+    with storage.writing(staging) as directory:
+        writer = ModelWriter(directory)
+        writer.link(checkpoint)
+        writer.finish(card, {})
+    storage.publish(staging, model, {"causal": False})
+    say(f"{setting}: {path} is read as it is, as {model}.")
+    return model

@@ -1,0 +1,1 @@
+"""Weights of other tools: read in their layouts, and written in them."""

@@ -1,0 +1,141 @@
+"""Files of named tensors: safetensors, and PyTorch's pickles, of which nothing but tensors is ever loaded.
+
+A tensor is read when it is asked for, so that a checkpoint passes through in pieces; a pickle is mapped into
+memory, which comes to the same.
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLES)
+
+
+class Safetensors:
+    """A safetensors file; ValueError where its header is truncated or promises what is not there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                self.shapes: Mapping[str, tuple[int, ...]] = {
+                    name: tuple(file.get_slice(name).get_shape())
+                    for name in file.keys()  # noqa: SIM118 (not a mapping)
+                }
+                self.metadata: Mapping[str, str] = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file: {error}.") from None
+
+    def get(self, name: str) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+
+class Pickle:
+    """What `torch.save` wrote: a mapping of tensors, perhaps one of several beside each other."""
+
+    PARTS = ("generator_ema", "generator", "critic", "generator_lora", "model", "module", "state_dict")
+    """Names that mappings of tensors have in checkpoints, that which is taken by default first."""
+
+    def __init__(self, path: Path, part: str | None = None):
+        """ValueError where the file is damaged, holds more than tensors, or has no `part`."""
+        self.path = path
+        body = _unpickle(path)
+        parts = [name for name in self.PARTS if isinstance(body.get(name), Mapping)]
+        if parts:
+            if part is not None and part not in parts:
+                raise ValueError(f"{path} has no part {part}; it has {', '.join(parts)}.")
+            self.part: str | None = part or parts[0]
+            body = body[self.part]
+        elif part is not None:
+            raise ValueError(f"{path} has no parts, only tensors; leave the part out.")
+        else:
+            self.part = None
+        self._tensors = {str(name): value for name, value in body.items() if isinstance(value, Tensor)}
+        if not self._tensors:
+            raise ValueError(f"{path} holds no tensors.")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+TensorFile = Safetensors | Pickle
+
+
+def open_file(path: Path, part: str | None = None) -> TensorFile:
+    """The file at `path` by its suffix; `part` is one of `Pickle.PARTS`. ValueError as they."""
+    if path.suffix in PICKLES:
+        return Pickle(path, part)
+    if part is not None:
+        raise ValueError(f"{path} has no parts; leave {part} out.")
+    return Safetensors(path)
+
+
+def shards(folder: Path, *, but: Iterable[str] = ()) -> list[Path]:
+    """The weight files of a folder: those that its index names, or all of one kind, safetensors first.
+
+    Args:
+        but: beginnings of the names of files that are other models' (a text encoder, a VAE).
+
+    Raises:
+        ValueError: the index cannot be read, or names a file that is not there.
+    """
+    indices = sorted(folder.glob("*.index.json"))
+    if indices:
+        named = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
+        for name in named:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is incomplete: {indices[0].name} names {name}, which is missing.")
+        return [folder / name for name in named]
+    for suffix in SUFFIXES:
+        found = sorted(
+            path
+            for path in folder.glob(f"*{suffix}")
+            if not path.name.startswith((".", *but))  # hidden ones are leftovers of copying tools
+        )
+        if found:
+            return found
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; ValueError for anything else."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(body, dict):
+        raise ValueError(f"{path} must hold a mapping.")
+    return body
+
+
+def _unpickle(path: Path) -> Mapping[Any, Any]:
+    for mmap in (True, False):  # files of old releases of PyTorch cannot be mapped
+        try:
+            body = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except pickle.UnpicklingError as error:
+            if "Weights only load failed" not in str(error):
+                raise ValueError(f"{path} is damaged: {_first_line(error)}.") from None
+            raise ValueError(
+                f"{path} holds more than tensors, which would have to be executed to be read; save its "
+                "tensors alone, as safetensors best."
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            if not mmap or "mmap" not in str(error):
+                raise ValueError(f"{path} is damaged, or no PyTorch file: {_first_line(error)}.") from None
+    if not isinstance(body, Mapping):
+        raise ValueError(f"{path} holds a {type(body).__name__} and no tensors by name.")
+    return body
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
