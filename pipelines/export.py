@@ -127,8 +127,8 @@ def readme(card: ModelCard, layout: str, what: str) -> str:
         blocks.append(
             "**It is causal.** It generates chunk by chunk with a cache of keys and values, as below. "
             "diffusers has no such rollout, and its pipelines, which denoise a whole video at once, make "
-            "nothing good of it. Play it with `self-forcing generate` or `self-forcing serve` after `self-forcing import`, "
-            "or with the published code of Self Forcing."
+            "nothing good of it. Play it with `self-forcing generate` or `self-forcing serve` after "
+            "`self-forcing import`, or with the published code of Self Forcing."
         )
         blocks.append(_yaml({"rollout": _plain(card.rollout), "guidance": card.guidance}))
     if card.lineage:

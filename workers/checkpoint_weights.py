@@ -77,7 +77,7 @@ class Shaped:
         if self.base is None:
             return self.checkpoint.get(name).view(self.shapes[name])
         layer, weight = name.removesuffix(".weight"), self.base.get(name)
-        if f"{layer}.lora_A" not in self.checkpoint.keys():
+        if f"{layer}.lora_A" not in set(self.checkpoint.keys()):
             return weight
         rank = self.adapters.rank
         pair = {
