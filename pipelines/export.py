@@ -24,10 +24,10 @@ from workers.model_directory import ModelCard, ModelDirectory, TextConfig, Video
 
 LAYOUTS = (*get_args(Format), "peft")
 HOW_TO_LOAD = {
-    "diffusers": 'WanTransformer3DModel.from_pretrained("THIS FOLDER")',
-    "wan": "as a checkpoint folder of the Wan 2.1 release",
-    "pt": 'torch.load("model.pt")["generator"], as Self Forcing and its kin publish their students',
-    "peft": 'WanPipeline.load_lora_weights("THIS FOLDER") on a pipeline of its base',
+    "diffusers": "It loads with diffusers' `WanTransformer3DModel.from_pretrained`.",
+    "wan": "It loads where a checkpoint folder of the Wan 2.1 release does.",
+    "pt": "It loads where a student of Self Forcing does; `generator` and `generator_ema` are the same.",
+    "peft": "It loads with `load_lora_weights` of diffusers' WanPipeline, on the base that it is of.",
 }
 
 
@@ -58,7 +58,7 @@ def command(_: None, options: Any) -> None:
                 causal=card.causal, dtype=options.dtype, save=save,
             )  # fmt: skip
         (directory / "README.md").write_text(readme(card, options.format, what), encoding="utf-8")
-    say(f"export: wrote {output}, {what}, for {HOW_TO_LOAD[options.format]}.")
+    say(f"export: wrote {output}, {what}. {HOW_TO_LOAD[options.format]}")
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def readme(card: ModelCard, layout: str, what: str) -> str:
         "# A Wan transformer exported by self-forcing",
         f"This is {what}: width {sizes.dim}, {sizes.num_layers} layers, {sizes.num_heads} heads, for latents "
         f"of {video.frames} × {video.channels} × {video.height} × {video.width} "
-        f"(frames, channels, height, width). It loads with {HOW_TO_LOAD[layout]}.",
+        f"(frames, channels, height, width). {HOW_TO_LOAD[layout]}",
     ]
     if card.causal:
         blocks.append(

@@ -56,7 +56,7 @@ class ImportConfig:
 
 def command(config: ImportConfig, options: Any) -> None:
     """Write a model; ValueError, before anything is written, where the checkpoint is none that runs here."""
-    if storage.is_complete(options.source):
+    if (Path(options.source) / "model.json").exists():
         raise ValueError(f"{options.source} is a model of this project already; use it as it is.")
     checkpoint = ForeignCheckpoint(
         options.source, part=options.part, heads=config.heads, text_len=config.text_len
@@ -95,11 +95,16 @@ def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping
             f"{checkpoint.path} does not say {unsaid}; name a --preset ({names}), or say so with --causal "
             "and --rollout settings."
         )
+    if config.text.encoder != "embedded":
+        raise ValueError(
+            f"text.encoder is {config.text.encoder}, and {checkpoint.path} brings no such encoder; use "
+            "embedded."
+        )
     sizes, channels = checkpoint.sizes, config.video.channels
     if sizes.in_dim != channels:
         raise ValueError(
-            f"video.channels is {channels}, and the model at {checkpoint.path} reads {sizes.in_dim}; add "
-            f"--video.channels {sizes.in_dim}."
+            f"video.channels is {channels}, and the model at {checkpoint.path} reads {sizes.in_dim}; use "
+            "that."
         )
     sizes.grid(config.video.height, config.video.width)
     if causal:
@@ -136,7 +141,7 @@ def adopt(config: RunConfig) -> RunConfig:
 
 def _adopted(path: str, setting: str, config: RunConfig) -> str:
     """The model that stands for what lies at `path`, or `path` where that is a model of ours or nothing."""
-    if storage.is_complete(path) or recognise(path) is None:
+    if recognise(path) is None:
         return path
     name = hashlib.sha256(path.encode()).hexdigest()[:8]
     model = f"{config.root}/outputs/imported/{Path(path).name}-{name}"
@@ -145,11 +150,11 @@ def _adopted(path: str, setting: str, config: RunConfig) -> str:
     try:
         checkpoint = ForeignCheckpoint(path, text_len=config.student.text_len)
         if checkpoint.causal is not False:
-            raise ValueError(f"{path} may be a causal model; import it, which asks how it generates.")
+            raise ValueError(f"{path} may be a causal model; `import` it, which asks how it generates.")
+        own = ImportConfig(causal=False, video=config.video, text=config.text, shift=config.score.shift)
+        card = card_of(own, checkpoint, origin_of(checkpoint))
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
-    own = ImportConfig(causal=False, video=config.video, text=config.text, shift=config.score.shift)
-    card = card_of(own, checkpoint, origin_of(checkpoint))
     staging = storage.begin(model)
     with storage.writing(staging) as directory:
         writer = ModelWriter(directory)

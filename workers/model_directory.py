@@ -114,15 +114,20 @@ class ModelCard:
 class ModelDirectory:
     """An opened model directory; a `WeightSource` for engines."""
 
-    def __init__(self, path: str | Path):
-        """ValueError, in one sentence, where it is missing, unfinished, damaged or of another format."""
+    def __init__(self, path: str | Path, *, verified: bool = False):
+        """ValueError, in one sentence, where it is missing, unfinished, damaged or of another format.
+
+        `verified` says that who names the model has hashed all of it, so that not every rank of a group does:
+        at 14B that is 57 GB.
+        """
         self.path = str(path)
         if not storage.local(path).is_dir():
             raise ValueError(
                 f"there is no complete model at {path}; train one, or name a directory that has a "
                 "manifest.json."
             )
-        storage.verify(path)
+        if not verified:
+            storage.verify(path)
         held = ExitStack()
         self.directory = held.enter_context(storage.reading(path))
         weakref.finalize(self, held.close)  # files are opened for as long as there is this object

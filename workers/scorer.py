@@ -31,7 +31,7 @@ class Scorer(Rank):
 
     def __init__(self, *, rank: int, ranks: int, threads: int, model: str, score: ScoreConfig):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
-        self.source = ModelDirectory(model)
+        self.source = ModelDirectory(model, verified=True)
         self.config = score
         self.schedule = FlowSchedule(score.shift)
         self._graph: _Graph | None = None

@@ -53,7 +53,7 @@ class StudentWorker(TrainedRank):
         adapters: AdapterConfig,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
-        self.source = ModelDirectory(model)
+        self.source = ModelDirectory(model, verified=True)
         self.config = rollout
         self.objective, self.score = objective, score
         self.directions = directions
