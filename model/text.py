@@ -1,7 +1,7 @@
 """Prompts → embeddings. The embedded default reads bytes; a pretrained encoder has the same interface.
 
-An encoder maps prompts to `[B, text_len, text_dim]`, zero where there is no text, so the empty prompt (what
-classifier-free guidance calls unconditional) is all zeros.
+An encoder maps prompts to `[B, text_len, text_dim]`, zero where there is no text. To the byte encoder the
+empty prompt (what classifier-free guidance calls unconditional) is all zeros.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 WORD_BYTES = 16
@@ -22,6 +23,11 @@ def split_words(prompt: str) -> list[bytes]:
         for data in (word.encode() for word in prompt.split())
         for first in range(0, len(data), WORD_BYTES)
     ]
+
+
+def pad(embedding: Tensor, text_len: int) -> Tensor:
+    """An embedding [tokens, text_dim] with zeros up to `text_len` tokens, as Wan's transformer reads it."""
+    return F.pad(embedding, (0, 0, 0, text_len - len(embedding)))
 
 
 class TextEncoder(Protocol):

@@ -103,11 +103,11 @@ class RunConfig:
                 "teacher and student must have the same text_len and text_dim, for they read the same "
                 "prompts."
             )
-        embedded = self.text.encoder == "embedded"
+        embedded = self.text.column == "embedding"
         named = self.distill.roles.teacher.negative_embedding is not None
         if named != embedded and (named or self.distill.needs_teacher):
             raise ValueError(
-                "distill.roles.teacher.negative_embedding must name a file where text.encoder is embedded, "
+                "distill.roles.teacher.negative_embedding must name a file where text.encoder is not bytes, "
                 "and only there."
             )
         _check_batch("pretrain", self.pretrain.batch, self.pretrain.role)

@@ -113,6 +113,11 @@ def _check_fit(
                 f"{setting} at {model.path} was made with video.{field} {old}, and this recipe says {new}; "
                 "its latents mean other pixels, so use the same."
             )
+    if card.video.codec_digest() != video.codec_digest():
+        raise ValueError(
+            f"{setting} at {model.path} has another VAE than video.vae at {video.vae}; its latents mean "
+            "other pixels, so use the same."
+        )
     if card.text.encoder != config.text.encoder:
         raise ValueError(
             f"{setting} at {model.path} has text.encoder {card.text.encoder}, and this recipe says "

@@ -36,8 +36,10 @@ _NO_NUMBERS = frozenset((
 """Last names of settings that say where things lie, and how a stage goes about its work."""
 _NEGATIVE = "distill.roles.teacher.negative_prompt"
 _NEGATIVE_FILE = "distill.roles.teacher.negative_embedding"
+_VAE = "video.vae"
 _INPUTS = frozenset((
-    "distill.teacher", "distill.student", "distill.critic", "initialize.teacher", _NEGATIVE_FILE,
+    "distill.teacher", "distill.student", "distill.critic", "initialize.teacher", _NEGATIVE_FILE, _VAE,
+    "text.path",
 ))
 _PAIRS = frozenset((
     "seed", "initialize.pairs", "initialize.ode_steps", "initialize.guidance", "rollout.shift",
@@ -69,6 +71,8 @@ def identity(config: RunConfig, stage: Stage) -> dict[str, Any]:
     for name, path in _inputs(config, stage).items():
         if name.startswith("data."):
             found[name] = _DIGEST + digest(path)
+        elif name == _VAE:
+            found[name] = f"{_DIGEST}{config.video.codec_digest()}"
         elif name == _NEGATIVE_FILE:
             found[name] = _DIGEST + hashlib.sha256(Path(path).read_bytes()).hexdigest()
         else:
@@ -281,7 +285,7 @@ def _decides(config: RunConfig, stage: Stage, name: str) -> bool:
         return False
     if name == "distill.iterations" or name.startswith(("distill.selection.", "distill.alarms.")):
         return False  # where it ends, what is exported and what is said moves no number of any state
-    if name == _NEGATIVE and config.text.encoder == "embedded":
+    if name == _NEGATIVE and config.text.column == "embedding":
         return False
     match stage:
         case "distill":
@@ -319,6 +323,9 @@ def _inputs(config: RunConfig, stage: Stage) -> dict[str, str]:
     if not (distill.starts_from_data if stage == "distill" else real):
         read["data.train"] = data.train
     negative = distill.roles.teacher.negative_embedding
+    longer = stage == "distill" and distill.rollout_frames not in (None, config.video.frames)
+    if config.video.vae is not None and longer:
+        read[_VAE] = config.video.vae  # which makes the scored window's first frame anew
     if negative is not None and stage != "pretrain" and (stage != "distill" or distill.needs_teacher):
         read[_NEGATIVE_FILE] = negative
     return read

@@ -54,7 +54,7 @@ COMMANDS: Mapping[str, Command] = {
         options=(
             Option("--model", "directory of a student", path=True, required=True),
             Option("--prompt", "what the video shows", required=True),
-            Option("--frames", "latent frames; the trained length by default", type=int | None),
+            Option("--frames", "frames of the video; the trained length by default", type=int | None),
             Option("--seed", "another one makes another video", type=int, default=0),
             Option("--image", "file of the first frame, for image-to-video", path=True),
             Option("--output", "path ending in .mp4 or .gif", path=True, default="outputs/sample.mp4"),

@@ -81,11 +81,14 @@ def evaluate(
     if export is not None:
         vbench.check(suite.prompts(config), config.evaluate.videos)
     card = student_of(models).card
-    rollout, trained = card.rollout, card.video.frames
+    rollout, codec = card.rollout, card.video.make_codec()
     assert rollout is not None, "a student's card says how it generates"
+    chunk, trained = (
+        latents if codec is None else codec.frames(latents) for latents in (rollout.chunk, card.video.frames)
+    )
     jobs = {name: job_of(config, suite, model) for name, model in models.items()}
     videos, rows, reference = measure_models(
-        config, suite, models, jobs, chunk=rollout.chunk, trained=trained, resume=resume
+        config, suite, models, jobs, chunk=chunk, trained=trained, resume=resume
     )
     if export is not None:
         vbench.export(Path(export), {name: videos[name] for name in models}, fps=card.video.fps)
@@ -100,7 +103,7 @@ def evaluate(
         },
         rows=rows,
         trained=trained,
-        chunk=rollout.chunk,
+        chunk=chunk,
         steps=len(rollout.steps),
         first_steps=len(rollout.steps_at(0)),
         samples=samples(videos, sheet),
@@ -237,10 +240,10 @@ def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
             raise ValueError(
                 f"{setting}: the model at {path} is a {is_}, and evaluation needs a {wanted} there."
             )
-        if model.card.text.encoder != "bytes":
+        if model.card.text.encoder == "embedded":
             raise ValueError(
                 f"{setting}: the model at {path} takes embedded prompts, and evaluation writes its prompts "
-                "as text."
+                "as text; its text.encoder must be umt5."
             )
         if (trained := model.card.video.frames) > settings.frames:
             raise ValueError(
@@ -341,7 +344,7 @@ def made_by(generator: Generator, job: Job, samples: range, purpose: str) -> dic
         latents = generator.teacher(prompts, noise, **job.sampler)
     made = {}
     if generator.codec is not None:
-        frames = generator.codec.unclamped(latents)[:, : job.frames]
+        frames = generator.codec.unclamped(latents[:, : job.frames])
         made["pixels"] = to_bytes(frames).contiguous()
         made["clamped"] = clamped_share(frames)
     if job.latents:

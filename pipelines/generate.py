@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from pipelines.console import say
 from pipelines.media import check_output, read_image, write_video
@@ -26,21 +26,20 @@ def command(_: None, options: Any) -> None:
     if options.image is not None and not Path(options.image).is_file():
         raise ValueError(f"--image: there is no file {options.image}.")
     generator = Generator(options.model)
-    wanted = generator.card.video.frames if options.frames is None else options.frames
-    initial, given = None, 0
+    codec, video = generator.shown, generator.card.video
+    wanted = codec.frames(video.frames) if options.frames is None else options.frames
+    initial: Tensor | None = None
+    given = 0
     if options.image is not None:
         if not generator.card.recipe.get("distill", {}).get("given_frames"):
             raise ValueError(
                 f"--image: the model at {options.model} was not trained to go on from an image; leave it "
                 "out, or name a student that was distilled with distill.given_frames."
             )
-        shape = generator.decode(torch.zeros(1, 1, *generator.card.video.shape[1:])).shape[2:]
-        assert generator.codec is not None, "decoding has shown that there is one"
-        initial = generator.codec.encode(
-            read_image(options.image, (shape[0], shape[1], shape[2]))[None, None]
-        )
+        image = read_image(options.image, codec.shape((1, *video.shape[1:]))[1:])
+        initial = codec.encode(image[None, None])
         given = initial.shape[1]
-    length = generator.frames_of_chunks(max(wanted, given + 1), given)
+    length = generator.frames_of_chunks(max(codec.latents(wanted), given + 1), given)
     latents = generator.student([options.prompt], [(options.seed, "generate", 0)], length, initial)
-    write_video(path, generator.decode(latents)[0, :wanted], generator.card.video.fps)
+    write_video(path, codec.decode(latents)[0, :wanted], video.fps)
     say(f"wrote {path}")

@@ -5,6 +5,7 @@ latents and prompts are) a preset says, or `--rollout.*` and its like.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,7 @@ def command(config: ImportConfig, options: Any) -> None:
     """Write a model; ValueError, before anything is written, where the checkpoint is none that runs here."""
     if (Path(options.source) / "model.json").exists():
         raise ValueError(f"{options.source} is a model of this project already; use it as it is.")
+    config = _with_its_own(config, Path(options.source))
     checkpoint = ForeignCheckpoint(
         options.source, part=options.part, heads=config.heads, text_len=config.text_len
     )
@@ -83,6 +85,17 @@ def command(config: ImportConfig, options: Any) -> None:
     )
 
 
+def _with_its_own(config: ImportConfig, source: Path) -> ImportConfig:
+    """The settings with the VAE and the text encoder that a pipeline's folder has, where none are named."""
+    if config.video.codec == "none" and (source / "vae" / "config.json").is_file():
+        config = replace(config, video=replace(config.video, codec="wan_vae", vae=str(source / "vae")))
+    if config.text.encoder == "embedded" and (source / "text_encoder" / "config.json").is_file():
+        config = replace(config, text=TextConfig("umt5", str(source)))
+    if config.text.path is not None:
+        config = replace(config, text=replace(config.text, path=os.path.abspath(config.text.path)))
+    return config
+
+
 def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping[str, Any]) -> ModelCard:
     """The card of an imported model; ValueError where the settings do not say or fit what it is."""
     causal = config.causal
@@ -95,10 +108,9 @@ def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping
             f"{checkpoint.path} does not say {unsaid}; name a --preset ({names}), or say so with --causal "
             "and --rollout settings."
         )
-    if config.text.encoder != "embedded":
+    if config.text.encoder == "bytes":
         raise ValueError(
-            f"text.encoder is {config.text.encoder}, and {checkpoint.path} brings no such encoder; use "
-            "embedded."
+            f"text.encoder is bytes, and {checkpoint.path} brings no such encoder; use umt5, or embedded."
         )
     sizes, channels = checkpoint.sizes, config.video.channels
     if sizes.in_dim != channels:

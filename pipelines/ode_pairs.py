@@ -112,7 +112,7 @@ def write_pairs(config: RunConfig) -> None:
     identity = run_state.identity(config, "pairs")
     staging = storage.begin(settings.pairs_path)
     prompts = (
-        tensor_fields("embedding") if config.text.encoder == "embedded" else [pa.field("prompt", pa.string())]
+        tensor_fields("embedding") if config.text.column == "embedding" else [pa.field("prompt", pa.string())]
     )
     fields = [pa.field("sample", pa.int64()), *prompts, *tensor_fields("trajectory")]
     schema = dataset_schema(

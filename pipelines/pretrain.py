@@ -47,8 +47,8 @@ class TextToVideo(nn.Module):
 
 def check_data(config: RunConfig) -> None:
     """ValueError, in one sentence, where the data set is not what the teacher reads."""
-    if config.video.codec == "none":
-        raise ValueError("pretrain reads videos, so it needs a video.codec.")
+    if config.video.column != "video":
+        raise ValueError("pretrain reads videos of pixels, so it needs video.codec space_to_depth.")
     data, video = config.data, config.video
     skip = data.skip_damaged
     for note in check("data.train", data.train, TextConfig(), config.teacher, video=video, skip_damaged=skip):

@@ -57,7 +57,7 @@ def check_settings(config: RunConfig) -> None:
             f"distill.selection.by is {settings.by}; use a number that evaluate.suite {name} compares: "
             f"{', '.join(known)}."
         )
-    if config.text.encoder != "bytes":
+    if config.text.encoder == "embedded":
         raise ValueError(
             f"distill.selection.every of {settings.every} asks for measurements, which write their "
             f"prompts as text, and text.encoder is {config.text.encoder}; set it to 0."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infra import storage
+from infra.settings import part
 from infra.tracking import Tracker
 from orchestrator import run_state
 from orchestrator.cluster import Cluster, connect
@@ -81,7 +82,10 @@ def located(command: str, config: RunConfig) -> RunConfig:
             f"{command}: root {config.root!r} lies in this job's working directory, which is deleted some "
             "time after the job; give --root an absolute path that every node can read."
         )
-    return adopt(config.located())
+    config = adopt(config.located())
+    with part("video"):
+        config.video.check()
+    return config
 
 
 @contextmanager

@@ -130,10 +130,11 @@ class Video(Suite):
         if config.evaluate.features is not None:
             if codec is None:
                 raise ValueError("evaluate.features reads frames, and the models have video.codec none.")
-            _features(config.evaluate.features, codec.decode(torch.zeros(1, 1, *shape)))
+            _features(config.evaluate.features, torch.zeros(1, *codec.shape((1, *shape))))
         words = min(model.card.transformer.text_len for model in models.values())
+        by_words = all(model.card.text.encoder == "bytes" for model in models.values())
         for prompt in self.prompts(config):
-            if len(split_words(prompt)) > words:
+            if by_words and len(split_words(prompt)) > words:
                 raise ValueError(
                     f"the prompt {shorten(prompt, 60)!r} to evaluate with has more words than the {words} "
                     "that the models read; shorten it."
@@ -179,7 +180,7 @@ class Video(Suite):
         frames = min(len(rows[0][column]), config.evaluate.frames)
         shape = torch.Size(card.shape[1:])
         if codec is not None and column == "video":
-            shape = codec.decode(torch.zeros(1, 1, *shape)).shape[2:]
+            shape = torch.Size(codec.shape((1, *shape))[1:])
         for row in rows:
             if row[column].shape[1:] != shape or len(row[column]) < frames:
                 raise ValueError(
@@ -209,6 +210,9 @@ class Video(Suite):
         assert videos.latents is not None, "the suite asks for latents"
         count, length = videos.latents.shape[:2]
         undefined = torch.full((count, length), math.nan)
+        if videos.pixels is not None:  # of a VAE a latent frame makes several of pixels
+            length = videos.pixels.shape[1]
+            undefined = torch.full((count, length), math.nan)
         levels = _levels(videos)
         values = {f"{n}_drift": video_metrics.drift(levels.get(n, undefined), chunk) for n in _LEVELS}
         for name in _LEVELS:
@@ -219,9 +223,13 @@ class Video(Suite):
             values[name] = getattr(video_metrics, name)(videos.frames()) if shown else undefined
         values["out_of_range"], distance = undefined, Estimate.undefined(length)
         if prepared.features is not None:
-            values["out_of_range"] = video_metrics.share_outside(videos.latents, prepared.low, prepared.high)
-            real = _as_long_as(prepared.features, length)
-            distance = kernel_distance(prepared.features_of(videos), real, seed=seed)
+            outside = video_metrics.share_outside(videos.latents, prepared.low, prepared.high)
+            values["out_of_range"] = _by_pixels(outside, length)
+            features = prepared.features_of(videos)
+            real = _as_long_as(prepared.features, features.shape[1])
+            distance = kernel_distance(features, real, seed=seed)
+            if features.shape[1] != length:
+                distance = Estimate(*(_by_pixels(each, length) for each in distance))
         values["clamped"] = videos.clamped_shares()
         return row_of(
             values,
@@ -248,6 +256,15 @@ def _levels(videos: Videos) -> dict[str, Tensor]:
         return {}
     frames = videos.frames()
     return {name: getattr(video_metrics, name)(frames) for name in _LEVELS}
+
+
+def _by_pixels(values: Tensor, length: int) -> Tensor:
+    """What is known by latent frame `[…, F]`, by the `length` frames of pixels that these make: of a VAE the
+    first one makes one, and each later one as many as the others."""
+    latents = values.shape[-1]
+    each = max(1, (length - 1) // max(1, latents - 1))
+    index = (torch.arange(length) - 1).div(each, rounding_mode="floor") + 1
+    return values[..., index.clamp(max=latents - 1)]
 
 
 def _as_long_as(reference: Tensor, length: int) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -41,11 +40,11 @@ def check(
     reads. ValueError, with the `setting`, where the data set is missing or damaged, or holds something else.
     """
     where = f"{setting} at {path}"
-    columns = [text.column, *([] if video is None else [video_column(video)])]
+    columns = [text.column, *([] if video is None else [video.column])]
     data = ParquetDataset(path, columns, skip_damaged=skip_damaged)
-    if text.encoder == "embedded":
-        shape = (None, None) if sizes is None else (sizes.text_len, sizes.text_dim)
-        wanted = ("embeddings", shape, "text_len × text_dim of the model")
+    if text.column == "embedding":
+        shape = (None, None) if sizes is None else (range(1, sizes.text_len + 1), sizes.text_dim)
+        wanted: Wanted = ("embeddings", shape, "tokens × text_dim of the model")
         _check_tensors(data, text.column, where, wanted)
     else:
         _check_text(data, text.column, where, None if sizes is None else sizes.text_len)
@@ -56,7 +55,7 @@ def check(
 
 def check_negative(prompt: str, file: str | None, sizes: TransformerConfig) -> None:
     """ValueError unless the teacher's negative prompt fits a model of these sizes: its text, or the tensor
-    `embedding` [text_len, text_dim] of `file`."""
+    `embedding` [tokens, text_dim] of `file`."""
     setting = "distill.roles.teacher"
     if file is None:
         if (words := len(split_words(prompt))) > sizes.text_len:
@@ -70,35 +69,34 @@ def check_negative(prompt: str, file: str | None, sizes: TransformerConfig) -> N
         embedding = load_file(file)["embedding"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{where} is no safetensors file with the tensor `embedding`: {error}.") from None
-    shape = (sizes.text_len, sizes.text_dim)
-    if embedding.shape != shape or not embedding.isfinite().all():
+    tokens, width = embedding.shape if embedding.ndim == 2 else (0, 0)
+    if not 1 <= tokens <= sizes.text_len or width != sizes.text_dim or not embedding.isfinite().all():
         raise ValueError(
-            f"{where} has a tensor `embedding` of {tuple(embedding.shape)}, and finite numbers of {shape} "
-            "are expected (text_len × text_dim of the model)."
+            f"{where} has a tensor `embedding` of {tuple(embedding.shape)}, and finite numbers of 1 to "
+            f"{sizes.text_len} × {sizes.text_dim} are expected (tokens × text_dim of the model)."
         )
 
 
-def video_column(video: VideoConfig) -> str:
-    """The column of videos: `latent` where there is no codec."""
-    return "latent" if video.codec == "none" else "video"
-
-
 def _check_videos(data: ParquetDataset, where: str, video: VideoConfig, *, longer: bool) -> None:
-    codec = video.make_codec()
-    shape = video.shape if codec is None else tuple(codec.decode(torch.zeros(1, *video.shape)).shape[1:])
-    wanted = ("videos", (None, *shape[1:]) if longer else shape, "`video`: [frames, channels, height, width]")
-    _check_tensors(data, video_column(video), where, wanted, least=shape[0] if longer else 1)
+    codec = video.make_codec() if video.column == "video" else None
+    shape = video.shape if codec is None else codec.shape(video.shape)
+    sizes = (None, *shape[1:]) if longer else shape
+    wanted: Wanted = ("videos", sizes, "`video`: [frames, channels, height, width]")
+    _check_tensors(data, video.column, where, wanted, least=shape[0] if longer else 1)
 
 
-Wanted = tuple[str, Sequence[int | None], str]
-"""What tensors are, their shape (None: any size), and how to call that."""
+Wanted = tuple[str, Sequence[int | range | None], str]
+"""What tensors are, their shape (None: any size; a range: a size in it), and how to call that."""
 
 
 def _check_tensors(data: ParquetDataset, name: str, where: str, wanted: Wanted, *, least: int = 1) -> None:
     """ValueError unless every tensor `name` has the shape (None: any) and a type that fits its column."""
     what, shape, asked = wanted
     types = ("uint8", *FLOATS) if name == "video" else FLOATS
-    said = " × ".join(f"≥ {least}" if size is None else str(size) for size in shape)
+    said = " × ".join(
+        f"{size[0]} to {size[-1]}" if isinstance(size, range) else f"≥ {least}" if size is None else str(size)
+        for size in shape
+    )
 
     def refuse(row: str, found: Any) -> None:
         raise ValueError(f"{where} holds {what} of {found} ({row}), and {said} is expected ({asked}).")
@@ -114,7 +112,9 @@ def _check_tensors(data: ParquetDataset, name: str, where: str, wanted: Wanted, 
             refuse(_row(shard, row), shapes[row].as_py())
         sizes = pc.list_flatten(shapes).to_numpy().reshape(-1, len(shape))
         fits = [
-            sizes[:, axis] >= least if size is None else sizes[:, axis] == size
+            np.isin(sizes[:, axis], size)
+            if isinstance(size, range)
+            else (sizes[:, axis] >= least if size is None else sizes[:, axis] == size)
             for axis, size in enumerate(shape)
         ]
         for row in np.flatnonzero(~np.all(fits, axis=0)).tolist():

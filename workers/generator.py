@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.backbone import velocity_of
+from model.codec import Codec
 from model.noise import Key, SampleNoise
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
@@ -100,10 +101,11 @@ class Generator:
         path = integrate(velocity, x, shift=self.card.shift, grid=torch.linspace(1000, 0, steps + 1).tolist())
         return path[-1].cpu()
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, T, channels, height, width] in [−1, 1]; ValueError where the model has no codec."""
+    @property
+    def shown(self) -> Codec:
+        """What makes frames of latents; ValueError where the model has no codec."""
         if self.codec is None:
             raise ValueError(
                 f"the model at {self.source.path} has video.codec none; its latents cannot be shown."
             )
-        return self.codec.decode(latents)
+        return self.codec

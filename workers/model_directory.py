@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,23 +22,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra import storage
-from infra.settings import Invalid, at_least, positive
+from infra.settings import Invalid, Places, at_least, positive
+from model import umt5
 from model.codec import Codec, SpaceToDepth
 from model.families import FAMILIES, family_of
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder, TextEncoder
 from model.transformer import TransformerConfig
+from model.wan_vae import WanVae, copy_vae
 from workers.foreign.checkpoint import ForeignCheckpoint, check_names
 from workers.foreign.files import Safetensors
 
 FORMAT = 1
 SHARD_BYTES = 4 * 2**30
 LINK = "weights.json"
+VAE = "vae"
 
 
 @dataclass(frozen=True)
-class VideoConfig:
+class VideoConfig(Places):
     """Shape of a latent video."""
+
+    INPUTS = ("vae",)
 
     frames: int = 9
     """Latent frames that the models are trained on."""
@@ -48,8 +53,10 @@ class VideoConfig:
     """Latent rows."""
     width: int = 8
     """Latent columns."""
-    codec: Literal["space_to_depth", "none"] = "space_to_depth"
-    """Latents to frames: blocks of pixels as channels, or none, where videos stay latents."""
+    codec: Literal["space_to_depth", "wan_vae", "none"] = "space_to_depth"
+    """Latents to frames: blocks of pixels as channels, Wan's VAE, or none, where videos stay latents."""
+    vae: str | None = None
+    """Folder of the VAE in diffusers' layout, for wan_vae. Models bring a copy of it."""
     pixel_mean: float = 0.0
     """Mean of the data's pixels in [−1, 1], for space_to_depth."""
     pixel_std: float = 1.0
@@ -58,17 +65,45 @@ class VideoConfig:
     """Frames a second of written videos."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "frames", "channels", "height", "width", "pixel_std", "fps")
         at_least(self, -1, "pixel_mean")
+        if (self.vae is None) == (self.codec == "wan_vae"):
+            raise Invalid("vae", "must name the VAE's folder where codec is wan_vae, and only there.")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(F, C, H, W)."""
         return self.frames, self.channels, self.height, self.width
 
+    @property
+    def column(self) -> str:
+        """The data sets' column of videos. A VAE is slow, so what it makes is stored."""
+        return "video" if self.codec == "space_to_depth" else "latent"
+
+    def check(self) -> None:
+        """Invalid where the codec's files are not there, or make other latents."""
+        codec = self.make_codec()
+        if not isinstance(codec, WanVae):
+            return
+        try:
+            channels = codec.channels
+        except ValueError as error:
+            raise Invalid("vae", f"cannot be used: {error}") from None
+        if channels != self.channels:
+            raise Invalid("vae", f"makes latents of {channels} channels, and channels is {self.channels}.")
+
+    def codec_digest(self) -> str | None:
+        """What tells the VAE from another one; None where there is none."""
+        codec = self.make_codec()
+        return codec.digest() if isinstance(codec, WanVae) else None
+
     def make_codec(self) -> Codec | None:
         if self.codec == "none":
             return None
+        if self.codec == "wan_vae":
+            assert self.vae is not None, "which is checked"
+            return WanVae(self.vae)
         factor = int(self.channels**0.5)
         if factor**2 != self.channels:
             raise Invalid("codec", f"space_to_depth needs a square number of channels, not {self.channels}.")
@@ -76,16 +111,26 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Places):
     """Prompt embedding."""
 
-    encoder: Literal["bytes", "embedded"] = "bytes"
-    """A small byte encoder that is part of the model, or embeddings that come with the data set."""
+    INPUTS = ("path",)
+
+    encoder: Literal["bytes", "umt5", "embedded"] = "bytes"
+    """A small byte encoder that is part of the model; UMT5, which embeds the data sets beforehand and new
+    prompts when a student generates; or embeddings that come with the data sets, and no encoder."""
+    path: str | None = None
+    """Folder of UMT5 and its tokenizer, for umt5. Training does not read it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.path is None) == (self.encoder == "umt5"):
+            raise Invalid("path", "must name the encoder's folder where encoder is umt5, and only there.")
 
     @property
     def column(self) -> str:
-        """The data set's column of prompts: text, or tensors [text_len, text_dim]."""
-        return "embedding" if self.encoder == "embedded" else "prompt"
+        """The data sets' column of prompts: text, or tensors [≤ text_len, text_dim]."""
+        return "prompt" if self.encoder == "bytes" else "embedding"
 
 
 @dataclass(frozen=True)
@@ -139,7 +184,7 @@ class ModelDirectory:
             raise ValueError(
                 f"{path} has model format {body.get('format')}; this release reads format {FORMAT}."
             )
-        self.card = _card(body)
+        self.card = _card(body, self.directory)
         self._weights: dict[str, Safetensors] | ForeignCheckpoint
         if (self.directory / LINK).exists():
             self._weights = _linked(self.directory / LINK, self.card.origin)
@@ -162,8 +207,17 @@ class ModelDirectory:
 
     def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
         """The prompt encoder that belongs to the model; ValueError where prompts come embedded."""
-        if self.card.text.encoder != "bytes":
+        sizes, text = self.card.transformer, self.card.text
+        if text.encoder == "embedded":
             raise ValueError(f"the model at {self.path} takes embedded prompts; it cannot encode text.")
+        if text.path is not None:
+            embedder = umt5.Umt5Encoder(text.path, sizes.text_len, device)
+            if embedder.text_dim != sizes.text_dim:
+                raise ValueError(
+                    f"the text encoder at {text.path} makes embeddings {embedder.text_dim} wide, and the "
+                    f"model at {self.path} reads {sizes.text_dim}."
+                )
+            return embedder
         encoder = ByteEncoder(self.card.transformer.text_len, self.card.transformer.text_dim)
         encoder.load_state_dict(self.text_weights())
         return encoder.requires_grad_(False).to(device)
@@ -175,6 +229,8 @@ class ModelDirectory:
 
     def text_digest(self) -> str:
         """SHA-256 of the prompt encoder's kind and weights: models of the same one embed prompts alike."""
+        if self.card.text.path is not None:
+            return umt5.digest(self.card.text.path)
         total = hashlib.sha256(self.card.text.encoder.encode())
         for name, tensor in sorted(self.text_weights().items()):
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -213,8 +269,11 @@ class ModelWriter:
         (self.directory / LINK).write_text(json.dumps(body, indent=1))
 
     def finish(self, card: ModelCard, text: Mapping[str, Tensor]) -> None:
-        """Write the rest: the last shard, the text encoder if there is one, and the card."""
+        """Write the rest: the last shard, the text encoder and the VAE if there are such, and the card."""
         self.flush()
+        if card.video.vae is not None:
+            copy_vae(card.video.vae, self.directory / VAE)
+            card = replace(card, video=replace(card.video, vae=VAE))
         if text:
             encoder = {name: tensor.detach().cpu().contiguous() for name, tensor in text.items()}
             save(encoder, self.directory / "text_encoder.safetensors")
@@ -264,18 +323,21 @@ def _stamp(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _card(body: Mapping[str, Any]) -> ModelCard:
+def _card(body: Mapping[str, Any], directory: Path) -> ModelCard:
     def build(kind: type, values: Mapping[str, Any] | None) -> Any:
         if values is None:
             return None
         known = {f.name for f in fields(kind)}
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
+    video = build(VideoConfig, body["video"])
+    if video.vae is not None:
+        video = replace(video, vae=str(directory / VAE))
     return ModelCard(
         # Cards of earlier releases say `kind` instead, and call a causal teacher a student.
         causal=body["causal"] if "causal" in body else body["kind"] == "student",
         transformer=build(FAMILIES[body.get("family", "wan")][0], body["transformer"]),
-        video=build(VideoConfig, body["video"]),
+        video=video,
         text=build(TextConfig, body["text"]),
         rollout=build(RolloutConfig, body["rollout"]),
         guidance=body.get("guidance", 0.0),

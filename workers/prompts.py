@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.text import pad
 from workers.actor import Stats, Worker
 from workers.batch import Batch
-from workers.data_check import video_column
 from workers.dataset import ParquetDataset, Row
 from workers.model_directory import ModelDirectory, VideoConfig
 
@@ -18,19 +18,20 @@ class Prompts:
     """How a model's prompts become embeddings: by its own encoder, or they come embedded in the data set."""
 
     def __init__(self, model: ModelDirectory, device: torch.device | str = "cpu"):
-        self._encoder = None if model.card.text.encoder == "embedded" else model.text_encoder(device)
         self.column = model.card.text.column
+        self._encoder = model.text_encoder(device) if self.column == "prompt" else None
+        self._text_len = model.card.transformer.text_len
 
     def embed(self, values: Sequence[Any]) -> list[Tensor]:
         """Embeddings [text_len, text_dim] of values of `column`."""
         if self._encoder is None:
-            return list(values)
+            return [pad(value, self._text_len) for value in values]
         return [embedding.clone() for embedding in self._encoder.encode(list(values))]
 
     def negative(self, prompt: str, file: str | None) -> Tensor:
         """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
         if file is not None:
-            return load_file(file)["embedding"]
+            return pad(load_file(file)["embedding"], self._text_len)
         if self._encoder is None:
             raise ValueError(
                 "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative "
@@ -86,8 +87,8 @@ class LatentDataset:
     def __init__(self, path: str, video: VideoConfig, prompts: str, *, skip_damaged: bool = False):
         """`prompts` names their column. ValueError where it is missing; `data_check` checks the rest."""
         self._prompts = prompts
-        self._codec = video.make_codec()
-        self._video = video_column(video)
+        self._codec = video.make_codec() if video.column == "video" else None
+        self._video = video.column
         self._data = ParquetDataset(path, [prompts, self._video], skip_damaged=skip_damaged)
 
     def __len__(self) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from model.watch import Reference
-from workers.data_check import video_column
 from workers.dataset import ParquetDataset
 from workers.model_directory import VideoConfig
 
@@ -18,7 +17,8 @@ def reference_of(
     video: VideoConfig, held_out: str, pairs: str, *, skip_damaged: bool = False
 ) -> Reference | None:
     """What held-out videos are like, else the ends of the teacher's ODE trajectories; None without either."""
-    codec, column = video.make_codec(), video_column(video)
+    column = video.column
+    codec = video.make_codec() if column == "video" else None
     one = 4 * torch.Size(video.shape).numel()
     most = max(1, min(VIDEOS, BYTES // one))
     for path, name, source in (
@@ -37,7 +37,7 @@ def reference_of(
         if name == "trajectory":
             latents, wanted = rows, torch.Size(video.shape)
         else:
-            shown = video.shape if codec is None else codec.decode(torch.zeros(1, *video.shape)).shape[1:]
+            shown = video.shape if codec is None else codec.shape(video.shape)
             latents, wanted = rows, torch.Size(shown)
         if any(each.shape != wanted for each in latents):
             continue

@@ -7,7 +7,7 @@ where none is free; nobody is dropped or started again for another.
 
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -72,6 +72,7 @@ def check(model: str) -> tuple[ModelDirectory, RolloutConfig]:
             "needs one."
         )
     check_weights(source)
+    source.card.video.check()
     return source, rollout
 
 
@@ -160,7 +161,10 @@ class Streamer:
 
     def follows(self, other: "Streamer") -> bool:
         """Whether streams of `other` can go on here: they are of one shape, and generated in one way."""
-        return (self.config, self.card.video) == (other.config, other.card.video)
+        ours, theirs = self.card.video, other.card.video
+        # Each model brings its own copy of a VAE.
+        same = replace(ours, vae=theirs.vae) == theirs if ours.codec == theirs.codec else False
+        return self.config == other.config and same and ours.codec_digest() == theirs.codec_digest()
 
     def adopt(self, stream: Stream) -> None:
         """Go on, between two chunks, with a stream that another streamer closed: what it showed is encoded.

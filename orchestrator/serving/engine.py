@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
-from model.codec import enlarge, to_uint8
+from model.codec import StreamDecoder, enlarge, to_uint8
 from workers.streamer import Event, NoSlot, Stream, Streamer
 
 BUFFERED = 2
@@ -55,6 +56,8 @@ class Viewer:
     encode: Encode
     first_frame: int  # frames before this one are made and not shown
     frames: int | None  # frames that were asked for; the last chunk may have more
+    decoder: StreamDecoder
+    """Makes frames of its latents, in their order; on the decoder's thread alone."""
     has_slot: bool = True
     paused: bool = False  # whether the viewer asked for a pause
     gone: bool = False
@@ -104,6 +107,7 @@ class Viewer:
             self.has_slot = True
             async with self.changing:
                 await self.engine.on_model(self.engine.streamer.unpark, self.stream)
+            self.engine.move_decoder(self, self.engine.streamer.device)
         self.paused = False
         self.engine.changed.set()
 
@@ -132,6 +136,8 @@ class Engine:
                 f"the model at {streamer.model} has video.codec none; its latents cannot be shown."
             )
         self.streamer, self.codec, self.places = streamer, codec, places
+        # Once, so that the first viewer need not wait for a VAE to be loaded.
+        codec.stream().decode(torch.zeros(1, *streamer.card.video.shape[1:], device=streamer.device))
         self.viewers: dict[int, Viewer] = {}
         """By number of the stream."""
         self.changed = asyncio.Event()
@@ -184,13 +190,14 @@ class Engine:
         first_frame: int = 0,
         on_place: OnPlace | None = None,
     ) -> Viewer:
-        """A viewer of a new stream, as `Streamer.open`; close it when the viewer is gone.
+        """A viewer of a new stream of `frames` frames, or without end; close it when the viewer is gone.
 
         With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it
         would not or cannot wait, StreamEnded where the engine stops.
         """
         await self.claim(on_place)
-        opening = asyncio.ensure_future(self.on_model(self.streamer.open, prompt, seed, frames))
+        latents = None if frames is None else self.codec.latents(frames)
+        opening = asyncio.ensure_future(self.on_model(self.streamer.open, prompt, seed, latents))
         try:
             stream = await asyncio.shield(opening)
         except asyncio.CancelledError:  # the viewer left while the stream was being opened
@@ -199,7 +206,7 @@ class Engine:
         except BaseException:
             self.release()
             raise
-        viewer = Viewer(self, stream, encode, first_frame, frames)
+        viewer = Viewer(self, stream, encode, first_frame, frames, self.codec.stream())
         self.viewers[stream.number] = viewer
         self.changed.set()
         return viewer
@@ -276,8 +283,13 @@ class Engine:
             if viewer.paused and viewer.has_slot and not viewer.changing.locked():
                 viewer.has_slot = False
                 self._model.submit(self.streamer.park, viewer.stream)
+                self.move_decoder(viewer, "cpu")
                 return True
         return False
+
+    def move_decoder(self, viewer: Viewer, device: torch.device | str) -> None:
+        """Move what a viewer's decoder remembers, when its turn comes."""
+        self._decoder.submit(viewer.decoder.to, device)
 
     def close(self, viewer: Viewer) -> None:
         """End a viewer's stream, for `Viewer.close`."""
@@ -370,14 +382,15 @@ class Engine:
             viewer.outbox.put_nowait(StreamEnded(f"the stream ended: {event.error}."))
         if event.chunk is None:
             return
-        index, frames = event.stream.chunks - 1, len(event.chunk)
-        first = index * frames
+        index, chunk = event.stream.chunks - 1, len(event.chunk)
+        first, after = (self.codec.frames(number * chunk) for number in (index, index + 1))
         shown = slice(
             max(0, viewer.first_frame - first), None if viewer.frames is None else viewer.frames - first
         )
-        if len(range(frames)[shown]):
+        # Also of a chunk that is not shown: the next one's frames may depend on it.
+        decoding = self._decoder.submit(self._decode, viewer, event, index, shown)
+        if len(range(after - first)[shown]):
             viewer.unread += 1
-            decoding = self._decoder.submit(self._decode, viewer, event, index, shown)
             loop = asyncio.get_running_loop()
             asyncio.wrap_future(decoding, loop=loop).add_done_callback(partial(_decoded, viewer, event.last))
         elif event.last:
@@ -386,8 +399,8 @@ class Engine:
     def _decode(self, viewer: Viewer, event: Event, index: int, shown: slice) -> Chunk:
         """On the decoder's thread."""
         assert event.chunk is not None
-        frames = enlarge(to_uint8(self.codec.decode(event.chunk[None])[0]))[shown]
-        data = viewer.encode(frames, event.last)
+        frames = enlarge(to_uint8(viewer.decoder.decode(event.chunk)))[shown]
+        data = viewer.encode(frames, event.last) if len(frames) else None
         return Chunk(index, data, len(frames), event.new_prompt, time.monotonic())
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Annotated, Literal
 
-import torch
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pyarrow import NativeFile
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.types import Message
 
 from infra.storage import Files
-from model.codec import enlarge, to_uint8
+from model.codec import enlarge
 from orchestrator.serving import messages
 from orchestrator.serving.encoders import even
 from orchestrator.serving.jobs import Job, Order
@@ -309,7 +309,8 @@ def _check(asked: VideoRequest, served: Served) -> str:
         streamer.text.encode([asked.prompt])
     except ValueError as error:
         raise Problem(422, "invalid_value", f"prompt: {error}", param="prompt") from None
-    frame = enlarge(to_uint8(codec.decode(torch.zeros(1, 1, *streamer.card.video.shape[1:]))[0]))
+    _, _, height, width = codec.shape((1, *streamer.card.video.shape[1:]))
+    frame = enlarge(np.zeros((1, height, width, 3), np.uint8))
     size = f"{even(frame.shape[2])}x{even(frame.shape[1])}"
     if asked.size not in (None, size):
         raise Problem(

@@ -92,8 +92,7 @@ class Digits(Suite):
                 )
         for name, model in models.items():
             video, codec = model.card.video, model.card.video.make_codec()
-            one = torch.zeros(1, 1, *video.shape[1:])
-            if codec is None or codec.decode(one).shape[2:] != (1, CANVAS, CANVAS):
+            if codec is None or codec.shape((1, *video.shape[1:]))[1:] != (1, CANVAS, CANVAS):
                 raise ValueError(
                     f"the {name} model at {model.path} makes no frames of 1×{CANVAS}×{CANVAS}, which moving "
                     "digits have; evaluate.suite video measures any."

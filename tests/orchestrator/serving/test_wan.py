@@ -1,0 +1,124 @@
+"""A student that decodes by Wan's VAE and reads prompts by UMT5, served."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.serving.client import Client, ReceivedChunk, StreamSession
+from orchestrator.serving.messages import Applied, Done, VideoStart
+from tests.orchestrator.serving.conftest import CONFIG
+from tests.wan import write_pipeline, write_student
+from workers.generator import Generator
+
+pytestmark = pytest.mark.slow
+FPS = 100  # the server sends no faster
+SIX, TWO = "a six drifting left", "a two drifting up"
+CHUNKS = 40
+FRAMES = 1 + 4 * (3 * CHUNKS - 1)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wan")
+    return write_student(place / "student", write_pipeline(place / "pipeline"), fps=FPS)
+
+
+@pytest.fixture(scope="module")
+def client(wan: Path, deploy: object) -> Iterator[Client]:
+    with deploy("wan", replace(CONFIG, model=str(wan))) as url:  # type: ignore[operator]
+        yield Client(url)
+
+
+def play(session: StreamSession) -> tuple[list[ReceivedChunk], Done]:
+    chunks = []
+    while True:
+        message = session.receive()
+        if isinstance(message, ReceivedChunk):
+            chunks.append(message)
+        if isinstance(message, Done):
+            return chunks, message
+
+
+def frames_of(chunks: list[ReceivedChunk]) -> tuple[np.ndarray, list[float]]:
+    with av.open(io.BytesIO(b"".join(chunk.data for chunk in chunks))) as container:
+        frames = list(container.decode(video=0))
+    times = [float(frame.pts * frame.time_base) for frame in frames]
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), times
+
+
+def alone(model: Path, prompt: str, seed: int, chunks: int) -> np.ndarray:
+    """The frames of one stream by itself, whole."""
+    generator = Generator(str(model))
+    latents = generator.student([prompt], [(seed, "generate", 0)], 3 * chunks)
+    frames = generator.shown.decode(latents)[0]
+    pixels = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def test_two_viewers_see_what_each_would_see_alone(client: Client, wan: Path) -> None:
+    torch.set_num_threads(1)
+    with client.session() as one, client.session() as two:
+        one.start(SIX, seed=1, num_frames=30)
+        two.start(TWO, seed=2, num_frames=21)
+        for session, prompt, seed, count in ((one, SIX, 1, 30), (two, TWO, 2, 21)):
+            assert session.wait_for(VideoStart).config.fps == FPS
+            chunks, done = play(session)
+            # The first latent frame makes one frame of pixels, so the first chunk nine and others twelve.
+            assert [chunk.about.num_frames for chunk in chunks] == [9, 12, count - 21][: done.chunks]
+            seen, times = frames_of(chunks)
+            assert times == pytest.approx([frame / FPS for frame in range(count)])
+            expected = alone(wan, prompt, seed, 3)[:count]
+            assert seen.shape == expected.shape == (count, 256, 384, 3)
+            # H.264 loses a little.
+            assert np.abs(seen.astype(int) - expected).mean() < 4
+
+
+def test_a_prompt_changes_and_a_pause_parks_the_decoder_too(client: Client) -> None:
+    with client.session() as session:
+        session.start(SIX, seed=3, num_frames=200)
+        chunks = [session.wait_for(ReceivedChunk) for _ in range(2)]
+        session.control("pause")
+        with client.session() as other, client.session() as another:  # who take the slots
+            other.start(TWO, num_frames=12)
+            another.start(TWO, num_frames=12)
+            play(other), play(another)
+        session.control("resume")
+        session.change_prompt(TWO, "turn")
+        assert session.wait_for(Applied).event_id == "turn"
+        rest, _ = play(session)
+        indices = [chunk.about.generation_chunk_index for chunk in [*chunks, *rest]]
+    with client.session() as session:
+        session.start(SIX, seed=3, num_frames=21)
+        whole, _ = play(session)
+    before, again = frames_of(chunks)[0], frames_of(whole)[0]
+    assert np.abs(before.astype(int) - again).mean() < 2
+    assert indices == sorted(set(indices))
+
+
+def test_a_long_video_rolls_its_window(client: Client) -> None:
+    with client.session() as session:
+        session.start(SIX, seed=4, num_frames=FRAMES)
+        chunks, done = play(session)
+    assert done.chunks == CHUNKS
+    assert sum(chunk.about.num_frames for chunk in chunks) == FRAMES
+    frames, times = frames_of(chunks)
+    assert len(frames) == FRAMES and times[-1] == pytest.approx((FRAMES - 1) / FPS)
+    assert np.isfinite(frames).all() and frames[-1].std() > 1
+
+
+def test_a_stream_begins_in_the_middle(client: Client) -> None:
+    """What comes before is decoded and not sent: later frames depend on it."""
+    with client.stream(SIX, seed=5, frames=30) as frames:
+        whole = list(frames)
+    with client.session() as session:
+        session.start(SIX, seed=5, num_frames=30, first_frame=14, format="jpeg")
+        chunks, _ = play(session)
+    sent = [size for chunk in chunks for size in chunk.about.frame_bytes or ()]
+    assert len(whole) == 30 and len(sent) == 16
+    assert b"".join(chunk.data for chunk in chunks) == b"".join(whole[14:])

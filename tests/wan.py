@@ -1,0 +1,65 @@
+"""Small models of the classes that a Wan pipeline is made of, in its layout, with random weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+from model.rollout_plan import RolloutConfig
+from model.transformer import TransformerConfig
+from tests.fixtures import PROMPTS, write_model
+from workers.model_directory import TextConfig, VideoConfig
+
+MEAN, DEVIATION = [0.3, -0.2, 0.1, 0.5], [1.5, 0.7, 2.0, 1.1]
+SIZES = TransformerConfig(
+    dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_len=32, text_dim=16, freq_dim=32
+)
+ROLLOUT = RolloutConfig(steps=(1000, 500), chunk=3, window=9, sink=3, positions="relative")
+
+
+def write_vae(path: Path) -> Path:
+    """A VAE that makes 8 × 8 pixels and four frames of a latent."""
+    torch.manual_seed(0)
+    AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=MEAN, latents_std=DEVIATION
+    ).save_pretrained(path)
+    return path
+
+
+def write_umt5(path: Path) -> Path:
+    """A text encoder and its tokenizer, trained on the prompts of the tests."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>")
+    tokenizer.train_from_iterator([*PROMPTS, "a café — naïve, “quoted” & 3 < 4"] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    fast = T5TokenizerFast(
+        tokenizer_object=tokenizer, extra_ids=0, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.save_pretrained(path / "tokenizer")
+    torch.manual_seed(1)
+    sizes = {"d_model": SIZES.text_dim, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
+    config = UMT5Config(**sizes, vocab_size=len(fast), pad_token_id=0)
+    UMT5EncoderModel(config).eval().save_pretrained(path / "text_encoder")
+    return path
+
+
+def write_student(path: Path, pipeline: Path, *, seed: int = 3, fps: int = 16) -> Path:
+    """A student that decodes by the VAE and reads prompts by the encoder in the folder `pipeline`."""
+    video = VideoConfig(9, 4, 4, 6, codec="wan_vae", vae=str(pipeline / "vae"), fps=fps)
+    write_model(path, SIZES, seed=seed, rollout=ROLLOUT, video=video, text=TextConfig("umt5", str(pipeline)))
+    return path
+
+
+def write_pipeline(path: Path) -> Path:
+    """A folder with a VAE, a text encoder and its tokenizer."""
+    write_vae(path / "vae")
+    write_umt5(path)
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    return path
