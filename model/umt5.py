@@ -26,6 +26,28 @@ RECENT = 256
 """Prompts whose embeddings are kept: of 40 tokens each in bfloat16, 84 MB at the size of UMT5-XXL."""
 
 
+class Tokenizer:
+    """The encoder's tokenizer alone."""
+
+    def __init__(self, path: str, text_len: int):
+        """As `Umt5Encoder`."""
+        self.text_len = text_len
+        try:
+            self.own = _transformers().AutoTokenizer.from_pretrained(folders(path)[1])
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from None
+
+    def tokens(self, prompt: str) -> int:
+        """How many a prompt has, its end token included; ValueError where that is more than `text_len`."""
+        count = len(self.own(clean(prompt)).input_ids)
+        if count > self.text_len:
+            raise ValueError(
+                f"the prompt {shorten(prompt, 60)!r} has {count} tokens, more than the {self.text_len} that "
+                "this model reads; shorten it."
+            )
+        return count
+
+
 class Umt5Encoder:
     """A text encoder from a local folder. UMT5-XXL takes 11 GB in bfloat16."""
 
@@ -39,16 +61,13 @@ class Umt5Encoder:
         Raises:
             ValueError: there is no encoder at `path`, it cannot be loaded, or transformers is missing.
         """
-        encoder, tokenizer = folders(path)
+        self.tokenizer = Tokenizer(path, text_len)
         self.path, self.text_len, self.device = path, text_len, torch.device(device)
-        transformers = _transformers()
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            model = transformers.UMT5EncoderModel.from_pretrained(encoder, dtype=dtype)
+            model = _transformers().UMT5EncoderModel.from_pretrained(folders(path)[0], dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0].rstrip(".")
-            raise ValueError(f"the text encoder at {path} cannot be loaded: {first}.") from None
+            raise _unreadable(path, error) from None
         self._model = model.to(self.device).requires_grad_(False).eval()
         self._recent: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -57,16 +76,6 @@ class Umt5Encoder:
     def text_dim(self) -> int:
         return self._model.config.d_model
 
-    def tokens(self, prompt: str) -> int:
-        """How many a prompt has, its end token included; ValueError where that is more than `text_len`."""
-        count = len(self._tokenizer(clean(prompt)).input_ids)
-        if count > self.text_len:
-            raise ValueError(
-                f"the prompt {shorten(prompt, 60)!r} has {count} tokens, more than the {self.text_len} that "
-                "this model reads; shorten it."
-            )
-        return count
-
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:
         """Embeddings [tokens, text_dim] on the encoder's device; ValueError for a prompt that is too long."""
@@ -74,9 +83,9 @@ class Umt5Encoder:
             missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._recent]
             found = {prompt: self._recent[prompt] for prompt in prompts if prompt in self._recent}
             if missing:
-                longest = max(map(self.tokens, missing))
+                longest = max(map(self.tokenizer.tokens, missing))
                 # Padding changes no token's embedding: it is masked, and positions are relative.
-                batch = self._tokenizer(
+                batch = self.tokenizer.own(
                     [clean(prompt) for prompt in missing],
                     padding="max_length",
                     max_length=longest,
@@ -127,6 +136,11 @@ def digest(path: str) -> str:
             if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model"):
                 total.update(f"{file.name} {file_digest(file)}".encode())
     return total.hexdigest()
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    return ValueError(f"the text encoder at {path} cannot be loaded: {first}.")
 
 
 def _transformers() -> Any:

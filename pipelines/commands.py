@@ -83,6 +83,24 @@ COMMANDS: Mapping[str, Command] = {
             ADDRESS,
         ),
     ),
+    "embed": Command(
+        "embed prompts by UMT5 into a data set for training, and the negative prompt beside it",
+        "pipelines.embed:command",
+        options=(
+            Option("prompts", "file of prompts: .txt with one a line, .jsonl, .csv or .parquet", path=True),
+            Option(
+                "--encoder", "folder of UMT5 and its tokenizer, or a pipeline's", path=True, required=True
+            ),
+            Option("--output", "directory of the data set", path=True, required=True),
+            Option("--column", "column of the prompts, but for .txt", default="prompt"),
+            Option("--negative", "negative prompt of classifier-free guidance", default=""),
+            Option("--text_len", "most tokens that the model reads", type=int, default=512),
+            Option("--actors", "actors that embed, each with an encoder of its own", type=int, default=1),
+            Option("--cpus", "logical CPUs of an actor", type=float, default=1.0),
+            Option("--gpus", "GPUs of an actor", type=float, default=0.0),
+            ADDRESS,
+        ),
+    ),
     "import": Command(
         "make a model of another tool's checkpoint: Wan's, diffusers', or Self Forcing's and its kin's",
         "pipelines.import_model:command",

@@ -36,7 +36,9 @@ def test_embeddings_are_those_of_the_pipeline(folder: str) -> None:
     assert clean(LONG) == "a café & more white space"
     # The end token of the empty prompt is not nothing, but what comes after it is.
     assert ours[1, 0].abs().sum() > 0 and not ours[1, 1:].any()
-    assert [len(each) for each in encoder.embed(prompts)] == [encoder.tokens(prompt) for prompt in prompts]
+    assert [len(each) for each in encoder.embed(prompts)] == [
+        encoder.tokenizer.tokens(prompt) for prompt in prompts
+    ]
 
 
 def test_what_was_embedded_lately_is_not_embedded_again(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
