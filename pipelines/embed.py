@@ -57,9 +57,8 @@ def command(_: None, options: Any) -> None:
     }
     missing = {str(path): block for path, block in blocks.items() if not path.exists()}
     there = len(blocks) - len(missing)
-    say(
-        f"embed: {len(prompts)} distinct prompts{f', {there} of {len(blocks)} blocks are there' * bool(there)}"
-    )
+    found = f", {there} of {len(blocks)} blocks are there" if there else ""
+    say(f"embed: {len(prompts)} distinct prompts{found}")
     with connect(options.address):
         _make(missing, encoder, options, done=there, total=len(blocks))
     staging = storage.begin(output)
@@ -145,12 +144,13 @@ def _make(missing: Mapping[str, Sequence[str]], encoder: str, options: Any, *, d
     if not missing:
         return
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    embedder: Any = _Embedder
     ray.data.DataContext.get_current().enable_progress_bars = False
     made = ray.data.from_items(
         [{"path": path, "prompts": list(block)} for path, block in missing.items()],
         override_num_blocks=len(missing),
     ).map(
-        _Embedder,
+        embedder,
         fn_constructor_args=(options.encoder, options.text_len, encoder),
         num_cpus=options.cpus,
         num_gpus=options.gpus,
