@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.adapters import AdaptedWeights, AdapterConfig
+from model.backbone import WeightSource
 from model.discriminator import ClassificationBranch
 from model.objectives.gan import DiscriminatorConfig
 from model.transformer import TransformerConfig
@@ -18,6 +20,7 @@ from pipelines import cli
 from pipelines.recipe import RECIPES
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, weights_of
+from workers.build import meta
 from workers.model_directory import ModelDirectory
 
 TINY = [
@@ -36,14 +39,26 @@ TINY = [
 def at_tiny_size(recipe: Path, root: Path, ranks: int) -> RunConfig:
     """A recipe of more ranks than one gets two of each role."""
     overrides = [f"--distill.roles.{role}.ranks={ranks}" for role in ("student", "teacher", "critic")]
-    taps = cli.parse("distill", [str(recipe)])[0].distill.discriminator.taps
-    overrides += ["--distill.discriminator.taps=[0,1]"] if taps else []
+    distill = cli.parse("distill", [str(recipe)])[0].distill
+    overrides += ["--distill.discriminator.taps=[0,1]"] if distill.discriminator.taps else []
+    for role in ("student", "critic"):
+        if getattr(distill.roles, role).adapters.rank:
+            parts = [
+                f"--distill.roles.{role}.engine.accumulation=2",
+                f"--distill.roles.{role}.adapters.rank=4",
+            ]
+            overrides += parts
     return furnished(root, recipe, [*TINY, *overrides])
 
 
-def start_of(model: str, sizes: TransformerConfig, discriminator: DiscriminatorConfig) -> dict[str, Tensor]:
+def start_of(
+    model: str, sizes: TransformerConfig, discriminator: DiscriminatorConfig, adapters: AdapterConfig
+) -> dict[str, Tensor]:
     """The weights that a role starts from; a critic's branch is drawn, the same on every rank."""
-    source = ModelDirectory(model)
+    directory = ModelDirectory(model)
+    source: WeightSource = directory
+    if adapters.rank:
+        source = AdaptedWeights(directory, adapters, adapters.layers(meta(directory)))
     weights = {name: source.get(name) for name in source.keys()}  # noqa: SIM118 (not a mapping)
     if not discriminator.taps:
         return weights
@@ -63,7 +78,7 @@ def unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 OFTEN = [
     "digits-gan", "digits-image", "digits-long", "quickstart",
-    "wan-1.3b-dmd-14b", "wan-1.3b-framewise", "wan-1.3b-sid-1.3b",
+    "wan-1.3b-dmd-14b", "wan-1.3b-framewise", "wan-1.3b-lora", "wan-1.3b-sid-1.3b",
 ]  # fmt: skip
 """Between them every loss, kind of input, window and kind of role; the other recipes repeat their paths."""
 
@@ -98,14 +113,16 @@ def test_two_student_updates_change_every_weight_and_resume_to_the_same(
     assert done == distill.student_every + 1
     learned = {name: weights_of(group) for name, group in roles(coordinator).items()}
     average = weights_of(coordinator.student, ema=True)
-    student = start_of(distill.student, config.student, DiscriminatorConfig())
-    critic = start_of(distill.critic or distill.teacher, config.student, distill.discriminator)
+    adapters = distill.roles.student.adapters
+    student = start_of(distill.student, config.student, DiscriminatorConfig(), adapters)
+    critic = start_of(distill.critic or distill.teacher, config.student, distill.discriminator, adapters)
+    frozen = {name for name in student if "lora_" not in name} if adapters.rank else set()
     # Whole fp32 weights: a step of 2e-6 is lost in the bf16 copies that compute.
-    assert unchanged(student, learned["student"]) == set()
-    assert unchanged(student, average) == set()
+    assert unchanged(student, learned["student"]) - frozen == set()
+    assert unchanged(student, average) - frozen == set()
     # A relativistic discriminator compares logits, so their last bias cancels.
     beyond_reach = {"branch.cls_pred_branch.3.bias"} if "data_logits" in distill.objective.reads else set()
-    assert unchanged(critic, learned["critic"]) <= beyond_reach
+    assert unchanged(critic, learned["critic"]) - frozen <= beyond_reach
 
     # On the same actors, whose every number has moved on: what a checkpoint does not hold would show.
     resumed = Coordinator(config, coordinator.groups)
