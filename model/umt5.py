@@ -32,8 +32,9 @@ class Tokenizer:
     def __init__(self, path: str, text_len: int):
         """As `Umt5Encoder`."""
         self.text_len = text_len
+        _, folder = folders(path)
         try:
-            self.own = _transformers().AutoTokenizer.from_pretrained(folders(path)[1])
+            self.own = _transformers().AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from None
 

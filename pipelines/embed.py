@@ -151,7 +151,7 @@ def _make(missing: Mapping[str, Sequence[str]], encoder: str, options: Any, *, d
         override_num_blocks=len(missing),
     ).map(
         embedder,
-        fn_constructor_args=(options.encoder, options.text_len, encoder),
+        fn_constructor_args=(str(Path(options.encoder).absolute()), options.text_len, encoder),
         num_cpus=options.cpus,
         num_gpus=options.gpus,
         compute=ray.data.ActorPoolStrategy(size=min(options.actors, len(missing))),

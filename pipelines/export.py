@@ -82,14 +82,15 @@ def _opened(path: Path, which: Which | None, base: str | None) -> tuple[ModelCar
         return model.card, model, "a causal student" if model.card.causal else "a bidirectional model"
     storage.verify(path)
     saved = storage.read_metadata(path)
+    # What no other tool's layout has, VAE and text encoder, is left out.
     told = saved["identity"]
     adapters = _part(AdapterConfig, told, "distill.roles.student.adapters.")
     weights = CheckpointWeights(path / "student", which)
     card = ModelCard(
         True,
         _part(TransformerConfig, told, "student."),
-        _part(VideoConfig, told, "video."),
-        _part(TextConfig, told, "text."),
+        _part(VideoConfig, {**told, "video.codec": "none"}, "video."),
+        TextConfig("embedded"),
         rollout=_part(RolloutConfig, told, "rollout."),
         shift=told["rollout.shift"],
         lineage={"distilled": saved["run_id"] or ""},

@@ -79,7 +79,7 @@ def command(config: ImportConfig, options: Any) -> None:
     sizes = card.transformer
     say(
         f"import: {options.output} is {'a causal' if card.causal else 'a bidirectional'} model of "
-        f"{sizes.parameters() / 1e9:.3g}B weights (width {sizes.dim}, {sizes.num_layers} layers, "
+        f"{sizes.parameters() / 1e6:,.4g} million weights (width {sizes.dim}, {sizes.num_layers} layers, "
         f"{sizes.num_heads} heads), from {checkpoint.layout.kind}"
         f"{f', part {checkpoint.part}' if checkpoint.part else ''}."
     )

@@ -35,7 +35,9 @@ def write_umt5(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>")
-    tokenizer.train_from_iterator([*PROMPTS, "a café — naïve, “quoted” & 3 < 4"] * 3, trainer)
+    tokenizer.train_from_iterator(
+        [*PROMPTS, "a café — naïve, “quoted” & 3 < 4", "overexposed, static, blurred details"] * 3, trainer
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
