@@ -245,17 +245,24 @@ class FrozenEngine:
         self.device = zero.device()
         self.dtype = zero.DTYPES[dtype]
         self.version = 0
-        self.module = zero.build_module(build, chosen).eval().requires_grad_(False)
-        parameters = dict(self.module.named_parameters())
-        for name, full in _stream(weights, parameters, self.device, shared=zero_stage == 3):
-            if zero_stage == 3:
-                zero.assign(parameters[name], full)
-            else:
-                parameters[name].data = full.to(self.dtype)
         if zero_stage == 3:
+            self.module = zero.build_module(build, chosen).eval().requires_grad_(False)
+            parameters = dict(self.module.named_parameters())
+            for name, full in _stream(weights, parameters, self.device, shared=True):
+                zero.assign(parameters[name], full)
             self._engine, *_ = zero.deepspeed().initialize(model=self.module, config=chosen)
-        else:
-            self.module.to(self.device)
+            return
+        # Never whole in fp32: made without memory, and each weight put in as it is read.
+        with torch.device("meta"):
+            self.module = build()
+        if next(self.module.buffers(), None) is not None:  # which are computed and not read
+            self.module = build().to(self.device)
+        self.module.eval()
+        parameters = dict(self.module.named_parameters())
+        streamed = _stream(weights, parameters, self.device, shared=False)
+        state = {name: full.to(self.dtype) for name, full in streamed}
+        self.module.load_state_dict(state, assign=True)
+        self.module.requires_grad_(False)
 
 
 def _stream(
