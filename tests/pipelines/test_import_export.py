@@ -135,7 +135,7 @@ def _student(tmp_path: Path) -> Path:
         (["--preset=self-forcing", "--rollout.chunk=4"], "chunk of 4 does not divide 21 frames"),
         (["--preset=self-forcing", "--video.channels=16"], "video.channels is 16, and the model at"),
         (["--preset=self-forcing", "--video.height=9"], "does not divide latent frames of 9x8"),
-        (["--preset=self-forcing", "--text.encoder=bytes"], "brings no such encoder; use embedded"),
+        (["--preset=self-forcing", "--text.encoder=bytes"], "brings no such encoder; use umt5, or embedded"),
         (["--preset=self-forcing", "--part=teacher"], "has no part teacher; it has generator_ema"),
         (["--preset=self-forcing", "--heads=5"], "24 does not give 5 heads of an even size"),
         (["--preset=self-forcing", "--adapter=none.safetensors"], "there is no adapter at"),
