@@ -135,11 +135,15 @@ class Rollout:
                     x = interpolate(x0, self._draw(x.shape, step + 1), sigmas[step + 1])
             gradient = self.start >= plan.frames - plan.grad_frames
             released = gradient and plan.cache_gradient == "released"
-            # A graph keeps its history long after the chunk: one of its own, which holds no joined copies.
-            exit_history = self.cache.history(config.chunk) if gradient else history
+            if gradient:
+                # A graph keeps its history long after the chunk, so it gets one that holds no joined copies;
+                # those of the steps before it are gone by then, a third of what a rank of Wan's would hold.
+                history = self.cache.history(config.chunk)
             velocity, live = yield self._call(
-                x, timesteps[exit_step], exit_history, gradient=gradient, keeps_live=released
+                x, timesteps[exit_step], history, gradient=gradient, keeps_live=released
             )
+            if gradient:
+                history = self.cache.history(config.chunk)
             x0 = clean(x, velocity.float(), sigmas[exit_step])
             yield x0
             if self.start + config.chunk >= plan.frames:

@@ -48,6 +48,13 @@ COMMANDS: Mapping[str, Command] = {
         (*MODELS, "score", "distill", "evaluate", "placement"),
         ALLOW_CHANGE,
     ),
+    "plan": Command(
+        "say how much memory a rank of each role of a distillation takes",
+        "pipelines.plan:command",
+        RUN_CONFIG,
+        (*MODELS, "score", "distill", "placement"),
+        recipe=True,
+    ),
     "generate": Command(
         "make a video from a prompt",
         "pipelines.generate:command",

@@ -1,7 +1,7 @@
 """The only place that makes networks: a model's card and its role's settings → backbone, adapters, engine."""
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,13 @@ from workers.model_directory import ModelDirectory, ModelWriter, save
 
 def meta(source: ModelDirectory) -> Backbone:
     """The network of a model without its weights."""
+    return on_meta(source.card.transformer)
+
+
+def on_meta(sizes: Any) -> Backbone:
+    """A network of these sizes that takes no memory."""
     with torch.device("meta"):
-        return new_backbone(source.card.transformer)
+        return new_backbone(sizes)
 
 
 def check_weights(source: ModelDirectory) -> None:

@@ -1,0 +1,139 @@
+"""How much memory a rank of each role of a distillation takes, by arithmetic, before anything starts.
+
+The sums are of what is as large as a model or a video; a process takes a GiB or so beside that (the device's
+context, communication buffers, fragments). What a network keeps for its backward pass was counted tensor by
+tensor and is held to 10 % by a test.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.adapters import AdapterConfig
+from model.transformer import TransformerConfig
+from orchestrator.config import RunConfig
+from orchestrator.stages import AdaptedRole
+from workers.build import on_meta
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2}
+
+SAVED_BY_BLOCK = (22.5, 2.0)
+"""Numbers a token that one block keeps for its backward pass, in widths and in widths of its ffn."""
+SAVED_BESIDE = 4.0
+"""Numbers a token kept outside the blocks, in widths."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds at its fullest, in bytes."""
+
+    role: str
+    ranks: int
+    videos: int  # that go through it at once
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def saved_for_backward(sizes: TransformerConfig, tokens: int, itemsize: int, *, checkpointing: bool) -> float:
+    """Bytes that a forward of `tokens` keeps for its backward pass.
+
+    With checkpointing at the fullest of that: the input of every block, and what the one that is being
+    recomputed keeps.
+    """
+    wide, ffn = SAVED_BY_BLOCK
+    block = tokens * (wide * sizes.dim + ffn * sizes.ffn_dim)
+    beside = tokens * SAVED_BESIDE * sizes.dim
+    blocks = block * sizes.num_layers if not checkpointing else tokens * sizes.dim * sizes.num_layers + block
+    return itemsize * (blocks + beside)
+
+
+def keys_and_values(sizes: TransformerConfig, tokens: int, itemsize: int) -> int:
+    """Bytes of the cached keys and values of `tokens`."""
+    return 2 * itemsize * sizes.num_layers * sizes.dim * tokens
+
+
+def state_of(sizes: TransformerConfig, role: AdaptedRole) -> dict[str, float]:
+    """Bytes of weights, gradients, AdamW's state and average that a rank of a role that learns holds."""
+    engine, all_of_them = role.engine, sizes.parameters()
+    trained = learned(sizes, role.adapters) if role.adapters.rank else all_of_them
+    frozen, low = (all_of_them if role.adapters.rank else 0), BYTES[engine.dtype]
+    stage, share = engine.zero_stage, role.ranks
+    weights = low * (trained + frozen) / (share if stage == 3 else 1)
+    # fp32 masters, gradients and two moments; in fp32 without sharding the weights are their own masters.
+    masters = 0 if engine.dtype == "fp32" and stage == 0 else 4 * trained
+    host = 0 if engine.offload else 1
+    return {
+        "weights": weights,
+        "gradients": 4 * trained / (share if stage >= 2 else 1),
+        "optimizer": host * (8 * trained + masters) / (share if stage >= 1 else 1),
+        "average": 4 * trained / share if engine.ema_decay is not None else 0,
+    }
+
+
+def learned(sizes: TransformerConfig, adapters: AdapterConfig) -> int:
+    """How many weights adapters have."""
+    layers = adapters.layers(on_meta(sizes)).values()
+    return sum(adapters.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def plan(config: RunConfig) -> list[Rank]:
+    """What a rank of each role of this distillation holds."""
+    distill, video = config.distill, config.video
+    roles, rows, columns = distill.roles, *config.student.grid(video.height, video.width)
+    frame = rows * columns
+    student, critic, teacher = roles.student, roles.critic, roles.teacher
+    micro = distill.batch // student.engine.accumulation
+    found = []
+
+    videos = micro // student.ranks
+    longest = distill.rollout_frames or video.frames
+    low, chunk = BYTES[student.engine.dtype], videos * config.rollout.chunk * frame
+    seen = min(longest, config.rollout.window or longest) * frame * videos
+    graph = saved_for_backward(config.student, chunk, low, checkpointing=student.activation_checkpointing)
+    chunks = video.frames // config.rollout.chunk
+    # Every chunk's call is kept until the whole video is judged; one block at a time is recomputed.
+    inputs = low * chunk * config.student.dim * config.student.num_layers * (chunks - 1)
+    found.append(
+        Rank(
+            "student",
+            student.ranks,
+            videos,
+            {
+                **state_of(config.student, student),
+                "cache": keys_and_values(config.student, videos * longest * frame, low),
+                # Keys of a window, joined and turned for one block, of queries of a chunk.
+                "activations": graph
+                + (inputs if student.activation_checkpointing else graph * (chunks - 1))
+                + 4 * low * seen * config.student.dim,
+            },
+        )
+    )
+    whole = video.frames * frame
+    flows = bool(distill.objective.flows)
+    if distill.needs_teacher:
+        videos = micro // teacher.ranks
+        sizes, low = config.teacher, BYTES[teacher.dtype]
+        weights = low * sizes.parameters() / (teacher.ranks if teacher.zero_stage == 3 else 1)
+        tokens = 2 * videos * whole  # with and without the prompt
+        kept = saved_for_backward(sizes, tokens, low, checkpointing=True)
+        _, ffn = SAVED_BY_BLOCK
+        passing = low * tokens * (8 * sizes.dim + ffn * sizes.ffn_dim)
+        parts = {"weights": weights, "activations": kept if flows else passing}
+        if teacher.zero_stage == 3:
+            parts["gathered"] = 2 * low * sizes.parameters() / sizes.num_layers
+        found.append(Rank("teacher", teacher.ranks, videos, parts))
+    videos = distill.batch // critic.engine.accumulation // critic.ranks
+    low, judge = BYTES[critic.engine.dtype], distill.discriminator
+    # A discriminator also looks at data, and at both again with noise for the penalties, in one graph.
+    looks = 1 + (1 + bool(judge.r1_weight) + bool(judge.r2_weight) if judge.taps else 0)
+    seen = max(looks * videos, micro // critic.ranks if flows else 0)
+    kept = saved_for_backward(
+        config.student, seen * whole, low, checkpointing=critic.activation_checkpointing
+    )
+    found.append(
+        Rank("critic", critic.ranks, videos, {**state_of(config.student, critic), "activations": kept})
+    )
+    return found
