@@ -50,6 +50,11 @@ def saved_for_backward(sizes: TransformerConfig, tokens: int, itemsize: int, *, 
     return itemsize * (blocks + beside)
 
 
+def passing(sizes: TransformerConfig, tokens: int, itemsize: int) -> float:
+    """Bytes that a forward of `tokens` without a gradient takes at its fullest, in one block."""
+    return itemsize * tokens * (8 * sizes.dim + SAVED_BY_BLOCK[1] * sizes.ffn_dim)
+
+
 def keys_and_values(sizes: TransformerConfig, tokens: int, itemsize: int) -> int:
     """Bytes of the cached keys and values of `tokens`."""
     return 2 * itemsize * sizes.num_layers * sizes.dim * tokens
@@ -119,9 +124,7 @@ def plan(config: RunConfig) -> list[Rank]:
         weights = low * sizes.parameters() / (teacher.ranks if teacher.zero_stage == 3 else 1)
         tokens = 2 * videos * whole  # with and without the prompt
         kept = saved_for_backward(sizes, tokens, low, checkpointing=True)
-        _, ffn = SAVED_BY_BLOCK
-        passing = low * tokens * (8 * sizes.dim + ffn * sizes.ffn_dim)
-        parts = {"weights": weights, "activations": kept if flows else passing}
+        parts = {"weights": weights, "activations": kept if flows else passing(sizes, tokens, low)}
         if teacher.zero_stage == 3:
             parts["gathered"] = 2 * low * sizes.parameters() / sizes.num_layers
         found.append(Rank("teacher", teacher.ranks, videos, parts))

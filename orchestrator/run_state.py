@@ -43,7 +43,7 @@ _INPUTS = frozenset((
 ))
 _PAIRS = frozenset((
     "seed", "initialize.pairs", "initialize.ode_steps", "initialize.guidance", "rollout.shift",
-    "rollout.steps", "rollout.first_steps", _NEGATIVE,
+    "rollout.steps", "rollout.first_steps", "initialize.role.engine.dtype", _NEGATIVE,
 ))
 _CAUSAL_PAIRS = frozenset(("rollout.chunk", "rollout.window", "rollout.sink", "rollout.positions"))
 _SHAPE_PARTS = frozenset((

@@ -80,9 +80,9 @@ class Initialize(Task):
         trajectory = clean = None
         if method.data == "pairs":
             rows = self.pairs.batch(*where)
-            trajectory = torch.stack([row["trajectory"] for row in rows]).to(device)
+            trajectory = torch.stack([row["trajectory"] for row in rows]).to(device).float()
             if method.real_videos:
-                clean = torch.stack([row["clean"] for row in rows]).to(device)
+                clean = torch.stack([row["clean"] for row in rows]).to(device).float()
             prompts = [row[self.prompts.column] for row in rows]
         else:
             latents, prompts = self.videos.batch(*where)

@@ -22,10 +22,12 @@ from model.noise import SampleNoise
 from model.sampler import guided, integrate, ode_grid
 from orchestrator import run_state
 from orchestrator.config import RunConfig
+from orchestrator.planner import BYTES, passing
 from workers.build import whole
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import ModelDirectory
 from workers.prompts import LatentDataset, Prompts
+from workers.zero import DTYPES
 
 ODE_BATCH = 32
 
@@ -38,7 +40,8 @@ class OdeSampler:
         self.config = config
         source = ModelDirectory(config.initialize.teacher)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = whole(source, self.device)
+        self.dtype = DTYPES[config.initialize.role.engine.dtype]
+        self.model = whole(source, self.device, self.dtype)
         self.prompts = Prompts(source, self.device)
         self.causal = config.initialize.chosen.real_videos
         if self.causal:
@@ -56,7 +59,23 @@ class OdeSampler:
         self.kept.append(len(self.grid) - 1)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-        samples = [int(i) for i in batch["id"]]
+        samples, most = [int(i) for i in batch["id"]], self.together()
+        parts = [self.make(samples[first : first + most]) for first in range(0, len(samples), most)]
+        return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+    def together(self) -> int:
+        """Trajectories that are made at once, by the memory that a GPU has left."""
+        if self.device.type == "cpu":
+            return ODE_BATCH
+        video, sizes = self.config.video, self.config.student
+        rows, columns = sizes.grid(video.height, video.width)
+        low = BYTES[self.config.initialize.role.engine.dtype]
+        free, _ = torch.cuda.mem_get_info(self.device)
+        one = passing(sizes, 2 * video.frames * rows * columns, low)
+        return max(1, min(ODE_BATCH, int(0.8 * free / one)))
+
+    def make(self, samples: list[int]) -> dict[str, list[Any]]:
+        """The rows of these samples, by column."""
         seed, rollout, column = self.config.seed, self.config.rollout, self.prompts.column
         options: dict[str, Any] = {}
         data: list[Tensor] = []
@@ -85,7 +104,8 @@ class OdeSampler:
             shift=rollout.shift,
             grid=self.grid,
         )
-        trajectories = torch.stack([path[i] for i in self.kept], dim=1).cpu()
+        # In what the model computes: at Wan's size a trajectory takes 21 MB in bf16.
+        trajectories = torch.stack([path[i] for i in self.kept], dim=1).to(self.dtype).cpu()
         rows = []
         for i, (sample, prompt, trajectory) in enumerate(zip(samples, prompts, trajectories, strict=True)):
             row = {"sample": sample, **encode_tensor("trajectory", trajectory)}
