@@ -58,8 +58,11 @@ def watched() -> Iterator[dict[str, float]]:
         while not over.wait(0.2):
             for process in psutil.process_iter(["name", "memory_info"]):
                 name = (process.info["name"] or "").removeprefix("ray::")
-                if name.startswith(("Student", "Teacher", "Critic")) and process.info["memory_info"]:
-                    role = name.partition(".")[0]
+                # Ray's names of processes are cut, and change with what an actor is doing.
+                role = next(
+                    (each for each in ("Student", "Teacher", "Critic") if name.startswith(each)), None
+                )
+                if role is not None and process.info["memory_info"]:
                     most[role] = max(most.get(role, 0.0), process.info["memory_info"].rss / GB)
 
     thread = threading.Thread(target=look)
@@ -111,13 +114,11 @@ def test_the_whole_configuration_of_wan_is_imported_distilled_exported_and_run(
         assert cli.main(["distill", str(tmp_path / "my.yaml")]) == 0
     with capfd.disabled():
         print("\nGiB resident at most:", {role: round(value, 1) for role, value in sorted(most.items())})
-    assert most.keys() == {"StudentWorker", "TeacherWorker", "CriticWorker"}
+    assert most.keys() == {"Student", "Teacher", "Critic"}
 
     learned = ModelDirectory(tmp_path / "run" / "model")
-    adapted, plain = learned.get("blocks.7.ffn.0.weight"), model.get("blocks.7.ffn.0.weight")
-    assert adapted.shape == plain.shape and torch.equal(
-        learned.get("head.modulation"), model.get("head.modulation")
-    )
+    assert torch.equal(learned.get("head.modulation"), model.get("head.modulation"))
+    assert learned.shapes == model.shapes
     assert cli.main(["export", f"{tmp_path}/run/model", "--format=peft", f"--output={tmp_path}/lora"]) == 0
     out = f"--output={tmp_path}/out"
     assert cli.main(["export", f"{tmp_path}/run/model", "--format=diffusers", "--dtype=bf16", out]) == 0
