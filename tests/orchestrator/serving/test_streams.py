@@ -126,7 +126,7 @@ def test_what_cannot_be_served_is_named_before_anything_starts(
     for arguments, says in (
         (["--model", str(tmp_path / "none")], "there is no complete model at"),
         (["--model", str(tmp_path / "teacher")], "is no few-step student; streaming needs one."),
-        (["--model", str(tmp_path / "mixed")], "blocks.0.ffn.0.bias is (64,), and should be (48,)."),
+        (["--model", str(tmp_path / "mixed")], "blocks.0.ffn.0.bias [64] instead of [48]"),
         (["--slots", "0"], "slots is 0; it must be at least 1."),
         (["--ports", "1"], "ports"),
         (["--host", "0.0.0.0"], "there are no tokens; set access.tokens"),
