@@ -17,6 +17,7 @@ from tests.wan import ROLLOUT, SIZES, write_pipeline, write_student
 from workers.generator import Generator
 from workers.model_directory import ModelDirectory, TextConfig, VideoConfig
 
+pytestmark = pytest.mark.slow
 FRAMES = 33  # of pixels, of nine latent frames
 
 
@@ -114,7 +115,6 @@ def test_the_pipeline_s_own_folder_is_imported_with_all_it_has(
     assert (PRESETS / "wan-bidirectional.yaml").exists()
 
 
-@pytest.mark.slow
 def test_the_suite_measures_frames_of_pixels(
     student: Path, pipeline: Path, ray_cluster: object, tmp_path: Path
 ) -> None:

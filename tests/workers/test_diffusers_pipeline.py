@@ -20,6 +20,7 @@ from workers.foreign.adapter import DIFFUSERS_FILE, ForeignAdapter, for_diffuser
 from workers.foreign.writer import write
 from workers.model_directory import ModelDirectory, TextConfig, VideoConfig, save
 
+pytestmark = pytest.mark.slow
 SIZES = TransformerConfig(
     dim=48, ffn_dim=96, num_heads=4, num_layers=2, in_dim=4, out_dim=4, text_len=6, text_dim=20, freq_dim=64
 )
