@@ -23,6 +23,7 @@ from tests.fixtures import TINY_RECIPE, random_weights, write_model
 from workers.foreign.writer import write
 from workers.model_directory import ModelDirectory, TextConfig, VideoConfig, save
 
+pytestmark = pytest.mark.slow
 SIZES = TransformerConfig(
     dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_len=8, text_dim=16, freq_dim=32
 )
