@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from model.backbone import Backbone
 from model.transformer import TransformerConfig, WanTransformer
 
@@ -21,3 +23,14 @@ def new_backbone(sizes: Any, *, activation_checkpointing: bool = False) -> Backb
     """
     network: Any = FAMILIES[family_of(sizes)][1]
     return network(sizes, activation_checkpointing=activation_checkpointing)
+
+
+def on_meta(sizes: Any) -> Backbone:
+    """A network of these sizes that takes no memory."""
+    with torch.device("meta"):
+        return new_backbone(sizes)
+
+
+def shapes_of(sizes: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of such a network, by name."""
+    return {name: tuple(weight.shape) for name, weight in on_meta(sizes).state_dict().items()}

@@ -136,8 +136,8 @@ class Rollout:
             gradient = self.start >= plan.frames - plan.grad_frames
             released = gradient and plan.cache_gradient == "released"
             if gradient:
-                # A graph keeps its history long after the chunk, so it gets one that holds no joined copies;
-                # those of the steps before it are gone by then, a third of what a rank of Wan's would hold.
+                # A graph keeps its history long after the chunk, so it gets one that holds no joined copies,
+                # and those of the steps before it are let go.
                 history = self.cache.history(config.chunk)
             velocity, live = yield self._call(
                 x, timesteps[exit_step], history, gradient=gradient, keeps_live=released

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from infra.storage import file_digest
+from infra.storage import files_digest
 from model.text import pad
 
 RECENT = 256
@@ -63,7 +63,7 @@ class Umt5Encoder:
             ValueError: there is no encoder at `path`, it cannot be loaded, or transformers is missing.
         """
         self.tokenizer = Tokenizer(path, text_len)
-        self.path, self.text_len, self.device = path, text_len, torch.device(device)
+        self.text_len, self.device = text_len, torch.device(device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
             model = _transformers().UMT5EncoderModel.from_pretrained(folders(path)[0], dtype=dtype)
@@ -131,12 +131,12 @@ def folders(path: str) -> tuple[str, str]:
 @cache
 def digest(path: str) -> str:
     """SHA-256 of the encoder's and the tokenizer's files: two with the same one embed prompts alike."""
-    total = hashlib.sha256()
-    for folder in dict.fromkeys(folders(path)):
-        for file in sorted(Path(folder).iterdir()):
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".model"):
-                total.update(f"{file.name} {file_digest(file)}".encode())
-    return total.hexdigest()
+    kinds = (".json", ".safetensors", ".bin", ".model")
+    parts = [
+        files_digest(sorted(file for file in Path(folder).iterdir() if file.suffix in kinds))
+        for folder in dict.fromkeys(folders(path))
+    ]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _unreadable(path: str, error: Exception) -> ValueError:

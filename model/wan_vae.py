@@ -1,11 +1,10 @@
-"""Wan's causal video VAE, through diffusers' `AutoencoderKLWan` (Wan 2.1, arXiv 2503.20314, section 4.1).
+"""Wan's causal video VAE, through diffusers' `AutoencoderKLWan` (Wan 2.1, arXiv 2503.20314).
 
 The first latent frame is one frame of pixels and each later one four. Latents are normalised per channel by
 the mean and the deviation in the VAE's config, as Wan's transformer takes them. Decoding is causal: what the
 convolutions remember of earlier frames (two frames of each one's input) continues a video chunk by chunk.
 """
 
-import hashlib
 import math
 import shutil
 import threading
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from infra.storage import file_digest
+from infra.storage import files_digest
 from model.codec import StreamDecoder
 
 
@@ -26,13 +25,12 @@ class WanVae:
     """A codec of frames [B, T, 3, 8 H, 8 W] and latents [B, F, C, H, W], T = 1 + 4 (F − 1). Nothing is loaded
     before it is used, and then once in a process."""
 
-    def __init__(self, path: str, dtype: torch.dtype = torch.float32):
-        """`path` is a folder of the VAE in diffusers' layout, or one of a pipeline that has it in `vae/`."""
-        self.path, self.dtype = path, dtype
+    def __init__(self, path: str):
+        """`path` is a folder of the VAE in diffusers' layout, or one of a pipeline that has it in `vae/`.
 
-    def check(self) -> None:
-        """ValueError where there is no such VAE, or diffusers is missing."""
-        _ = self._config
+        Whatever is asked first raises ValueError where there is no such VAE, or diffusers is missing.
+        """
+        self.path = path
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -80,7 +78,7 @@ class WanVae:
 
     @property
     def _vae(self) -> Any:
-        return _loaded(_folder(self.path), self.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        return _loaded(_folder(self.path), "cuda" if torch.cuda.is_available() else "cpu")
 
     def _normaliser(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of a channel, [C, 1, 1] each."""
@@ -198,9 +196,9 @@ def _folder(path: str) -> str:
 
 
 @cache
-def _loaded(folder: str, dtype: torch.dtype, device: str) -> Any:
+def _loaded(folder: str, device: str) -> Any:
     try:
-        vae = _class().from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+        vae = _class().from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"the VAE at {folder} cannot be loaded: {first}.") from None
@@ -210,10 +208,7 @@ def _loaded(folder: str, dtype: torch.dtype, device: str) -> Any:
 
 @cache
 def _digest(folder: str) -> str:
-    total = hashlib.sha256()
-    for file in _files(folder):
-        total.update(f"{file.name} {file_digest(file)}".encode())
-    return total.hexdigest()
+    return files_digest(_files(folder))
 
 
 def _files(folder: str) -> list[Path]:

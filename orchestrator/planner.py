@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.adapters import AdapterConfig
+from model.families import on_meta
 from model.transformer import TransformerConfig
 from orchestrator.config import RunConfig
 from orchestrator.stages import AdaptedRole
-from workers.build import on_meta
+from workers.zero import DTYPES
 
 GIB = 2**30
-BYTES = {"fp32": 4, "bf16": 2}
 
 SAVED_BY_BLOCK = (22.5, 2.0)
 """Numbers a token that one block keeps for its backward pass, in widths and in widths of its ffn."""
@@ -64,7 +64,7 @@ def state_of(sizes: TransformerConfig, role: AdaptedRole) -> dict[str, float]:
     """Bytes of weights, gradients, AdamW's state and average that a rank of a role that learns holds."""
     engine, all_of_them = role.engine, sizes.parameters()
     trained = learned(sizes, role.adapters) if role.adapters.rank else all_of_them
-    frozen, low = (all_of_them if role.adapters.rank else 0), BYTES[engine.dtype]
+    frozen, low = (all_of_them if role.adapters.rank else 0), DTYPES[engine.dtype].itemsize
     stage, share = engine.zero_stage, role.ranks
     weights = low * (trained + frozen) / (share if stage == 3 else 1)
     # fp32 masters, gradients and two moments; in fp32 without sharding the weights are their own masters.
@@ -91,36 +91,30 @@ def plan(config: RunConfig) -> list[Rank]:
     frame = rows * columns
     student, critic, teacher = roles.student, roles.critic, roles.teacher
     micro = distill.batch // student.engine.accumulation
-    found = []
 
     videos = micro // student.ranks
-    longest = distill.rollout_frames or video.frames
-    low, chunk = BYTES[student.engine.dtype], videos * config.rollout.chunk * frame
-    seen = min(longest, config.rollout.window or longest) * frame * videos
-    graph = saved_for_backward(config.student, chunk, low, checkpointing=student.activation_checkpointing)
-    chunks = video.frames // config.rollout.chunk
-    # Every chunk's call is kept until the whole video is judged; one block at a time is recomputed.
-    inputs = low * chunk * config.student.dim * config.student.num_layers * (chunks - 1)
-    found.append(
-        Rank(
-            "student",
-            student.ranks,
-            videos,
-            {
-                **state_of(config.student, student),
-                "cache": keys_and_values(config.student, videos * longest * frame, low),
-                # Keys of a window, joined and turned for one block, of queries of a chunk.
-                "activations": graph
-                + (inputs if student.activation_checkpointing else graph * (chunks - 1))
-                + 4 * low * seen * config.student.dim,
-            },
-        )
-    )
+    longest, chunk = distill.rollout_frames or video.frames, config.rollout.chunk
+    sizes, low, tokens = config.student, DTYPES[student.engine.dtype].itemsize, videos * frame
+    checkpointing = student.activation_checkpointing
+    # The graphs of all chunks' calls are kept until the whole video is judged. At the last chunk there is
+    # either its own, with what a block keeps while it is recomputed and a window joined for it, or, in the
+    # steps before it, the window joined for every layer.
+    graph = saved_for_backward(sizes, chunk * tokens, low, checkpointing=checkpointing)
+    kept = low * chunk * tokens * sizes.dim * sizes.num_layers if checkpointing else graph
+    past = min(longest, config.rollout.window or longest) - chunk
+    joined = keys_and_values(sizes, past * tokens, low)
+    now = max(graph + joined / sizes.num_layers, joined + passing(sizes, chunk * tokens, low))
+    parts = {
+        **state_of(sizes, student),
+        "cache": keys_and_values(sizes, longest * tokens, low),
+        "activations": (video.frames // chunk - 1) * kept + now,
+    }
+    found = [Rank("student", student.ranks, videos, parts)]
     whole = video.frames * frame
     flows = bool(distill.objective.flows)
     if distill.needs_teacher:
         videos = micro // teacher.ranks
-        sizes, low = config.teacher, BYTES[teacher.dtype]
+        sizes, low = config.teacher, DTYPES[teacher.dtype].itemsize
         weights = low * sizes.parameters() / (teacher.ranks if teacher.zero_stage == 3 else 1)
         tokens = 2 * videos * whole  # with and without the prompt
         kept = saved_for_backward(sizes, tokens, low, checkpointing=True)
@@ -129,7 +123,7 @@ def plan(config: RunConfig) -> list[Rank]:
             parts["gathered"] = 2 * low * sizes.parameters() / sizes.num_layers
         found.append(Rank("teacher", teacher.ranks, videos, parts))
     videos = distill.batch // critic.engine.accumulation // critic.ranks
-    low, judge = BYTES[critic.engine.dtype], distill.discriminator
+    low, judge = DTYPES[critic.engine.dtype].itemsize, distill.discriminator
     # A discriminator also looks at data, and at both again with noise for the penalties, in one graph.
     looks = 1 + (1 + bool(judge.r1_weight) + bool(judge.r2_weight) if judge.taps else 0)
     seen = max(looks * videos, micro // critic.ranks if flows else 0)

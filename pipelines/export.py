@@ -1,26 +1,27 @@
 """`self-forcing export`: a model, or a checkpoint of a distillation, in the layout of another tool."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 import yaml
 
 from infra import storage
 from model.adapters import AdapterConfig
 from model.backbone import WeightSource
-from model.families import new_backbone
+from model.families import shapes_of
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from pipelines.console import say
 from pipelines.recipe import fields_of, is_part
 from workers.checkpoint_weights import CheckpointWeights, Shaped, Which
 from workers.foreign.adapter import DIFFUSERS_FILE, ForeignAdapter, for_diffusers
-from workers.foreign.writer import DTYPES, Format, write
+from workers.foreign.writer import Format, write
 from workers.model_directory import ModelCard, ModelDirectory, TextConfig, VideoConfig, save
+from workers.zero import DTYPES
 
 LAYOUTS = (*get_args(Format), "peft")
 HOW_TO_LOAD = {
@@ -45,7 +46,7 @@ def command(_: None, options: Any) -> None:
     if options.format == "peft":
         if not (path / "adapter").is_dir():
             raise ValueError(
-                f"{path} has no adapter: it was trained whole, or is no model; use another --format."
+                f"{path} has no adapter: it is no model that was trained with one; use another --format."
             )
         adapter = ForeignAdapter(path / "adapter")
     output = Path(options.output)
@@ -96,10 +97,7 @@ def _opened(path: Path, which: Which | None, base: str | None) -> tuple[ModelCar
         lineage={"distilled": saved["run_id"] or ""},
         recipe={"seed": told.get("seed")},
     )
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(each.shape) for name, each in new_backbone(card.transformer).state_dict().items()
-        }
+    shapes = shapes_of(card.transformer)
     source = Shaped(weights, shapes, adapters, None if base is None else ModelDirectory(base))
     return card, source, f"the {weights.which} weights of a student after {saved['done']} iterations"
 
@@ -124,34 +122,26 @@ def readme(card: ModelCard, layout: str, what: str) -> str:
         f"of {video.frames} × {video.channels} × {video.height} × {video.width} "
         f"(frames, channels, height, width). {HOW_TO_LOAD[layout]}",
     ]
-    if card.causal:
+    if card.rollout is not None:
         blocks.append(
             "**It is causal.** It generates chunk by chunk with a cache of keys and values, as below. "
             "diffusers has no such rollout, and its pipelines, which denoise a whole video at once, make "
             "nothing good of it. Play it with `self-forcing generate` or `self-forcing serve` after "
             "`self-forcing import`, or with the published code of Self Forcing."
         )
-        blocks.append(_yaml({"rollout": _plain(card.rollout), "guidance": card.guidance}))
+        blocks.append(_yaml({"rollout": asdict(card.rollout), "guidance": card.guidance}))
     if card.lineage:
         blocks.append("Tracking runs that it comes from:")
-        blocks.append(_yaml(dict(card.lineage)))
+        blocks.append(_yaml(card.lineage))
     if card.selection:
         blocks.append("Chosen among the states of its run by what was measured:")
-        blocks.append(_yaml(_plain(card.selection)))
+        blocks.append(_yaml(card.selection))
     if card.recipe:
         blocks.append("The recipe that made it:")
-        blocks.append(_yaml(_plain(card.recipe)))
+        blocks.append(_yaml(card.recipe))
     return "\n\n".join(blocks) + "\n"
 
 
-def _yaml(body: Any) -> str:
-    return f"```yaml\n{yaml.safe_dump(body, sort_keys=False)}```"
-
-
-def _plain(value: Any) -> Any:
-    """Mappings, lists and scalars only."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+def _yaml(body: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(body))  # YAML has no tuples
+    return f"```yaml\n{yaml.safe_dump(plain, sort_keys=False)}```"

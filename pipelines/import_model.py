@@ -6,7 +6,8 @@ latents and prompts are) a preset says, or `--rollout.*` and its like.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,9 @@ def command(config: ImportConfig, options: Any) -> None:
         weights = Merged(checkpoint, ForeignAdapter(options.adapter))
         origin["adapter"] = str(Path(options.adapter).absolute())
     card = card_of(config, checkpoint, origin)
-    staging = storage.begin(options.output)
-    with storage.writing(staging) as directory:
-        writer = ModelWriter(directory)
+    with _published(options.output, card) as writer:
         for name in sorted(weights.keys()):
             writer.write(name, weights.get(name))
-        writer.finish(card, {})
-    storage.publish(staging, options.output, {"causal": card.causal})
     sizes = card.transformer
     say(
         f"import: {options.output} is {'a causal' if card.causal else 'a bidirectional'} model of "
@@ -83,6 +80,17 @@ def command(config: ImportConfig, options: Any) -> None:
         f"{sizes.num_heads} heads), from {checkpoint.layout.kind}"
         f"{f', part {checkpoint.part}' if checkpoint.part else ''}."
     )
+
+
+@contextmanager
+def _published(path: str, card: ModelCard) -> Iterator[ModelWriter]:
+    """A writer of the weights of a model, which is at `path` when the block is left."""
+    staging = storage.begin(path)
+    with storage.writing(staging) as directory:
+        writer = ModelWriter(directory)
+        yield writer
+        writer.finish(card, {})
+    storage.publish(staging, path, {"causal": card.causal})
 
 
 def _with_its_own(config: ImportConfig, source: Path) -> ImportConfig:
@@ -155,7 +163,9 @@ def _adopted(path: str, setting: str, config: RunConfig) -> str:
     """The model that stands for what lies at `path`, or `path` where that is a model of ours or nothing."""
     if recognise(path) is None:
         return path
-    name = hashlib.sha256(path.encode()).hexdigest()[:8]
+    # Its card says what latents and prompts are, so another recipe's is another.
+    what = (path, config.video, config.text, config.student.text_len, config.score.shift)
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:8]
     model = f"{config.root}/outputs/imported/{Path(path).name}-{name}"
     if storage.is_complete(model):
         return model
@@ -167,11 +177,7 @@ def _adopted(path: str, setting: str, config: RunConfig) -> str:
         card = card_of(own, checkpoint, origin_of(checkpoint))
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
-    staging = storage.begin(model)
-    with storage.writing(staging) as directory:
-        writer = ModelWriter(directory)
+    with _published(model, card) as writer:
         writer.link(checkpoint)
-        writer.finish(card, {})
-    storage.publish(staging, model, {"causal": False})
     say(f"{setting}: {path} is read as it is, as {model}.")
     return model

@@ -40,7 +40,7 @@ class Initialize(Task):
     compile = False
 
     def source(self) -> ModelDirectory:
-        return ModelDirectory(self.config.initialize.teacher)
+        return ModelDirectory(self.config.initialize.teacher, verified=True)
 
     def engine(self) -> TrainEngine:
         role = self.config.initialize.role

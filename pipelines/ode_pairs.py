@@ -22,7 +22,7 @@ from model.noise import SampleNoise
 from model.sampler import guided, integrate, ode_grid
 from orchestrator import run_state
 from orchestrator.config import RunConfig
-from orchestrator.planner import BYTES, passing
+from orchestrator.planner import passing
 from workers.build import whole
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import ModelDirectory
@@ -38,7 +38,7 @@ class OdeSampler:
     def __init__(self, config: RunConfig, threads: int):
         torch.set_num_threads(threads)
         self.config = config
-        source = ModelDirectory(config.initialize.teacher)
+        source = ModelDirectory(config.initialize.teacher, verified=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = DTYPES[config.initialize.role.engine.dtype]
         self.model = whole(source, self.device, self.dtype)
@@ -69,9 +69,8 @@ class OdeSampler:
             return ODE_BATCH
         video, sizes = self.config.video, self.config.student
         rows, columns = sizes.grid(video.height, video.width)
-        low = BYTES[self.config.initialize.role.engine.dtype]
         free, _ = torch.cuda.mem_get_info(self.device)
-        one = passing(sizes, 2 * video.frames * rows * columns, low)
+        one = passing(sizes, 2 * video.frames * rows * columns, self.dtype.itemsize)
         return max(1, min(ODE_BATCH, int(0.8 * free / one)))
 
     def make(self, samples: list[int]) -> dict[str, list[Any]]:

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from model.rollout_plan import RolloutConfig
-from model.transformer import TransformerConfig
+from model.transformer import TransformerConfig, WanTransformer
 from tests.fixtures import PROMPTS, write_model
 from workers.model_directory import TextConfig, VideoConfig
 
@@ -65,3 +66,35 @@ def write_pipeline(path: Path) -> Path:
     write_umt5(path)
     (path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return path
+
+
+class Weights:
+    """A `WeightSource` of tensors in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def network_of(sizes: TransformerConfig, weights: dict[str, Tensor]) -> WanTransformer:
+    network = WanTransformer(sizes)
+    network.load_state_dict(weights)
+    return network
+
+
+def inputs(sizes: TransformerConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """A noisy video of three frames, timesteps and prompts, of two samples."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, sizes.in_dim, 8, 8, generator=generator)
+    context = torch.randn(2, sizes.text_len, sizes.text_dim, generator=generator)
+    return x, torch.tensor([900.0, 30.0]), context
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Relative error in norm."""
+    return ((a - b).norm() / b.norm()).item()

@@ -1,7 +1,7 @@
 """The only place that makes networks: a model's card and its role's settings → backbone, adapters, engine."""
 
 import json
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.adapters import AdaptedWeights, AdapterConfig, adapt, merged, peft_layout
 from model.backbone import Backbone
 from model.discriminator import BranchConfig, ClassificationBranch, Discriminator
-from model.families import new_backbone
+from model.families import new_backbone, on_meta, shapes_of
 from workers.engine import EngineConfig, FrozenEngine, TrainEngine, WeightSource
 from workers.model_directory import ModelDirectory, ModelWriter, save
 
@@ -19,15 +19,9 @@ def meta(source: ModelDirectory) -> Backbone:
     return on_meta(source.card.transformer)
 
 
-def on_meta(sizes: Any) -> Backbone:
-    """A network of these sizes that takes no memory."""
-    with torch.device("meta"):
-        return new_backbone(sizes)
-
-
 def check_weights(source: ModelDirectory) -> None:
     """ValueError where a model's weights are not of its card's sizes; no weight is read."""
-    source.check_shapes({name: tuple(tensor.shape) for name, tensor in meta(source).state_dict().items()})
+    source.check_shapes(shapes_of(source.card.transformer))
 
 
 def check_adapters(source: ModelDirectory, adapters: AdapterConfig) -> None:

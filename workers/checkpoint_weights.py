@@ -4,17 +4,16 @@ Every rank's file holds slices of flattened parameters beside their moments; fil
 that of the moments nothing is read, and of the weights one tensor at a time.
 """
 
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from model.adapters import AdapterConfig, merged
 from model.backbone import WeightSource
-from workers.engine import FORMAT
+from workers.engine import read_record
 
 Which = Literal["average", "current"]
 
@@ -35,7 +34,7 @@ class CheckpointWeights:
         files = sorted(directory.glob("engine-*-of-*.pt"))
         if not files or len(files) != int(files[0].stem.rpartition("-")[2]):
             raise ValueError(f"{directory} lacks files of some ranks; name a whole checkpoint.")
-        self._ranks = [_entries(file) for file in files]
+        self._ranks = [read_record(file)["parameters"] for file in files]
         kept = all("ema" in entry for entries in self._ranks for entry in entries.values())
         if which == "average" and not kept:
             raise ValueError(f"{directory} holds no averaged weights; export its current ones.")
@@ -85,13 +84,3 @@ class Shaped:
             f"{layer}.lora_B": self.checkpoint.get(f"{layer}.lora_B").view(weight.shape[0], rank),
         }
         return merged(name, weight, pair, self.adapters)
-
-
-def _entries(file: Path) -> dict[str, dict[str, Any]]:
-    try:
-        record = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0].rstrip('.')}.") from None
-    if record["format"] != FORMAT:
-        raise ValueError(f"{file} has format {record['format']}, and this release reads {FORMAT}.")
-    return record["parameters"]

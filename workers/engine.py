@@ -338,10 +338,16 @@ def _read(directory: str | Path) -> dict[str, Any]:
         )
     if not path.exists():
         raise ValueError(f"the checkpoint file {path} is missing: resume from a whole checkpoint")
+    return read_record(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What one rank saved, its tensors mapped from the file; ValueError where it is damaged or of another
+    format."""
     try:
         record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the checkpoint file {path} is damaged: resume from an older checkpoint") from error
+        raise ValueError(f"the checkpoint file {path} is damaged: use an older checkpoint") from error
     if record["format"] != FORMAT:
         raise ValueError(
             f"the checkpoint file {path} has format {record['format']}: this version reads {FORMAT}"

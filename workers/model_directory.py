@@ -273,7 +273,6 @@ class ModelWriter:
         self.flush()
         if card.video.vae is not None:
             copy_vae(card.video.vae, self.directory / VAE)
-            card = replace(card, video=replace(card.video, vae=VAE))
         if text:
             encoder = {name: tensor.detach().cpu().contiguous() for name, tensor in text.items()}
             save(encoder, self.directory / "text_encoder.safetensors")
@@ -281,7 +280,9 @@ class ModelWriter:
 
 
 def write_card(directory: Path, card: ModelCard) -> None:
-    """Write `model.json`."""
+    """Write `model.json`. A VAE is in the directory."""
+    if card.video.vae is not None:
+        card = replace(card, video=replace(card.video, vae=VAE))
     body = {"format": FORMAT, "family": family_of(card.transformer), **asdict(card)}
     (directory / "model.json").write_text(json.dumps(body, indent=1))
 

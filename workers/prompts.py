@@ -53,7 +53,7 @@ class PromptWorker(Worker):
 
     def open(self) -> None:
         """Load the encoder and look at the data sets; ValueError where something is missing or damaged."""
-        source, skip = ModelDirectory(self._model), self._skip_damaged
+        source, skip = ModelDirectory(self._model, verified=True), self._skip_damaged
         self._prompts = Prompts(source)
         column = self._prompts.column
         self._data = ParquetDataset(self._path, [column], skip_damaged=skip)

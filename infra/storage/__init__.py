@@ -13,6 +13,7 @@ from infra.storage.directories import (
     digests,
     discard,
     file_digest,
+    files_digest,
     is_complete,
     manifest_digest,
     move,

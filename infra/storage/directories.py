@@ -17,7 +17,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -303,6 +303,11 @@ def file_digest(file_path: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256 that tells what a set of files holds, by their names."""
+    return _hash_json({file.name: file_digest(file) for file in files})
 
 
 def _hash_json(value: Mapping[str, Any]) -> str:

@@ -387,14 +387,11 @@ class Engine:
         shown = slice(
             max(0, viewer.first_frame - first), None if viewer.frames is None else viewer.frames - first
         )
+        viewer.unread += bool(range(after - first)[shown])
         # Also of a chunk that is not shown: the next one's frames may depend on it.
         decoding = self._decoder.submit(self._decode, viewer, event, index, shown)
-        if len(range(after - first)[shown]):
-            viewer.unread += 1
-            loop = asyncio.get_running_loop()
-            asyncio.wrap_future(decoding, loop=loop).add_done_callback(partial(_decoded, viewer, event.last))
-        elif event.last:
-            viewer.outbox.put_nowait(None)
+        loop = asyncio.get_running_loop()
+        asyncio.wrap_future(decoding, loop=loop).add_done_callback(partial(_decoded, viewer, event.last))
 
     def _decode(self, viewer: Viewer, event: Event, index: int, shown: slice) -> Chunk:
         """On the decoder's thread."""
@@ -405,11 +402,11 @@ class Engine:
 
 
 def _decoded(viewer: Viewer, last: bool, decoding: "asyncio.Future[Chunk]") -> None:
-    if decoding.cancelled() or (error := decoding.exception()) is None:
-        viewer.outbox.put_nowait(
-            StreamEnded("this server stopped.") if decoding.cancelled() else decoding.result()
-        )
-    else:
+    if decoding.cancelled():
+        viewer.outbox.put_nowait(StreamEnded("this server stopped."))
+    elif (error := decoding.exception()) is not None:
         viewer.outbox.put_nowait(StreamEnded(f"a chunk could not be decoded: {error}."))
+    elif (chunk := decoding.result()).frames:
+        viewer.outbox.put_nowait(chunk)
     if last:
         viewer.outbox.put_nowait(None)

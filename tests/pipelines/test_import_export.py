@@ -14,6 +14,7 @@ from torch import Tensor
 from infra import storage
 from model.adapters import AdapterConfig, peft_layout
 from model.rollout_plan import RolloutConfig
+from model.schedule import FlowSchedule
 from model.transformer import TransformerConfig
 from model.wan_names import to_diffusers
 from pipelines import cli
@@ -102,8 +103,6 @@ def test_settings_go_on_top_of_a_preset(published: Path, tmp_path: Path) -> None
 
 
 def test_causvid_s_steps_are_those_that_it_publishes(published: Path, tmp_path: Path) -> None:
-    from model.schedule import FlowSchedule
-
     run("import", published, "--preset=causvid", f"--output={tmp_path}/model", *SMALL)
     rollout = ModelDirectory(tmp_path / "model").card.rollout
     assert rollout is not None and rollout.shift == 8

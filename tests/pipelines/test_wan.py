@@ -11,7 +11,6 @@ import torch
 
 from infra import storage
 from pipelines import cli
-from pipelines.recipe import PRESETS
 from tests.fixtures import PROMPTS, TINY_RECIPE, write_model
 from tests.wan import ROLLOUT, SIZES, write_pipeline, write_student
 from workers.generator import Generator
@@ -112,7 +111,6 @@ def test_the_pipeline_s_own_folder_is_imported_with_all_it_has(
     assert not card.causal and card.transformer == SIZES and card.text == same.text
     assert card.video.codec_digest() == same.video.codec_digest() and card.video.fps == 16
     assert Generator(str(tmp_path / "teacher")).codec is not None
-    assert (PRESETS / "wan-bidirectional.yaml").exists()
 
 
 def test_the_suite_measures_frames_of_pixels(

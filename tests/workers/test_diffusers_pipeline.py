@@ -16,6 +16,7 @@ from model.noise import SampleNoise
 from model.sampler import guided, integrate
 from model.transformer import TransformerConfig, WanTransformer
 from tests.fixtures import random_weights, write_model
+from tests.wan import gap, network_of
 from workers.foreign.adapter import DIFFUSERS_FILE, ForeignAdapter, for_diffusers
 from workers.foreign.writer import write
 from workers.model_directory import ModelDirectory, TextConfig, VideoConfig, save
@@ -96,21 +97,14 @@ def ours(network: WanTransformer) -> Tensor:
     return integrate(velocity, noise, shift=SHIFT, grid=torch.linspace(1000, 0, STEPS + 1).tolist())[-1]
 
 
-def gap(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def test_many_steps_with_guidance_are_those_of_the_pipeline(pipeline: WanPipeline) -> None:
-    network = WanTransformer(SIZES)
-    network.load_state_dict(random_weights(SIZES, 1))
+    network = network_of(SIZES, random_weights(SIZES, 1))
     assert gap(ours(network), theirs(pipeline)) < 1e-4
 
 
 def test_the_pipeline_takes_our_adapter(pipeline: WanPipeline, tmp_path: Path) -> None:
     config = AdapterConfig(rank=4, alpha=6)
-    network = WanTransformer(SIZES)
-    network.load_state_dict(random_weights(SIZES, 1))
-    adapted = adapt(network, config)
+    adapted = adapt(network_of(SIZES, random_weights(SIZES, 1)), config)
     generator = torch.Generator().manual_seed(5)
     learned = {
         name: 0.2 * torch.randn(parameter.shape, generator=generator)

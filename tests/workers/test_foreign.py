@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.transformer import TransformerConfig, WanTransformer
 from model.wan_names import from_diffusers, to_diffusers, unwrapped
 from tests.fixtures import random_weights
-from workers.foreign.adapter import ForeignAdapter, Merged, for_diffusers
+from tests.wan import Weights, gap, inputs, network_of
 from workers.foreign.checkpoint import ForeignCheckpoint, recognise
 from workers.foreign.writer import diffusers_config, wan_config, write
 from workers.model_directory import save
@@ -40,34 +39,17 @@ def same(source: ForeignCheckpoint, weights: dict[str, Tensor]) -> bool:
     )
 
 
-def inputs(sizes: TransformerConfig, frames: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, frames, sizes.in_dim, 8, 8, generator=generator)
-    context = torch.randn(2, sizes.text_len, sizes.text_dim, generator=generator)
-    return x, torch.tensor([900.0, 30.0]), context
-
-
 def diffusers_model(sizes: TransformerConfig, weights: dict[str, Tensor]) -> WanTransformer3DModel:
     network = WanTransformer3DModel.from_config(diffusers_config(sizes))
     network.load_state_dict({to_diffusers(name): tensor for name, tensor in weights.items()})
     return network.eval()
 
 
-def ours(sizes: TransformerConfig, weights: dict[str, Tensor]) -> WanTransformer:
-    network = WanTransformer(sizes)
-    network.load_state_dict(weights)
-    return network
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @torch.no_grad()
 def test_our_transformer_is_that_of_diffusers(weights: dict[str, Tensor]) -> None:
     x, timestep, context = inputs(SIZES)
     theirs = diffusers_model(SIZES, weights)(x.transpose(1, 2), timestep, context, return_dict=False)[0]
-    assert gap(ours(SIZES, weights)(x, timestep, context).velocity, theirs.transpose(1, 2)) < 1e-5
+    assert gap(network_of(SIZES, weights)(x, timestep, context).velocity, theirs.transpose(1, 2)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -108,26 +90,14 @@ def test_what_is_written_reads_the_same(
         with torch.no_grad():
             loaded = WanTransformer3DModel.from_pretrained(tmp_path)
             theirs = loaded(x.transpose(1, 2), timestep, context, return_dict=False)[0]
-            assert gap(ours(SIZES, weights)(x, timestep, context).velocity, theirs.transpose(1, 2)) < 1e-5
+            ours = network_of(SIZES, weights)(x, timestep, context).velocity
+            assert gap(ours, theirs.transpose(1, 2)) < 1e-5
 
 
 def test_weights_are_written_in_another_type(weights: dict[str, Tensor], tmp_path: Path) -> None:
     write(Weights(weights), SIZES, tmp_path, "wan", causal=True, dtype="bf16", save=save)
     source = ForeignCheckpoint(tmp_path)
     assert source.causal and same(source, {name: tensor.bfloat16() for name, tensor in weights.items()})
-
-
-class Weights:
-    """A `WeightSource` of tensors in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def get(self, name: str) -> Tensor:
-        return self.tensors[name]
 
 
 def wan_folder(path: Path, weights: dict[str, Tensor]) -> Path:
@@ -357,76 +327,3 @@ def test_what_is_ours_or_nothing_is_not_another_tool_s(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, tmp_path / "transformer-00000.safetensors")
     assert recognise(tmp_path) is None
-
-
-TARGETS = ["q", "v", "ffn.0"]
-
-
-@pytest.fixture(scope="module")
-def adapted(weights: dict[str, Tensor]) -> Any:
-    """PEFT's own adapter of our network, with weights of which none is zero, and a scale that is not one."""
-    model = get_peft_model(
-        ours(SIZES, weights), LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, lora_dropout=0.0)
-    )
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    return model.eval()
-
-
-def of_peft(path: Path, adapted: Any) -> Path:
-    adapted.save_pretrained(path)
-    return path
-
-
-def of_longlive(path: Path, adapted: Any) -> Path:
-    """Whose rank is its alpha: the scale is in B."""
-    body = {
-        name: tensor * 1.5 if "lora_B" in name else tensor
-        for name, tensor in get_peft_model_state_dict(adapted).items()
-    }
-    torch.save({"generator_lora": body}, path.with_suffix(".pt"))
-    return path.with_suffix(".pt")
-
-
-def of_trainers(path: Path, adapted: Any) -> Path:
-    body: dict[str, Tensor] = {}
-    for name, tensor in get_peft_model_state_dict(adapted).items():
-        bare = name.replace("base_model.model.", "diffusion_model.")
-        bare = bare.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
-        body[bare] = tensor.contiguous()
-        body[f"{bare.partition('.lora_')[0]}.alpha"] = torch.tensor(6.0)
-    save_file(body, path.with_suffix(".safetensors"))
-    return path.with_suffix(".safetensors")
-
-
-def of_diffusers(path: Path, adapted: Any) -> Path:
-    save_file(for_diffusers(ForeignAdapter(of_peft(path, adapted))), path / "../lora.safetensors")
-    return path.parent / "lora.safetensors"
-
-
-@pytest.mark.parametrize("layout", [of_peft, of_longlive, of_trainers, of_diffusers])
-@torch.no_grad()
-def test_an_adapter_of_each_layout_merges(
-    layout: Callable[[Path, Any], Path], weights: dict[str, Tensor], adapted: Any, tmp_path: Path
-) -> None:
-    source = Merged(Weights(weights), ForeignAdapter(layout(tmp_path / "adapter", adapted)))
-    both = ours(SIZES, {name: source.get(name) for name in source.keys()})  # noqa: SIM118
-    x, timestep, context = inputs(SIZES)
-    asked = adapted(x, timestep, context).velocity
-    assert gap(both(x, timestep, context).velocity, asked) < 1e-5
-    assert gap(ours(SIZES, weights)(x, timestep, context).velocity, asked) > 1e-2
-
-
-def test_an_adapter_that_is_none_is_refused(weights: dict[str, Tensor], adapted: Any, tmp_path: Path) -> None:
-    tensors = load_file(of_peft(tmp_path / "adapter", adapted) / "adapter_model.safetensors")
-    name = next(iter(tensors))
-    for body, said in (
-        (weights, "is no adapter of linear layers: it also has"),
-        ({name: tensors[name]}, "has only one half of the adapters of"),
-        ({each.replace("blocks.2", "blocks.9"): tensor for each, tensor in tensors.items()}, "does not have"),
-    ):
-        save_file(body, tmp_path / "it.safetensors")
-        with pytest.raises(ValueError, match=said):
-            Merged(Weights(weights), ForeignAdapter(tmp_path / "it.safetensors"))

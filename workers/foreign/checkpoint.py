@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.families import new_backbone
+from model.families import shapes_of
 from model.transformer import TransformerConfig
 from model.wan_names import IMAGE_CONDITIONED, from_diffusers, unwrapped
 from workers.foreign.files import SUFFIXES, Pickle, TensorFile, open_file, read_json, shards
@@ -109,7 +109,7 @@ class ForeignCheckpoint:
         self.shapes = {name: file.shapes[own] for name, (file, own) in self._where.items()}
         self._refuse_images()
         self.sizes = self._sizes(heads, text_len)
-        self._compare()
+        check_names(self.path, shapes_of(self.sizes), self.shapes)
 
     @property
     def causal(self) -> bool | None:
@@ -169,11 +169,6 @@ class ForeignCheckpoint:
                 f"{self.path} holds no Wan transformer: {error.args[0]} is not among its "
                 f"{len(self.shapes)} tensors ({listed(self.shapes, 3)})."
             ) from None
-
-    def _compare(self) -> None:
-        with torch.device("meta"):
-            wanted = {name: tuple(each.shape) for name, each in new_backbone(self.sizes).state_dict().items()}
-        check_names(self.path, wanted, self.shapes)
 
 
 def check_names(

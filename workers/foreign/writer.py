@@ -12,9 +12,9 @@ from model.backbone import WeightSource
 from model.transformer import TransformerConfig
 from model.wan_names import to_diffusers
 from workers.foreign.files import PICKLES
+from workers.zero import DTYPES
 
 Format = Literal["diffusers", "wan", "pt"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 4 * 2**30
 STEM = "diffusion_pytorch_model"
 

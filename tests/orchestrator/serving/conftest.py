@@ -13,8 +13,9 @@ from ray import serve
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from orchestrator.serving.app import application
-from orchestrator.serving.client import Client
+from orchestrator.serving.client import Client, ReceivedChunk, StreamSession
 from orchestrator.serving.config import AccessConfig, ServeConfig, VideosConfig
+from orchestrator.serving.messages import Done
 from tests.cluster import free_ports
 from tests.fixtures import write_model
 from workers.model_directory import VideoConfig
@@ -41,6 +42,17 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def play(session: StreamSession) -> tuple[list[ReceivedChunk], Done]:
+    """What comes until the end."""
+    chunks = []
+    while True:
+        message = session.receive()
+        if isinstance(message, ReceivedChunk):
+            chunks.append(message)
+        if isinstance(message, Done):
+            return chunks, message
 
 
 class Clock:

@@ -21,7 +21,7 @@ from orchestrator.serving.messages import (
     Rejected,
     VideoStart,
 )
-from tests.orchestrator.serving.conftest import eventually
+from tests.orchestrator.serving.conftest import eventually, play
 
 pytestmark = pytest.mark.slow
 SIX = "a six drifting left"
@@ -33,17 +33,6 @@ def session(client: Client) -> Iterator[StreamSession]:
         yield session
         with suppress(ConnectionClosed):
             session.control("stop")
-
-
-def play(session: StreamSession) -> tuple[list[ReceivedChunk], Done]:
-    """What comes until the end."""
-    chunks = []
-    while True:
-        message = session.receive()
-        if isinstance(message, ReceivedChunk):
-            chunks.append(message)
-        if isinstance(message, Done):
-            return chunks, message
 
 
 def test_fragments_are_one_mp4_that_says_what_made_it(session: StreamSession) -> None:
