@@ -289,8 +289,13 @@ class WanTransformer(Backbone):
         # Not a loop over modules: ZeRO-3 shards weights as they are made, and gathers them for `apply` only.
         self.apply(initialize)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.head.head.bias.dtype
+
     def encode_context(self, context: Tensor) -> list[KeyValue]:
-        embedded = self.text_embedding(context.to(self.head.head.bias.dtype))
+        embedded = self.text_embedding(context.to(self.dtype))
         return [block.cross_attn.key_value(embedded) for block in self.blocks]  # type: ignore[operator, union-attr]
 
     def new_cache(self, window: Window, height: int, width: int, device: torch.device | str) -> BlockCache:
@@ -317,6 +322,7 @@ class WanTransformer(Backbone):
             chunk=chunk,
             capacity=capacity,
             device=device,
+            dtype=self.dtype,
         )
 
     def new_prompts(self, rows: int, device: torch.device | str) -> PromptSlots:
@@ -327,6 +333,7 @@ class WanTransformer(Backbone):
             rows=rows,
             text_len=self.config.text_len,
             device=device,
+            dtype=self.dtype,
         )
 
     def forward(
@@ -344,7 +351,7 @@ class WanTransformer(Backbone):
     ) -> Output:
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
         rows, columns = self.config.grid(height, width)
-        dtype = self.head.head.bias.dtype
+        dtype = self.dtype
         if clean is not None:
             if chunk is None or clean.shape != x.shape:
                 raise ValueError(

@@ -200,21 +200,25 @@ class Timer:
         self.values: dict[str, list[float]] = defaultdict(list)
         self.seconds: dict[str, float] = defaultdict(float)
         self.busy = dict.fromkeys(roles, 0.0)
+        self.memory: dict[str, float] = {}
 
     def add(self, verb: str, role: str, stats: Metrics) -> None:
         self.seconds[f"seconds/{role}_{verb}"] += stats["seconds"]
         if role in self.busy:
             self.busy[role] += stats["seconds"]
+        if "memory" in stats:
+            self.memory[f"memory/{role}"] = max(stats["memory"], self.memory.get(f"memory/{role}", 0.0))
         for name, value in stats.items():
-            if name != "seconds":
+            if name not in ("seconds", "memory"):
                 self.values[f"{role}/{name}"].append(value)
 
     def metrics(self, wall: float) -> Metrics:
-        """Means of values, sums of seconds, and the share of the iteration in which a role had nothing to do.
+        """Means of values, sums of seconds, the most memory in GiB, and the share of the iteration in which a
+        role had nothing to do.
 
         A rollout requested ahead counts in the iteration that uses it, so a single iteration's idle share may
         be off; their mean is not.
         """
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
         idle = {f"idle/{role}": max(0.0, 1 - busy / wall) for role, busy in self.busy.items()}
-        return {**pooled(means), **self.seconds, "seconds/iteration": wall, **idle}
+        return {**pooled(means), **self.seconds, "seconds/iteration": wall, **self.memory, **idle}

@@ -86,6 +86,9 @@ class Request:
     stats: list[ObjectRef]  # what each rank will have measured
 
     def wait(self) -> Stats:
-        """Wait until every rank is done: the mean of their numbers."""
+        """Wait until every rank is done: the mean of their numbers, and the most `memory`."""
         answers: list[Mapping[str, float]] = self.group.wait(self.stats)
-        return {name: fmean(answer[name] for answer in answers) for name in answers[0]}
+        return {
+            name: (max if name == "memory" else fmean)(answer[name] for answer in answers)
+            for name in answers[0]
+        }

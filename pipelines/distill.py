@@ -178,6 +178,7 @@ def card_of(config: RunConfig, models: Mapping[str, ModelDirectory], run_id: str
         models["student"].card.text,
         rollout=config.rollout,
         shift=config.rollout.shift,
+        dtype=config.distill.roles.student.engine.dtype,
         lineage={**lineage(models), "distilled": run_id},
         recipe=config.portable(),
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from infra import storage
 from infra.settings import at_least, positive
@@ -49,6 +49,8 @@ class ImportConfig:
     """Classifier-free guidance that a causal model generates with; a distilled one needs none."""
     shift: float = 5.0
     """Warp of the noise schedule that the model was trained with."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """What it computes in."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "heads", "text_len")
@@ -109,7 +111,7 @@ def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping
     causal = config.causal
     if causal is None:
         causal = True if config.rollout != RolloutConfig() else checkpoint.causal
-    if causal is None or (causal and config == ImportConfig()):
+    if causal is None or (causal and not config.cite and config.rollout == RolloutConfig()):
         names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         unsaid = "whether it is causal" if causal is None else "how it generates"
         raise ValueError(
@@ -137,6 +139,7 @@ def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping
         rollout=config.rollout if causal else None,
         guidance=config.guidance if causal else 0.0,
         shift=config.rollout.shift if causal else config.shift,
+        dtype=config.dtype,
         origin=origin,
     )
 

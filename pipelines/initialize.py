@@ -103,6 +103,7 @@ class Initialize(Task):
             rollout=rollout,
             guidance=guidance,
             shift=config.rollout.shift,
+            dtype=config.initialize.role.engine.dtype,
             lineage=self.lineage,
             recipe=config.portable(),
         )

@@ -110,6 +110,7 @@ class Pretrain(Task):
             self.config.video,
             self.config.text,
             shift=self.config.pretrain.shift,
+            dtype=self.config.pretrain.role.engine.dtype,
             lineage={"teacher": self.run_id},
             recipe=self.config.portable(),
         )

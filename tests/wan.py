@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
+from model.families import shapes_of
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig, WanTransformer
 from tests.fixtures import PROMPTS, write_model
@@ -30,7 +31,7 @@ def write_vae(path: Path) -> Path:
     return path
 
 
-def write_umt5(path: Path) -> Path:
+def write_umt5(path: Path, text_dim: int = SIZES.text_dim) -> Path:
     """A text encoder and its tokenizer, trained on the prompts of the tests."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -47,7 +48,7 @@ def write_umt5(path: Path) -> Path:
     )
     fast.save_pretrained(path / "tokenizer")
     torch.manual_seed(1)
-    sizes = {"d_model": SIZES.text_dim, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
+    sizes = {"d_model": text_dim, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
     config = UMT5Config(**sizes, vocab_size=len(fast), pad_token_id=0)
     UMT5EncoderModel(config).eval().save_pretrained(path / "text_encoder")
     return path
@@ -79,6 +80,23 @@ class Weights:
 
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
+
+
+class RandomWeights:
+    """A `WeightSource` of weights in bf16 that are drawn when they are asked for, so that a model is never in
+    memory."""
+
+    def __init__(self, sizes: TransformerConfig):
+        self.shapes = shapes_of(sizes)
+
+    def keys(self) -> list[str]:
+        return list(self.shapes)
+
+    def get(self, name: str) -> Tensor:
+        shape = torch.Size(self.shapes[name])
+        scale = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
+        drawn = (torch.rand(shape) - 0.5) * scale
+        return (drawn + ("norm" in name)).bfloat16()
 
 
 def network_of(sizes: TransformerConfig, weights: dict[str, Tensor]) -> WanTransformer:

@@ -17,7 +17,7 @@ from workers.batch import Batch
 from workers.engine import TrainEngine, free_port, init_process_group
 
 Stats = dict[str, float]
-"""What a verb measured, `seconds` among it."""
+"""What a verb measured, `seconds` among it, and on a GPU `memory`: the most GiB that tensors took there."""
 
 
 class Worker:
@@ -51,10 +51,14 @@ class Worker:
         `tensors` are one a sample, column after column of `columns`. Without `makes` the `Stats` come bare,
         as Ray wants an answer of one value.
         """
-        began = time.perf_counter()
+        began, gpu = time.perf_counter(), self.device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
         stats, made = getattr(self, verb)(plan, Batch.stacked(samples, columns, tensors, self.device))
         tensors_made = made.unstacked(makes)
         stats["seconds"] = time.perf_counter() - began
+        if gpu:
+            stats["memory"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return (stats, *tensors_made) if makes else stats
 
 

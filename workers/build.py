@@ -12,6 +12,7 @@ from model.discriminator import BranchConfig, ClassificationBranch, Discriminato
 from model.families import new_backbone, on_meta, shapes_of
 from workers.engine import EngineConfig, FrozenEngine, TrainEngine, WeightSource
 from workers.model_directory import ModelDirectory, ModelWriter, save
+from workers.zero import DTYPES
 
 
 def meta(source: ModelDirectory) -> Backbone:
@@ -31,10 +32,11 @@ def check_adapters(source: ModelDirectory, adapters: AdapterConfig) -> None:
 
 
 def whole(
-    source: ModelDirectory, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: ModelDirectory, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Backbone:
-    """A model's whole network on one device, frozen, for inference."""
-    network = meta(source)
+    """A model's whole network on one device, frozen, for inference, in its own type unless another is
+    named."""
+    network, dtype = meta(source), dtype or DTYPES[source.card.dtype]
     state = {name: source.get(name).to(device, dtype) for name in source.keys()}  # noqa: SIM118 (not a mapping)
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()

@@ -147,6 +147,8 @@ class ModelCard:
     """Classifier-free guidance that a student generates with, in the form cond + guidance · (cond − uncond);
     a distilled one needs none."""
     shift: float = 5.0  # warp of the noise schedule that the model was trained with
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What it computes in, as it did when it was trained; its weights may be stored in another type."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Tracking run ids of this model and its ancestors by stage."""
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the resolved config of the run that made it
@@ -343,6 +345,7 @@ def _card(body: Mapping[str, Any], directory: Path) -> ModelCard:
         rollout=build(RolloutConfig, body["rollout"]),
         guidance=body.get("guidance", 0.0),
         shift=body["shift"],
+        dtype=body.get("dtype", "fp32"),
         lineage=body["lineage"],
         recipe=body["recipe"],
         selection=body.get("selection", {}),

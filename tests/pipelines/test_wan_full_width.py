@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from model.noise import SampleNoise
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
-from model.transformer import TransformerConfig, WanTransformer
+from model.transformer import TransformerConfig
 from pipelines import cli
+from tests.wan import RandomWeights
 from workers.build import whole
 from workers.dataset import dataset_schema, encode_tensor, tensor_fields
 from workers.foreign.writer import write
@@ -29,23 +29,6 @@ SIZES = TransformerConfig(
     freq_dim=256,
 )  # fmt: skip
 GB = 2**30
-
-
-class Random:
-    """Weights drawn when they are asked for, so that the model is never in memory."""
-
-    def __init__(self) -> None:
-        with torch.device("meta"):
-            self.shapes = {name: tensor.shape for name, tensor in WanTransformer(SIZES).state_dict().items()}
-
-    def keys(self) -> list[str]:
-        return list(self.shapes)
-
-    def get(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        scale = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
-        drawn = (torch.rand(shape) - 0.5) * scale
-        return (drawn + ("norm" in name)).bfloat16()
 
 
 @contextmanager
@@ -83,7 +66,7 @@ def test_the_whole_configuration_of_wan_is_imported_distilled_exported_and_run(
     monkeypatch.setattr("workers.foreign.writer.SHARD_BYTES", GB)
     release = tmp_path / "release"
     release.mkdir()
-    write(Random(), SIZES, release, "wan", causal=False, dtype=None, save=save)
+    write(RandomWeights(SIZES), SIZES, release, "wan", causal=False, dtype=None, save=save)
     assert len(list(release.glob("*.safetensors"))) == 3
     small = "--video={frames: 6, channels: 16, height: 8, width: 8, codec: none, fps: 16}"
     for name, more in (("teacher", []), ("student", ["--preset=self-forcing", "--rollout.window=3"])):
