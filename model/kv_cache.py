@@ -312,7 +312,8 @@ class SlotCache:
             return
         part = slice(first * self.tokens, self.held[row] * self.tokens)
         phase = self._phases(first, self.held[row] - first)
-        self.keys[:, row, part] = rope.rotate(self.slots[:, 0, row, part], phase)
+        for keys, slots in zip(self.keys[:, row, part], self.slots[:, 0, row, part], strict=True):
+            keys.copy_(rope.rotate(slots[None], phase)[0])
 
     def commit(self, live: Sequence[KeyValue], frames: int) -> None:
         if any(tensor.requires_grad for pair in live for tensor in pair):
@@ -335,12 +336,16 @@ class SlotCache:
                 f"the cache holds {self.capacity} frames and without a window none may be evicted."
             )
         latest = self.capacity - sink
-        kept = torch.stack([tensor for pair in live for tensor in pair]).unflatten(0, (-1, 2))
-        kept = torch.cat([self.slots[:, :, row, : held * token], kept], dim=2)
-        if total > self.capacity:
+        # Layer by layer, so that what is copied on the way is never as large as the cache.
+        for place, pair in zip(self.slots[:, :, row], live, strict=True):
+            new = torch.stack(pair)
+            if total <= self.capacity:
+                place[:, held * token : total * token] = new
+                continue
             # The sink stays in front, in order, so that attention sums as it does over blocks.
-            kept = torch.cat([kept[:, :, : sink * token], kept[:, :, (total - latest) * token :]], dim=2)
-        self.slots[:, :, row, : kept.shape[2]] = kept
+            kept = torch.cat([place[:, : held * token], new], dim=1)
+            place[:, : sink * token] = kept[:, : sink * token]
+            place[:, sink * token :] = kept[:, (total - latest) * token :]
         self.held[row] = min(total, self.capacity)
         self.seen[row] += frames
         self._turn(row, held if total <= self.capacity else sink)

@@ -64,6 +64,7 @@ COMMANDS: Mapping[str, Command] = {
             Option("--frames", "frames of the video; the trained length by default", type=int | None),
             Option("--seed", "another one makes another video", type=int, default=0),
             Option("--image", "file of the first frame, for image-to-video", path=True),
+            Option("--light-decoder", "weights of a TAEHV that decodes in place of the VAE", path=True),
             Option("--output", "path ending in .mp4 or .gif", path=True, default="outputs/sample.mp4"),
         ),
     ),

@@ -25,7 +25,7 @@ def command(_: None, options: Any) -> None:
         raise ValueError(f"--seed must be at least 0, not {options.seed}.")
     if options.image is not None and not Path(options.image).is_file():
         raise ValueError(f"--image: there is no file {options.image}.")
-    generator = Generator(options.model)
+    generator = Generator(options.model, light_decoder=options.light_decoder)
     codec, video = generator.shown, generator.card.video
     wanted = codec.frames(video.frames) if options.frames is None else options.frames
     initial: Tensor | None = None

@@ -45,7 +45,10 @@ def command(config: ServeConfig, options: Any) -> None:
     else:
         check_local(config.model, "model")
         config = replace(config, model=str(Path(config.model).absolute()))
-    check(str(locate(config)[1]))
+    source, _ = check(str(locate(config)[1]))
+    if config.light_decoder is not None:
+        config = replace(config, light_decoder=str(Path(config.light_decoder).absolute()))
+        source.card.video.shown_by(config.light_decoder)
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local" and not ray.is_initialized():
         _check_port(options.host, options.port)

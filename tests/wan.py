@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from model.families import shapes_of
+from model.light_vae import TinyDecoder
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig, WanTransformer
 from tests.fixtures import PROMPTS, write_model
@@ -28,6 +30,17 @@ def write_vae(path: Path) -> Path:
     AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=MEAN, latents_std=DEVIATION
     ).save_pretrained(path)
+    return path
+
+
+def write_light_decoder(path: Path, channels: int = 4) -> Path:
+    """A light decoder of 8 × 8 pixels and four frames of a latent."""
+    torch.manual_seed(2)
+    weights = TinyDecoder(channels).state_dict()
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path)
     return path
 
 

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,8 @@ class TrainEngine:
         self.dtype = zero.DTYPES[config.dtype]
         self.version = 0
         self._pending = 0
+        if weights is not None and config.zero_stage < 3:
+            build = partial(zero.unwritten, build, self.device, self.dtype)
         self._zero = zero.ZeroModel(build, config)
         self.module = self._zero.module
         if weights is not None:
@@ -253,11 +256,7 @@ class FrozenEngine:
             self._engine, *_ = zero.deepspeed().initialize(model=self.module, config=chosen)
             return
         # Never whole in fp32: made without memory, and each weight put in as it is read.
-        with torch.device("meta"):
-            self.module = build()
-        if next(self.module.buffers(), None) is not None:  # which are computed and not read
-            self.module = build().to(self.device)
-        self.module.eval()
+        self.module = (zero.on_meta(build) or build().to(self.device)).eval()
         parameters = dict(self.module.named_parameters())
         streamed = _stream(weights, parameters, self.device, shared=False)
         state = {name: full.to(self.dtype) for name, full in streamed}

@@ -23,14 +23,15 @@ from workers.model_directory import ModelDirectory
 class Generator:
     """A model on one device that makes videos."""
 
-    def __init__(self, model: str, threads: int = 1):
+    def __init__(self, model: str, threads: int = 1, *, light_decoder: str | None = None):
+        """ValueError where there is no such model, or the light decoder is none of its latents."""
         torch.set_num_threads(threads)
         self.source = ModelDirectory(model)
         self.card = self.source.card
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = whole(self.source, self.device)
         self.text = self.source.text_encoder(self.device)
-        self.codec = self.card.video.make_codec()
+        self.codec = self.card.video.shown_by(light_decoder)
 
     def frames_of_chunks(self, frames: int, given: int = 0) -> int:
         """At least `frames` latent frames; those that are not given come in whole chunks of the student."""

@@ -26,6 +26,7 @@ from infra.settings import Invalid, Places, at_least, positive
 from model import umt5
 from model.codec import Codec, SpaceToDepth
 from model.families import FAMILIES, family_of
+from model.light_vae import LightDecoder
 from model.rollout_plan import RolloutConfig
 from model.text import ByteEncoder, TextEncoder
 from model.transformer import TransformerConfig
@@ -108,6 +109,19 @@ class VideoConfig(Places):
         if factor**2 != self.channels:
             raise Invalid("codec", f"space_to_depth needs a square number of channels, not {self.channels}.")
         return SpaceToDepth(factor, self.pixel_mean, self.pixel_std)
+
+    def shown_by(self, light_decoder: str | None) -> Codec | None:
+        """The codec that makes frames for people; ValueError where the light decoder does not fit."""
+        codec = self.make_codec()
+        if light_decoder is None or codec is None:
+            return codec
+        light = LightDecoder(codec, light_decoder)
+        if light.channels != self.channels:
+            raise ValueError(
+                f"the light decoder at {light_decoder} reads latents of {light.channels} channels, and the "
+                f"model's have {self.channels}."
+            )
+        return light
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,25 @@ def build_module(build: Callable[[], nn.Module], chosen: dict[str, Any]) -> nn.M
     return module
 
 
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
+    """The module without memory; None where it has buffers, which are computed and nowhere read."""
+    with torch.device("meta"):
+        module = build()
+    return module if next(module.buffers(), None) is None else None
+
+
+def unwritten(build: Callable[[], nn.Module], place: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module on a device, for weights that are read later: none is drawn, and none is ever in host memory
+    or in a wider type on the way."""
+    module = on_meta(build)
+    if module is None:
+        return build()
+    module = module.to(dtype).to_empty(device=place)
+    for parameter in module.parameters():
+        parameter.data.zero_()  # so that nothing that is left there is ever computed with
+    return module
+
+
 def shape_of(parameter: nn.Parameter) -> torch.Size:
     """The whole parameter's shape, sharded or not."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -124,13 +124,15 @@ class Waiter:
 class Engine:
     """All viewers of one `Streamer`. `start` and whatever comes after it belong to one event loop."""
 
-    def __init__(self, streamer: Streamer, places: int, decoder: Executor):
+    def __init__(
+        self, streamer: Streamer, places: int, decoder: Executor, *, light_decoder: str | None = None
+    ):
         """`places` in the queue; `decoder` has one thread, so that chunks stay in order, also of moved
         streams.
 
         ValueError where the model's latents cannot be shown.
         """
-        codec = streamer.card.video.make_codec()
+        codec = streamer.card.video.shown_by(light_decoder)
         if codec is None:
             raise ValueError(
                 f"the model at {streamer.model} has video.codec none; its latents cannot be shown."

@@ -69,7 +69,8 @@ class Models:
         """Why the registry could not be followed when it was last looked at."""
 
     def _serve(self, version: str, path: Path) -> Served:
-        engine = Engine(load(path, self.config.slots), self.config.queue, self._decoder)
+        streamer, light = load(path, self.config.slots), self.config.light_decoder
+        engine = Engine(streamer, self.config.queue, self._decoder, light_decoder=light)
         return Served(self.config.name, version, engine)
 
     @property

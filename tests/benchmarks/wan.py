@@ -25,11 +25,13 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from infra.provenance import git_commit, versions
+from model.codec import Codec
+from model.light_vae import LightDecoder
 from model.wan_vae import WanVae
 from orchestrator.planner import GIB, plan
 from pipelines import cli
 from pipelines.console import say
-from tests.wan import RandomWeights, write_umt5
+from tests.wan import RandomWeights, write_light_decoder, write_umt5
 from workers.build import whole
 from workers.dataset import dataset_schema, encode_tensor, tensor_fields
 from workers.foreign.writer import write
@@ -56,7 +58,7 @@ class Settings:
     """Streams at once."""
     chunks: int = 6
     """Chunks that are timed of each stream, once its window is full."""
-    parts: tuple[str, ...] = ("rounding", "decoder", "streams", "training")
+    parts: tuple[str, ...] = ("rounding", "decoders", "streams", "training")
     """What is measured."""
     small: bool = False
     """A network of two narrow layers and a small VAE."""
@@ -86,6 +88,7 @@ def lineage(settings: Settings, scratch: Path) -> dict[str, Any]:
     models |= {
         f"player-{dtype}": [*causal, f"--video={seen}", f"--text={told}", f"--dtype={dtype}"]
         for dtype in ("bf16", "fp32")
+        if "streams" in settings.parts
     }
     latents = f"--video={json.dumps({**video, 'codec': 'none'})}"
     for name, how in models.items():
@@ -204,22 +207,29 @@ def finish(streamer: Streamer, playing: list[Any], chunks: int, *, close: bool =
         streamer.close(stream)
 
 
-def decoding(folder: Path, settings: Settings) -> dict[str, Any]:
+def decoding(codec: Codec, settings: Settings) -> dict[str, Any]:
     """Chunks of three latents, one after the other, and what the decoder remembers between them."""
     memory()
-    decoder = WanVae(str(folder)).stream()
+    decoder: Any = codec.stream()
     latents = torch.randn(3, 16, settings.height, settings.width, device="cuda" if CUDA else "cpu")
     for _ in range(2):
         decoder.decode(latents)
     with timed() as seconds:
         for _ in range(settings.chunks):
             frames = decoder.decode(latents)
-    held = sum(each.nbytes for each in decoder.memory or () if isinstance(each, torch.Tensor))
+    held = sum(each.nbytes for each in decoder.memory if isinstance(each, torch.Tensor))
     per_chunk = seconds[0] / settings.chunks
     return {
         "chunk_s": per_chunk, "frames_per_s": len(frames) / per_chunk, "remembered": held / GIB,
         "memory": memory(),
     }  # fmt: skip
+
+
+def decoders(scratch: Path, settings: Settings) -> dict[str, Any]:
+    """The VAE's decoder, and a light one."""
+    vae = WanVae(str(scratch / "pipeline" / "vae"))
+    light = LightDecoder(vae, str(write_light_decoder(scratch / "light.pth", 16)))
+    return {"the VAE": decoding(vae, settings), "light (TAEHV)": decoding(light, settings)}
 
 
 def rounding(model: Path, settings: Settings) -> float:
@@ -244,7 +254,7 @@ def measure(settings: Settings, scratch: Path, recipe: dict[str, Any]) -> Iterat
     players = [("bf16", viewers) for viewers in settings.viewers] + [("fp32", settings.viewers[0])]
     parts: dict[str, Callable[[], Any]] = {
         "rounding": lambda: rounding(scratch / "teacher", settings),
-        "decoder": lambda: decoding(scratch / "pipeline" / "vae", settings),
+        "decoders": lambda: decoders(scratch, settings),
         "streams": lambda: [
             streams(scratch / f"player-{dtype}", viewers, settings) for dtype, viewers in players
         ],
@@ -252,7 +262,9 @@ def measure(settings: Settings, scratch: Path, recipe: dict[str, Any]) -> Iterat
     }
     for name in settings.parts:
         say(f"{time.strftime('%H:%M:%S')}  {name}")
+        began = time.perf_counter()
         found[name] = parts[name]()
+        found.setdefault("took_s", {})[name] = round(time.perf_counter() - began)
         memory()
         yield found
 
@@ -281,12 +293,15 @@ def tables(found: dict[str, Any]) -> Iterator[str]:
                 f"| {each['dtype']} | {each['viewers']} | {first:.2f} | {chunk:.2f} | {frames:.1f} | "
                 f"{gib(each['memory'])} |"
             )
-    if "decoder" in found:
-        decoder = found["decoder"]
-        yield "\n## The VAE's decoder\n"
-        per_chunk, rate, held = decoder["chunk_s"], decoder["frames_per_s"], decoder["remembered"]
-        yield f"A chunk of 12 frames takes {per_chunk:.2f} s: {rate:.1f} frames a second. It remembers"
-        yield f"{held:.2f} GiB of a stream; in all {gib(decoder['memory'])} GiB at most."
+    if "decoders" in found:
+        yield "\n## Decoders, a chunk of three latents\n"
+        yield "| decoder | a chunk, s | frames a second | remembered of a stream, GiB | GiB |"
+        yield "|---|---|---|---|---|"
+        for name, each in found["decoders"].items():
+            yield (
+                f"| {name} | {each['chunk_s']:.3f} | {each['frames_per_s']:.1f} | {each['remembered']:.2f} | "
+                f"{gib(each['memory'])} |"
+            )
     if "rounding" in found:
         yield "\n## bf16 against fp32\n"
         yield f"One bidirectional forward of nine frames differs by {found['rounding']:.2%} in norm."

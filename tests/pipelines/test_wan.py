@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from infra import storage
+from model.codec import enlarge, to_uint8
 from pipelines import cli
 from tests.fixtures import PROMPTS, TINY_RECIPE, write_model
-from tests.wan import ROLLOUT, SIZES, write_pipeline, write_student
+from tests.wan import ROLLOUT, SIZES, write_light_decoder, write_pipeline, write_student
 from workers.generator import Generator
 from workers.model_directory import ModelDirectory, TextConfig, VideoConfig
 
@@ -48,6 +49,32 @@ def test_a_video_has_the_frames_and_the_rate_that_were_asked_for(
         times = [float(frame.pts * frame.time_base) for frame in container.decode(stream)]
         assert (stream.height, stream.width) == (256, 384)  # 32 × 48, enlarged for people
     assert times == pytest.approx([frame / 16 for frame in range(frames)])
+
+
+def test_a_light_decoder_takes_the_place_of_the_vae(
+    student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    light, output = write_light_decoder(tmp_path / "light.pth"), tmp_path / "video.mp4"
+    asked = [f"--model={student}", f"--prompt={PROMPTS[0]}", f"--output={output}", "--frames=10"]
+    assert cli.main(["generate", *asked, f"--light-decoder={light}"]) == 0
+    with av.open(output) as container:
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    generator = Generator(str(student), light_decoder=str(light))
+    latents = generator.student([PROMPTS[0]], [(0, "generate", 0)], 9)
+    expected = enlarge(to_uint8(generator.shown.decode(latents)[0, :10]))
+    assert shown.shape == expected.shape == (10, 256, 384, 3)
+    assert np.abs(shown.astype(float) - expected).mean() < 4  # H.264 loses a little
+    assert (
+        np.abs(
+            shown.astype(float) - enlarge(to_uint8(Generator(str(student)).shown.decode(latents)[0, :10]))
+        ).mean()
+        > 20
+    )
+    where = f"--light-decoder={tmp_path}/nowhere.pth"
+    for command in (["generate", *asked], ["serve", f"--model={student}"]):
+        assert f"the light decoder at {tmp_path}/nowhere.pth cannot be read: No such file" in refused(
+            capfd, *command, where
+        )
 
 
 def test_a_model_brings_its_vae_and_names_its_encoder(student: Path, pipeline: Path, tmp_path: Path) -> None:
