@@ -100,17 +100,20 @@ class Roles:
         for role in self.options:
             self.groups[role] = WorkerGroup(role, self._actors(role), self.workers[role].makes)
 
-    def start(self, role: str) -> None:
-        """Build a group's models, and give it what it needs of the others."""
-        group = self.groups[role]
-        if role == "prompts":  # no model in training, so no process group
-            group.wait(group.broadcast("open"))
-        else:
-            group.start()
-        if role == "teacher":
+    def start(self, *roles: str) -> None:
+        """Build the models of some groups, side by side, and give each what it needs of the others."""
+        starting = []
+        for role in roles:
+            group = self.groups[role]
+            # Prompts have no model in training, so no process group.
+            starting.append((group, group.broadcast("open") if role == "prompts" else group.start()))
+        for group, references in starting:
+            group.wait(references)
+        if "teacher" in roles:
             self.guide()
-        if role == "student":
-            group.wait(group.broadcast("refer", self.reference))
+        if "student" in roles:
+            student = self.groups["student"]
+            student.wait(student.broadcast("refer", self.reference))
 
     def guide(self) -> None:
         """Hand the negative prompt's embedding to the teacher, once."""

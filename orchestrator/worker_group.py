@@ -27,10 +27,10 @@ class WorkerGroup:
         self.actors = list(actors)
         self.makes = tuple(makes)
 
-    def start(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        """Form the process group and build the models."""
+    def start(self, timeout_s: float = CONNECT_TIMEOUT_S) -> list[ObjectRef]:
+        """Ask for the process group to be formed and the models to be built."""
         address, port = self.wait(self.actors[0].address.remote())
-        self.wait(self.broadcast("start", address, port, timeout_s))
+        return self.broadcast("start", address, port, timeout_s)
 
     def broadcast(self, method: str, *arguments: Any) -> list[ObjectRef]:
         """The same call on every rank."""

@@ -77,8 +77,8 @@ def distill(
             grows=grows,
         ) as states,
     ):
+        roles.start(*roles.groups)
         for role, group in roles.groups.items():
-            roles.start(role)
             nodes = dict.fromkeys(group.wait(group.broadcast("node")))
             say(f"distill: {role} on node {', '.join(nodes)}")
         coordinator = Coordinator(config, roles.groups, since=(state.done, state.position))

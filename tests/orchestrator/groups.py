@@ -111,7 +111,7 @@ class Groups:
             for ranks in (1, 2)
         }
         for group in self.made.values():
-            group.start(timeout_s=120)
+            group.wait(group.start(timeout_s=120))
 
     def close(self) -> None:
         for group in (self.prompts, *self.made.values()):

@@ -70,11 +70,12 @@ def test_a_light_decoder_takes_the_place_of_the_vae(
         ).mean()
         > 20
     )
-    where = f"--light-decoder={tmp_path}/nowhere.pth"
-    for command in (["generate", *asked], ["serve", f"--model={student}"]):
-        assert f"the light decoder at {tmp_path}/nowhere.pth cannot be read: No such file" in refused(
-            capfd, *command, where
-        )
+    missing = f"{tmp_path}/nowhere.pth"
+    for command in (
+        ["generate", *asked, f"--light-decoder={missing}"],
+        ["serve", f"--model={student}", f"--light_decoder={missing}"],
+    ):
+        assert f"the light decoder at {missing} cannot be read: No such file" in refused(capfd, *command)
 
 
 def test_a_model_brings_its_vae_and_names_its_encoder(student: Path, pipeline: Path, tmp_path: Path) -> None:
