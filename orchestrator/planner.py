@@ -1,8 +1,8 @@
 """How much memory a rank of each role of a distillation takes, by arithmetic, before anything starts.
 
-The sums are of what is as large as a model or a video; a process takes a GiB or so beside that (the device's
-context, communication buffers, fragments). What a network keeps for its backward pass was counted tensor by
-tensor and is held to 10 % by a test.
+The sums are of what is as large as a model or a video; a process takes more beside that (the device's
+context, communication buffers, fragments: 2.6 to 6.5 GiB were seen at 1.3B). What a network keeps for its
+backward pass was counted tensor by tensor and is held to 10 % by a test.
 """
 
 from collections.abc import Mapping

@@ -25,4 +25,4 @@ def command(config: RunConfig, _: Any) -> None:
     table.add_section()
     table.add_row("in all", *(f"{rank.total / GIB:.1f}" for rank in ranks))
     console.print(table)
-    say("By arithmetic; a process takes a GiB or so beside it. Add up the roles that share a device.")
+    say("By arithmetic; a process takes some GiB more. Add up the roles that share a device.")
