@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,6 +53,7 @@ def write_model(
     text: TextConfig | None = None,
     weights: dict[str, Tensor] | None = None,
     recipe: dict[str, Any] | None = None,
+    dtype: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Publish a model of random weights, a student if it has a `rollout`. All share one prompt encoder."""
     card = ModelCard(
@@ -61,6 +62,7 @@ def write_model(
         video or VideoConfig(),
         text or TextConfig(),
         rollout,
+        dtype=dtype,
         lineage={},
         recipe=recipe or {},
     )

@@ -10,7 +10,8 @@ import torch
 from model import objectives
 from model.objectives.loss import Loss
 from orchestrator.config import RunConfig
-from orchestrator.coordinator import Coordinator
+from orchestrator.coordinator import Coordinator, Timer
+from orchestrator.worker_group import Request, WorkerGroup
 from pipelines import cli
 from tests.fixtures import TINY_RECIPE
 from workers.batch import Batch
@@ -132,3 +133,23 @@ def test_a_loss_that_is_not_finite_is_never_stepped_on(config: RunConfig) -> Non
     with pytest.raises(FloatingPointError, match=r"^student loss is nan in iteration 0 \(prompt batch 0\)"):
         next(coordinator.run(0))
     assert said[-1] == "wait student.judge" and "student.step()" not in said
+
+
+def test_memory_is_the_most_of_any_rank_and_verb() -> None:
+    """Other numbers are means over ranks, and over verbs."""
+
+    class Answered(WorkerGroup):
+        def __init__(self, *answers: dict[str, float]):
+            super().__init__("student", [])
+            self.answers = answers
+
+        def wait(self, references: object) -> object:
+            return list(self.answers)
+
+    timer = Timer(["student"])
+    for verb, *memory in (("rollout", 3.0, 5.0), ("pullback", 2.0, 4.0)):
+        answers = ({"seconds": 1.0, "loss": most, "memory": most} for most in memory)
+        timer.add(verb, "student", Request(Answered(*answers), verb, []).wait())
+    metrics = timer.metrics(4.0)
+    assert metrics["memory/student"] == 5.0 and metrics["student/loss"] == 3.5
+    assert metrics["idle/student"] == 0.5 and "student/memory" not in metrics

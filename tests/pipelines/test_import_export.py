@@ -100,6 +100,9 @@ def test_settings_go_on_top_of_a_preset(published: Path, tmp_path: Path) -> None
     run("import", published, *own, f"--output={tmp_path}/model", *SMALL)
     card = ModelDirectory(tmp_path / "model").card
     assert card.rollout == RolloutConfig(window=9, positions="relative") and card.causal
+    assert card.dtype == "bf16"  # in which Wan runs, whatever its files are in
+    run("import", published, *own, "--dtype=fp32", f"--output={tmp_path}/wide", *SMALL)
+    assert ModelDirectory(tmp_path / "wide").card.dtype == "fp32"
 
 
 def test_causvid_s_steps_are_those_that_it_publishes(published: Path, tmp_path: Path) -> None:

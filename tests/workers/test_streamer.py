@@ -58,6 +58,28 @@ def test_a_stream_by_itself_is_the_generated_video_to_the_bit(model: str) -> Non
     assert streamer.tick() == []
 
 
+@pytest.mark.parametrize("rollout", ROLLOUTS)
+def test_a_model_plays_in_the_type_that_it_was_trained_in(tmp_path: Path, rollout: str) -> None:
+    path = str(tmp_path / "model")
+    write_model(path, SIZES, seed=1, rollout=ROLLOUTS[rollout], video=VIDEO, dtype="bf16")
+    streamer, made = Streamer(path, slots=2), {}
+    cache, prompts = streamer.cache, streamer.prompts
+    for held in (*streamer.network.parameters(), cache.slots, cache.keys, prompts.slots):
+        assert held.dtype == torch.bfloat16
+    stream = streamer.open(PROMPTS[0], 0, FRAMES)
+    watch(streamer, made, 4)
+    streamer.park(stream)
+    assert stream.parked is not None and stream.parked.slots.dtype == torch.bfloat16
+    streamer.unpark(stream)
+    watch(streamer, made, 3 * FRAMES // CHUNK - 5)
+    seen = video(made, stream)
+    assert seen.dtype == torch.float32 and torch.equal(seen, alone(path, 0))
+    # The same weights in fp32 make nearly the same video, and not the same.
+    wide = str(tmp_path / "wide")
+    write_model(wide, SIZES, seed=1, rollout=ROLLOUTS[rollout], video=VIDEO)
+    assert 1e-4 < difference(seen[:CHUNK], alone(wide, 0)[:CHUNK]) < 0.1
+
+
 def test_streams_of_different_ages_and_steps_share_a_batch(model: str) -> None:
     """One joins in the middle of another's chunk, one leaves, and a third takes its slot: nobody else
     notices."""
