@@ -18,10 +18,17 @@ from model.backbone import WeightSource
 from model.rollout_plan import RolloutConfig
 from orchestrator.config import RunConfig
 from pipelines.console import say
-from pipelines.recipe import PRESETS
+from pipelines.recipe import PRESETS, parse_yaml, recipe_arguments, shipped
 from workers.foreign.adapter import ForeignAdapter, Merged
 from workers.foreign.checkpoint import ForeignCheckpoint, recognise
-from workers.model_directory import ModelCard, ModelWriter, TextConfig, VideoConfig, origin_of
+from workers.model_directory import (
+    ModelCard,
+    ModelWriter,
+    TextConfig,
+    VideoConfig,
+    never_trained,
+    origin_of,
+)
 
 WAN_VIDEO = VideoConfig(frames=21, channels=16, height=60, width=104, codec="none", fps=16)
 
@@ -68,6 +75,8 @@ def command(config: ImportConfig, options: Any) -> None:
     )
     weights: WeightSource = checkpoint
     origin = origin_of(checkpoint) | {"preset": options.preset, "cite": config.cite}
+    if options.preset is not None and (changed := _untrained(config.rollout, options.preset)):
+        origin["untrained"] = changed
     if options.adapter is not None:
         weights = Merged(checkpoint, ForeignAdapter(options.adapter))
         origin["adapter"] = str(Path(options.adapter).absolute())
@@ -82,6 +91,22 @@ def command(config: ImportConfig, options: Any) -> None:
         f"{sizes.num_heads} heads), from {checkpoint.layout.kind}"
         f"{f', part {checkpoint.part}' if checkpoint.part else ''}."
     )
+    for sentence in never_trained(card):
+        say(f"import: {sentence}")
+
+
+def _untrained(rollout: RolloutConfig, preset: str) -> dict[str, Any]:
+    """What the cache shows otherwise than when the preset's models were trained: setting → as it was."""
+    trained: dict[str, Any] = {}
+    for text in recipe_arguments(shipped(preset, PRESETS), ImportConfig, folder=PRESETS)[1::2]:
+        trained |= parse_yaml(text, preset).get("rollout", {})
+    if not trained:  # a bidirectional model's
+        return {}
+    as_it_was = RolloutConfig(**trained)
+    names = ("window", "sink", "positions")
+    return {
+        name: getattr(as_it_was, name) for name in names if getattr(rollout, name) != getattr(as_it_was, name)
+    }
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from orchestrator.serving.app import application
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.models import locate
 from pipelines.console import say
+from workers.model_directory import never_trained
 from workers.streamer import check
 
 NAME = "self-forcing"
@@ -46,9 +47,12 @@ def command(config: ServeConfig, options: Any) -> None:
         check_local(config.model, "model")
         config = replace(config, model=str(Path(config.model).absolute()))
     source, _ = check(str(locate(config)[1]))
+    for sentence in never_trained(source.card):
+        say(f"serve: {sentence}")
     if config.light_decoder is not None:
         config = replace(config, light_decoder=str(Path(config.light_decoder).absolute()))
-        source.card.video.shown_by(config.light_decoder)
+    if source.card.video.shown_by(config.light_decoder) is None:
+        raise ValueError(f"the model at {source.path} has video.codec none; its latents cannot be shown.")
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local" and not ray.is_initialized():
         _check_port(options.host, options.port)

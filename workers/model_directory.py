@@ -172,6 +172,15 @@ class ModelCard:
     """What it was imported from, where it comes from another tool."""
 
 
+def never_trained(card: ModelCard) -> list[str]:
+    """A sentence for each setting with which a model generates and was never trained; it may look worse."""
+    return [
+        f"rollout.{name} is {getattr(card.rollout, name)}, and the model was trained with {trained}; its "
+        "videos may be worse for it."
+        for name, trained in card.origin.get("untrained", {}).items()
+    ]
+
+
 class ModelDirectory:
     """An opened model directory; a `WeightSource` for engines."""
 

@@ -95,11 +95,21 @@ def test_each_preset_makes_a_model(
         assert len(rollout.steps) == (3 if preset == "causvid" else 4)
 
 
-def test_settings_go_on_top_of_a_preset(published: Path, tmp_path: Path) -> None:
+def test_settings_go_on_top_of_a_preset(
+    published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     own = ("--rollout.window=9", "--preset=self-forcing", "--rollout.positions=relative")
     run("import", published, *own, f"--output={tmp_path}/model", *SMALL)
     card = ModelDirectory(tmp_path / "model").card
     assert card.rollout == RolloutConfig(window=9, positions="relative") and card.causal
+    assert card.origin["untrained"] == {"window": None, "positions": "absolute"}
+    said = " ".join(capfd.readouterr().out.split())
+    assert "rollout.window is 9, and the model was trained with None; its videos may be worse" in said
+    # It is said again where it is served; this one cannot be, for want of a codec.
+    assert cli.main(["serve", f"--model={tmp_path}/model"]) == 2
+    shown, refused = (" ".join(text.split()) for text in capfd.readouterr())
+    assert "serve: rollout.positions is relative, and the model was trained with absolute" in shown
+    assert "video.codec none; its latents cannot be shown" in refused
     assert card.dtype == "bf16"  # in which Wan runs, whatever its files are in
     run("import", published, *own, "--dtype=fp32", f"--output={tmp_path}/wide", *SMALL)
     assert ModelDirectory(tmp_path / "wide").card.dtype == "fp32"
