@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from infra.settings import at_least
 from model.backbone import Backbone
@@ -100,9 +101,11 @@ class ClassificationBranch(nn.Module):
             torch.manual_seed(0)
             return cls(config, branch)
 
-    def forward(self, hidden: list[Tensor], time: Tensor) -> Tensor:
+    def forward(self, hidden: list[Tensor], time: Tensor, *, recompute: bool = False) -> Tensor:
+        """With `recompute`, what a block makes of a video's hidden states is not kept for the backward pass,
+        but made again."""
         features = [
-            block(register, states)
+            checkpoint(block, register, states, use_reentrant=False) if recompute else block(register, states)
             for block, register, states in zip(
                 self.gan_ca_blocks, self.register_tokens(), hidden, strict=True
             )
@@ -122,13 +125,17 @@ class Judged(NamedTuple):
 class Discriminator(nn.Module):
     """A bidirectional network and its classification branch, as one module that an engine can own."""
 
-    def __init__(self, network: Backbone, branch: BranchConfig):
+    def __init__(self, network: Backbone, branch: BranchConfig, *, activation_checkpointing: bool = False):
+        """`activation_checkpointing` is that of the branch; `network` has its own."""
         super().__init__()
         self.taps = branch.taps
+        self.activation_checkpointing = activation_checkpointing
         self.transformer = network
         self.branch = ClassificationBranch(network.config, branch)
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Judged:
         """Velocity and logits of noisy latents [B, F, C, H, W] at timesteps [B]."""
         output = self.transformer(x, timestep, context, taps=self.taps)
-        return Judged(output.velocity, self.branch(output.hidden, output.time[:, 0]).float())
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        logits = self.branch(output.hidden, output.time[:, 0], recompute=recompute)
+        return Judged(output.velocity, logits.float())

@@ -71,7 +71,9 @@ def trained(
 
     def build() -> nn.Module:
         network = adapt(new_backbone(sizes, activation_checkpointing=activation_checkpointing), adapters)
-        return network if branch is None else Discriminator(network, branch)
+        if branch is None:
+            return network
+        return Discriminator(network, branch, activation_checkpointing=activation_checkpointing)
 
     return TrainEngine(build, engine, weights=weights)
 

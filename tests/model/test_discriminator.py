@@ -24,7 +24,7 @@ BRANCHES = [
 def tiny_critic(branch: BranchConfig, *, activation_checkpointing: bool = False) -> Discriminator:
     """A critic whose weights are all random."""
     network = WanTransformer(CONFIG, activation_checkpointing=activation_checkpointing)
-    critic = Discriminator(network, branch)
+    critic = Discriminator(network, branch, activation_checkpointing=activation_checkpointing)
     critic.transformer.load_state_dict(tiny_model().state_dict())
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -165,3 +165,24 @@ def test_norms_can_be_left_out() -> None:
 def test_a_branch_that_cannot_be_is_refused(branch: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Discriminator(WanTransformer(CONFIG), BranchConfig(**branch))
+
+
+def test_a_checkpointed_branch_keeps_no_more_than_what_it_reads() -> None:
+    """Bytes that are kept for the backward pass; the gradients are the same (above)."""
+    branch = tiny_critic(BRANCHES[0]).branch
+    tokens = 4096
+    hidden = [normal(2, tokens, CONFIG.dim, seed=tap).requires_grad_() for tap in range(2)]
+    kept = {}
+    for recompute in (False, True):
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            branch(hidden, torch.zeros(2, CONFIG.dim), recompute=recompute)
+        kept[recompute] = sum(seen.values())
+    one = hidden[0].nbytes
+    # The hidden states themselves are there in any case.
+    assert kept[True] < 2.1 * one < 8 * one < kept[False]

@@ -13,6 +13,8 @@ from model.wan_vae import WanVae
 from tests.wan import gap, write_light_decoder, write_vae
 from workers.model_directory import VideoConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
