@@ -165,7 +165,7 @@ def measured(metrics: Metrics) -> Metrics:
 class _Started(Roles):
     """Roles that are built already."""
 
-    def start(self, role: str) -> None:
+    def start(self, *roles: str) -> None:
         """They are."""
 
 
