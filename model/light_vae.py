@@ -1,6 +1,6 @@
 """A light decoder of a VAE's latents, in the layout of TAEHV (github.com/madebyollin/taehv).
 
-It is distilled from the VAE: pictures are somewhat softer, for a small part of the time and memory. Each of
+It takes a small part of the VAE's time and memory; what its pictures are like depends on its weights. Each of
 its blocks remembers one frame, so a video is decoded chunk by chunk. It reads latents as the transformer
 makes them, normalised, and makes as many frames as the VAE: four of a latent, and one of the first.
 """

@@ -18,7 +18,7 @@ from model.backbone import WeightSource
 from model.rollout_plan import RolloutConfig
 from orchestrator.config import RunConfig
 from pipelines.console import say
-from pipelines.recipe import PRESETS, parse_yaml, recipe_arguments, shipped
+from pipelines.recipe import PRESETS, recipe_bodies, shipped
 from workers.foreign.adapter import ForeignAdapter, Merged
 from workers.foreign.checkpoint import ForeignCheckpoint, recognise
 from workers.model_directory import (
@@ -98,8 +98,8 @@ def command(config: ImportConfig, options: Any) -> None:
 def _untrained(rollout: RolloutConfig, preset: str) -> dict[str, Any]:
     """What the cache shows otherwise than when the preset's models were trained: setting → as it was."""
     trained: dict[str, Any] = {}
-    for text in recipe_arguments(shipped(preset, PRESETS), ImportConfig, folder=PRESETS)[1::2]:
-        trained |= parse_yaml(text, preset).get("rollout", {})
+    for body in recipe_bodies(shipped(preset, PRESETS), ImportConfig, folder=PRESETS):
+        trained |= body.get("rollout", {})
     if not trained:  # a bidirectional model's
         return {}
     as_it_was = RolloutConfig(**trained)

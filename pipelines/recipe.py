@@ -69,22 +69,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return body
 
 
-def recipe_arguments(
+def recipe_arguments(path: Path, kind: type, folder: Path = RECIPES) -> list[str]:
+    """Options that read a recipe for configs of type `kind`, after the one that it names as its `base`."""
+    bodies = recipe_bodies(path, kind, folder=folder)
+    return [argument for body in bodies for argument in ("--config", yaml.safe_dump(body))]
+
+
+def recipe_bodies(
     path: Path, kind: type, above: tuple[Path, ...] = (), folder: Path = RECIPES
-) -> list[str]:
-    """Options that read a recipe for configs of type `kind`, after the one that it names as its `base`;
-    `above` are those that it is the base of, `folder` holds those that ship."""
+) -> list[dict[str, Any]]:
+    """The settings of a recipe, after those of the one that it names as its `base`; `above` are those that it
+    is the base of, `folder` holds those that ship."""
     if path.resolve() in above:
         raise ValueError(f"the recipe {path} is its own base.")
     body = read_yaml(path)
     base = body.pop("base", None)
     check_names(body, kind, source=f" (in {path})")
-    own = ["--config", yaml.safe_dump(body)] if body else []
+    own = [body] if body else []
     if base is None:
         return own
     if not isinstance(base, str):
         raise ValueError(f"base must be the path or the name of one recipe, not {_shown(base)} (in {path}).")
-    return [*recipe_arguments(beside(base, path, folder), kind, (*above, path.resolve()), folder), *own]
+    return [*recipe_bodies(beside(base, path, folder), kind, (*above, path.resolve()), folder), *own]
 
 
 def beside(name: str, path: Path, folder: Path = RECIPES) -> Path:

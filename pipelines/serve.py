@@ -25,7 +25,7 @@ from orchestrator.serving.app import application
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.models import locate
 from pipelines.console import say
-from workers.model_directory import never_trained
+from workers.model_directory import never_trained, showable
 from workers.streamer import check
 
 NAME = "self-forcing"
@@ -51,8 +51,7 @@ def command(config: ServeConfig, options: Any) -> None:
         say(f"serve: {sentence}")
     if config.light_decoder is not None:
         config = replace(config, light_decoder=str(Path(config.light_decoder).absolute()))
-    if source.card.video.shown_by(config.light_decoder) is None:
-        raise ValueError(f"the model at {source.path} has video.codec none; its latents cannot be shown.")
+    showable(source.card.video.shown_by(config.light_decoder), source.path)
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local" and not ray.is_initialized():
         _check_port(options.host, options.port)

@@ -256,7 +256,7 @@ class FrozenEngine:
             self._engine, *_ = zero.deepspeed().initialize(model=self.module, config=chosen)
             return
         # Never whole in fp32: made without memory, and each weight put in as it is read.
-        self.module = (zero.on_meta(build) or build().to(self.device)).eval()
+        self.module = (zero.without_memory(build) or build().to(self.device)).eval()
         parameters = dict(self.module.named_parameters())
         streamed = _stream(weights, parameters, self.device, shared=False)
         state = {name: full.to(self.dtype) for name, full in streamed}

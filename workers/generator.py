@@ -17,7 +17,7 @@ from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
 from model.sampler import guided, integrate
 from workers.build import whole
-from workers.model_directory import ModelDirectory
+from workers.model_directory import ModelDirectory, showable
 
 
 class Generator:
@@ -105,8 +105,4 @@ class Generator:
     @property
     def shown(self) -> Codec:
         """What makes frames of latents; ValueError where the model has no codec."""
-        if self.codec is None:
-            raise ValueError(
-                f"the model at {self.source.path} has video.codec none; its latents cannot be shown."
-            )
-        return self.codec
+        return showable(self.codec, self.source.path)

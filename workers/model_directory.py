@@ -172,6 +172,13 @@ class ModelCard:
     """What it was imported from, where it comes from another tool."""
 
 
+def showable(codec: Codec | None, path: str) -> Codec:
+    """The codec of the model at `path`; ValueError where it has none."""
+    if codec is None:
+        raise ValueError(f"the model at {path} has video.codec none; its latents cannot be shown.")
+    return codec
+
+
 def never_trained(card: ModelCard) -> list[str]:
     """A sentence for each setting with which a model generates and was never trained; it may look worse."""
     return [

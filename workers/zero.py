@@ -118,7 +118,7 @@ def build_module(build: Callable[[], nn.Module], chosen: dict[str, Any]) -> nn.M
     return module
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module | None:
     """The module without memory; None where it has buffers, which are computed and nowhere read."""
     with torch.device("meta"):
         module = build()
@@ -128,7 +128,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
 def unwritten(build: Callable[[], nn.Module], place: torch.device, dtype: torch.dtype) -> nn.Module:
     """The module on a device, for weights that are read later: none is drawn, and none is ever in host memory
     or in a wider type on the way."""
-    module = on_meta(build)
+    module = without_memory(build)
     if module is None:
         return build()
     module = module.to(dtype).to_empty(device=place)

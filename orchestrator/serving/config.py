@@ -52,7 +52,7 @@ class ServeConfig:
     model: str = "outputs/distilled/model"
     """Model directory of a student with a rolling window, or models:/NAME@ALIAS, which is then followed."""
     light_decoder: str | None = None
-    """Weights of a TAEHV, which decodes in place of the VAE: faster, and somewhat softer."""
+    """Weights of a TAEHV, which decodes in place of the VAE, and faster."""
     registry: str | None = None
     """Tracking URI of the model registry; MLFLOW_TRACKING_URI where unset."""
     slots: int = 8

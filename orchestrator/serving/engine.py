@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from model.codec import StreamDecoder, enlarge, to_uint8
+from workers.model_directory import showable
 from workers.streamer import Event, NoSlot, Stream, Streamer
 
 BUFFERED = 2
@@ -132,11 +133,7 @@ class Engine:
 
         ValueError where the model's latents cannot be shown.
         """
-        codec = streamer.card.video.shown_by(light_decoder)
-        if codec is None:
-            raise ValueError(
-                f"the model at {streamer.model} has video.codec none; its latents cannot be shown."
-            )
+        codec = showable(streamer.card.video.shown_by(light_decoder), streamer.model)
         self.streamer, self.codec, self.places = streamer, codec, places
         # Once, so that the first viewer need not wait for a VAE to be loaded.
         codec.stream().decode(torch.zeros(1, *streamer.card.video.shape[1:], device=streamer.device))
