@@ -5,7 +5,6 @@ its blocks remembers one frame, so a video is decoded chunk by chunk. It reads l
 makes them, normalised, and makes as many frames as the VAE: four of a latent, and one of the first.
 """
 
-import pickle
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.codec import Codec, StreamDecoder
+from model.pickles import read_pickle
 
 WIDTHS = (256, 128, 64, 64)
 GROWTH = (1, 2, 2)
@@ -154,10 +154,8 @@ class LightStream(StreamDecoder):
 @cache
 def _loaded(path: str, device: str) -> TinyDecoder:
     try:
-        if Path(path).suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        file = Path(path)
+        weights = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
         weights = {name: each for name, each in weights.items() if name.startswith("decoder.")}
         network = TinyDecoder(weights["decoder.1.weight"].shape[1])
         for name, own in network.state_dict().items():
@@ -167,15 +165,7 @@ def _loaded(path: str, device: str) -> TinyDecoder:
         network.load_state_dict(weights)
     except OSError as error:
         raise ValueError(f"the light decoder at {path} cannot be read: {error.strerror or error}.") from None
-    except (
-        KeyError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        EOFError,
-    ):
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, SafetensorError):
         raise ValueError(
             f"the file at {path} is no light decoder: it has not the weights of TAEHV's plain variant."
         ) from None

@@ -20,8 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from infra.storage import files_digest
+from model.pickles import first_line, read_pickle
 from model.text import pad
 
+RELEASED = "models_t5_*.pth"
+"""The encoder's weights in a folder of Wan's release, whose tokenizer lies in `google/`."""
 RECENT = 256
 """Prompts whose embeddings are kept: of 40 tokens each in bfloat16, 84 MB at the size of UMT5-XXL."""
 
@@ -56,7 +59,8 @@ class Umt5Encoder:
         """Load it, in bfloat16 on a GPU as Wan does, and in float32 elsewhere.
 
         Args:
-            path: a folder with `text_encoder` and `tokenizer` in it, as pipelines have, or with both as one.
+            path: a folder with `text_encoder` and `tokenizer` in it, as pipelines have, or with both as one;
+                or one of Wan's release.
             text_len: tokens that the model reads.
 
         Raises:
@@ -65,8 +69,12 @@ class Umt5Encoder:
         self.tokenizer = Tokenizer(path, text_len)
         self.text_len, self.device = text_len, torch.device(device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        encoder, _ = folders(path)
         try:
-            model = _transformers().UMT5EncoderModel.from_pretrained(folders(path)[0], dtype=dtype)
+            if Path(encoder).is_file():
+                model = _released(encoder).to(dtype)
+            else:
+                model = _transformers().UMT5EncoderModel.from_pretrained(encoder, dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _unreadable(path, error) from None
         self._model = model.to(self.device).requires_grad_(False).eval()
@@ -116,32 +124,77 @@ def clean(prompt: str) -> str:
 
 
 def folders(path: str) -> tuple[str, str]:
-    """Where the encoder and the tokenizer lie; ValueError where they do not."""
+    """Where the encoder (a folder, or the release's file) and the tokenizer lie; ValueError where they do
+    not."""
     place = Path(path)
-    encoder = place / "text_encoder" if (place / "text_encoder").is_dir() else place
-    tokenizer = place / "tokenizer" if (place / "tokenizer").is_dir() else encoder
-    for folder, file in ((encoder, "config.json"), (tokenizer, "tokenizer_config.json")):
-        if not (folder / file).is_file():
-            raise ValueError(
-                f"there is no UMT5 encoder with its tokenizer at {path}: {folder / file} is missing."
-            )
+    released = sorted(place.glob(RELEASED))
+    tokenizers = [place / "tokenizer", *sorted((place / "google").glob("*"))]
+    encoder = released[0] if released else place / "text_encoder"
+    encoder = encoder if encoder.exists() else place
+    tokenizer = next(filter(Path.is_dir, tokenizers), encoder)
+    needed = tokenizer / "tokenizer_config.json", *([] if released else [encoder / "config.json"])
+    for file in reversed(needed):
+        if not file.is_file():
+            raise ValueError(f"there is no UMT5 encoder with its tokenizer at {path}: {file} is missing.")
     return str(encoder), str(tokenizer)
 
 
 @cache
 def digest(path: str) -> str:
     """SHA-256 of the encoder's and the tokenizer's files: two with the same one embed prompts alike."""
-    kinds = (".json", ".safetensors", ".bin", ".model")
-    parts = [
-        files_digest(sorted(file for file in Path(folder).iterdir() if file.suffix in kinds))
-        for folder in dict.fromkeys(folders(path))
-    ]
+    kinds, parts = (".json", ".safetensors", ".bin", ".model"), []
+    for place in map(Path, dict.fromkeys(folders(path))):
+        files = [file for file in place.iterdir() if file.suffix in kinds] if place.is_dir() else [place]
+        parts.append(files_digest(sorted(files)))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
+_OUTSIDE = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+_IN_BLOCK = {
+    "norm1": "0.layer_norm",
+    "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias",
+    "norm2": "1.layer_norm",
+    "ffn.gate.0": "1.DenseReluDense.wi_0",
+    "ffn.fc1": "1.DenseReluDense.wi_1",
+    "ffn.fc2": "1.DenseReluDense.wo",
+} | {f"attn.{part}": f"0.SelfAttention.{part}" for part in "qkvo"}
+
+
+def _released(file: str) -> Any:
+    """The encoder of Wan's release; its sizes are read off its shapes. ValueError where it is none."""
+    transformers, weights = _transformers(), read_pickle(Path(file))
+    try:
+        renamed = {"encoder.embed_tokens.weight": weights["token_embedding.weight"]}
+        for name, tensor in weights.items():
+            module = name.removesuffix(".weight")
+            if match := re.match(r"blocks\.(\d+)\.(.+)", module):
+                module = f"encoder.block.{match[1]}.layer.{_IN_BLOCK[match[2]]}"
+            else:
+                module = _OUTSIDE[module]
+            renamed[f"{module}.weight"] = tensor
+        (buckets, heads), inner = (
+            weights[f"blocks.0.{name}.weight"].shape for name in ("pos_embedding.embedding", "attn.q")
+        )
+    except (KeyError, AttributeError, TypeError):
+        raise ValueError(f"{Path(file).name} does not hold the weights of Wan's UMT5") from None
+    vocabulary, width = weights["token_embedding.weight"].shape
+    config = transformers.UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=inner[0] // heads,
+        d_ff=weights["blocks.0.ffn.fc1.weight"].shape[0],
+        num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
+    with torch.device("meta"):
+        model = transformers.UMT5EncoderModel(config)
+    model.load_state_dict(renamed, assign=True)
+    return model
+
+
 def _unreadable(path: str, error: Exception) -> ValueError:
-    first = str(error).strip().splitlines()[0].rstrip(".")
-    return ValueError(f"the text encoder at {path} cannot be loaded: {first}.")
+    return ValueError(f"the text encoder at {path} cannot be loaded: {first_line(error)}.")
 
 
 def _transformers() -> Any:

@@ -5,6 +5,7 @@ the mean and the deviation in the VAE's config, as Wan's transformer takes them.
 convolutions remember of earlier frames (two frames of each one's input) continues a video chunk by chunk.
 """
 
+import inspect
 import math
 import shutil
 import threading
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from infra.storage import files_digest
 from model.codec import StreamDecoder
+from model.pickles import first_line, read_pickle
+
+RELEASED = "Wan2.1_VAE.pth"
+"""The VAE in a folder of Wan's release."""
 
 
 class WanVae:
@@ -26,7 +31,8 @@ class WanVae:
     before it is used, and then once in a process."""
 
     def __init__(self, path: str):
-        """`path` is a folder of the VAE in diffusers' layout, or one of a pipeline that has it in `vae/`.
+        """`path` is a folder of the VAE in diffusers' layout, one of a pipeline that has it in `vae/`, or one
+        of Wan's release, with its file.
 
         Whatever is asked first raises ValueError where there is no such VAE, or diffusers is missing.
         """
@@ -34,7 +40,11 @@ class WanVae:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        config = _class().load_config(_folder(self.path))
+        place = _place(self.path)
+        if Path(place).is_file():  # the release has no config: its VAE is the class's defaults
+            signature = inspect.signature(_class().__init__).parameters
+            return {name: each.default for name, each in signature.items() if name != "self"}
+        config = _class().load_config(place)
         # Wan 2.2's VAE has patches.
         known = {"dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std"}
         if (
@@ -78,7 +88,7 @@ class WanVae:
 
     @property
     def _vae(self) -> Any:
-        return _loaded(_folder(self.path), "cuda" if torch.cuda.is_available() else "cpu")
+        return _loaded(_place(self.path), "cuda" if torch.cuda.is_available() else "cpu")
 
     def _normaliser(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of a channel, [C, 1, 1] each."""
@@ -141,7 +151,7 @@ class WanVae:
 
     def digest(self) -> str:
         """SHA-256 of its files: two with the same one are one."""
-        return _digest(_folder(self.path))
+        return _digest(_place(self.path))
 
 
 class WanStream(StreamDecoder):
@@ -172,7 +182,7 @@ class WanStream(StreamDecoder):
 def copy_vae(path: str, target: Path) -> None:
     """Copy the files of the VAE at `path` into the new folder `target`."""
     target.mkdir()
-    for file in _files(_folder(path)):
+    for file in _files(_place(path)):
         shutil.copyfile(file, target / file.name)
 
 
@@ -188,28 +198,48 @@ def _class() -> Any:
     return AutoencoderKLWan
 
 
-def _folder(path: str) -> str:
-    for folder in (Path(path), Path(path) / "vae"):
-        if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-            return str(folder)
-    raise ValueError(f"there is no VAE at {path}; name a folder with its config.json, or a pipeline's.")
+def _place(path: str) -> str:
+    """A folder in diffusers' layout, or the release's file; ValueError where neither is there."""
+    for place in (Path(path), Path(path) / "vae"):
+        if (place / RELEASED).is_file():
+            return str(place / RELEASED)
+        if (place / "config.json").is_file() and not (place / "model_index.json").is_file():
+            return str(place)
+    raise ValueError(
+        f"there is no VAE at {path}; name a folder with its config.json, a pipeline's, or one with "
+        f"{RELEASED}."
+    )
 
 
 @cache
-def _loaded(folder: str, device: str) -> Any:
+def _loaded(place: str, device: str) -> Any:
     try:
-        vae = _class().from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"the VAE at {folder} cannot be loaded: {first}.") from None
+        if Path(place).is_file():
+            vae = _released(place)
+        else:
+            vae = _class().from_pretrained(place, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise ValueError(f"the VAE at {place} cannot be loaded: {first_line(error)}.") from None
     vae.clear_cache()  # which also makes it
     return vae.to(device).requires_grad_(False).eval()
 
 
+def _released(file: str) -> Any:
+    """The VAE of Wan's release, under diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    weights = read_pickle(Path(file))
+    vae = _class()(base_dim=weights["encoder.conv1.weight"].shape[0])
+    vae.load_state_dict(convert_wan_vae_to_diffusers(weights))
+    return vae.float()
+
+
 @cache
-def _digest(folder: str) -> str:
-    return files_digest(_files(folder))
+def _digest(place: str) -> str:
+    return files_digest(_files(place))
 
 
-def _files(folder: str) -> list[Path]:
-    return sorted(file for file in Path(folder).iterdir() if file.suffix in (".json", ".safetensors"))
+def _files(place: str) -> list[Path]:
+    if Path(place).is_file():
+        return [Path(place)]
+    return sorted(file for file in Path(place).iterdir() if file.suffix in (".json", ".safetensors"))

@@ -41,12 +41,14 @@ def check_models(config: RunConfig) -> dict[str, ModelDirectory]:
     models = {role: ModelDirectory(path) for role, path in paths.items()}
     notes = check_roles(config, models)
     settings, skip = (config.text, config.student), config.data.skip_damaged
-    notes += check("data.train", config.data.train, *settings, skip_damaged=skip)
-    if config.data.real is not None:
-        notes += check("data.real", config.data.real, *settings, video=config.video, skip_damaged=skip)
+    encoder = models["student"].card.text_digest
+    notes += check("data.train", config.data.train, *settings, skip_damaged=skip, encoder=encoder)
+    if (real := config.data.real) is not None:
+        video = config.video
+        notes += check("data.real", real, *settings, video=video, skip_damaged=skip, encoder=encoder)
     if config.distill.needs_teacher:
         guide = config.distill.roles.teacher
-        check_negative(guide.negative_prompt, guide.negative_embedding, config.teacher)
+        check_negative(guide.negative_prompt, guide.negative_embedding, config.teacher, encoder)
     selection.check(config, models["student"])
     for note in notes:
         say(f"distill: {note}")
@@ -179,6 +181,7 @@ def card_of(config: RunConfig, models: Mapping[str, ModelDirectory], run_id: str
         rollout=config.rollout,
         shift=config.rollout.shift,
         dtype=config.distill.roles.student.engine.dtype,
+        text_digest=models["student"].card.text_digest,
         lineage={**lineage(models), "distilled": run_id},
         recipe=config.portable(),
     )

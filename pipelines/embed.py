@@ -67,7 +67,7 @@ def command(_: None, options: Any) -> None:
         for number, path in enumerate(paths):
             shutil.copyfile(path, directory / f"{number:05d}.parquet")
         negative = ParquetDataset(last, ["embedding"]).row(0)["embedding"]
-        save_file({"embedding": negative}, directory / NEGATIVE)
+        save_file({"embedding": negative}, directory / NEGATIVE, {"encoder": encoder})
     storage.publish(staging, output, {"identity": identity})
     shutil.rmtree(parts)
     say(f"embed: wrote {output}; the negative prompt is {output / NEGATIVE}.")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from infra import storage
 from infra.settings import at_least, positive
+from model import umt5, wan_vae
 from model.backbone import WeightSource
 from model.rollout_plan import RolloutConfig
 from orchestrator.config import RunConfig
@@ -121,10 +122,15 @@ def _published(path: str, card: ModelCard) -> Iterator[ModelWriter]:
 
 
 def _with_its_own(config: ImportConfig, source: Path) -> ImportConfig:
-    """The settings with the VAE and the text encoder that a pipeline's folder has, where none are named."""
-    if config.video.codec == "none" and (source / "vae" / "config.json").is_file():
-        config = replace(config, video=replace(config.video, codec="wan_vae", vae=str(source / "vae")))
-    if config.text.encoder == "embedded" and (source / "text_encoder" / "config.json").is_file():
+    """The settings with the VAE and the text encoder that a folder of the release or of a pipeline has, where
+    none are named."""
+
+    def has(*patterns: str) -> bool:
+        return any(any(source.glob(pattern)) for pattern in patterns)
+
+    if config.video.codec == "none" and has("vae/config.json", wan_vae.RELEASED):
+        config = replace(config, video=replace(config.video, codec="wan_vae", vae=str(source)))
+    if config.text.encoder == "embedded" and has("text_encoder/config.json", umt5.RELEASED):
         config = replace(config, text=TextConfig("umt5", str(source)))
     if config.text.path is not None:
         config = replace(config, text=replace(config.text, path=os.path.abspath(config.text.path)))
@@ -165,6 +171,7 @@ def card_of(config: ImportConfig, checkpoint: ForeignCheckpoint, origin: Mapping
         guidance=config.guidance if causal else 0.0,
         shift=config.rollout.shift if causal else config.shift,
         dtype=config.dtype,
+        text_digest="" if config.text.path is None else umt5.digest(config.text.path),
         origin=origin,
     )
 

@@ -104,6 +104,7 @@ class Initialize(Task):
             guidance=guidance,
             shift=config.rollout.shift,
             dtype=config.initialize.role.engine.dtype,
+            text_digest=source.card.text_digest,
             lineage=self.lineage,
             recipe=config.portable(),
         )
@@ -120,13 +121,16 @@ def check(config: RunConfig) -> ModelDirectory:
     with part("rollout"):
         config.rollout.check_frames(config.video.frames)
     settings, skip = (config.text, config.student), data.skip_damaged
+    encoder = source.card.text_digest
     if not config.initialize.chosen.real_videos:
-        notes += data_check.check("data.train", data.train, *settings, skip_damaged=skip)
+        notes += data_check.check("data.train", data.train, *settings, skip_damaged=skip, encoder=encoder)
     else:
         assert data.real is not None, "the config asks for real videos"
-        notes += data_check.check("data.real", data.real, *settings, video=config.video, skip_damaged=skip)
+        notes += data_check.check(
+            "data.real", data.real, *settings, video=config.video, skip_damaged=skip, encoder=encoder
+        )
     guide = config.distill.roles.teacher
-    data_check.check_negative(guide.negative_prompt, guide.negative_embedding, config.student)
+    data_check.check_negative(guide.negative_prompt, guide.negative_embedding, config.student, encoder)
     for note in notes:
         say(f"initialize: {note}")
     return source

@@ -1,6 +1,8 @@
 """Small models of the classes that a Wan pipeline is made of, in its layout, with random weights."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -65,6 +67,58 @@ def write_umt5(path: Path, text_dim: int = SIZES.text_dim) -> Path:
     config = UMT5Config(**sizes, vocab_size=len(fast), pad_token_id=0)
     UMT5EncoderModel(config).eval().save_pretrained(path / "text_encoder")
     return path
+
+
+def write_release(path: Path, pipeline: Path) -> None:
+    """The text encoder of the folder `pipeline`, and a VAE, as files of Wan's release; and the VAE of diffusers'
+    class beside it."""
+    outside = {"shared": "token_embedding", "encoder.final_layer_norm": "norm"}
+    inside = {
+        "0.layer_norm": "norm1",
+        "0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+        "1.layer_norm": "norm2",
+        "1.DenseReluDense.wi_0": "ffn.gate.0",
+        "1.DenseReluDense.wi_1": "ffn.fc1",
+        "1.DenseReluDense.wo": "ffn.fc2",
+    } | {f"0.SelfAttention.{part}": f"attn.{part}" for part in "qkvo"}
+    text = {}
+    for name, tensor in UMT5EncoderModel.from_pretrained(pipeline / "text_encoder").state_dict().items():
+        module = name.removesuffix(".weight")
+        if match := re.match(r"encoder\.block\.(\d+)\.layer\.(.*)", module):
+            text[f"blocks.{match[1]}.{inside[match[2]]}.weight"] = tensor
+        elif module != "encoder.embed_tokens":  # which is the shared one
+            text[f"{outside[module]}.weight"] = tensor
+    shutil.copytree(pipeline / "tokenizer", path / "google" / "umt5-xxl")
+    torch.save(text, path / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.manual_seed(4)
+    vae = AutoencoderKLWan(base_dim=8)
+    vae.save_pretrained(path / "beside")
+    weights = {_of_release(name): tensor for name, tensor in vae.state_dict().items()}
+    torch.save(weights, path / "Wan2.1_VAE.pth")
+
+
+def _of_release(name: str) -> str:
+    """The release's name of a weight of diffusers' VAE."""
+    for theirs, own in {
+        r"^quant_conv": "conv1",
+        r"^post_quant_conv": "conv2",
+        r"conv_in": "conv1",
+        r"norm_out": "head.0",
+        r"conv_out": "head.2",
+        r"mid_block\.resnets\.0": "middle.0",
+        r"mid_block\.attentions\.0": "middle.1",
+        r"mid_block\.resnets\.1": "middle.2",
+        r"down_blocks": "downsamples",
+        r"(middle\.[02]|samples\.\d+|resnets\.\d+)\.norm1": r"\1.residual.0",
+        r"(middle\.[02]|samples\.\d+|resnets\.\d+)\.conv1": r"\1.residual.2",
+        r"(middle\.[02]|samples\.\d+|resnets\.\d+)\.norm2": r"\1.residual.3",
+        r"(middle\.[02]|samples\.\d+|resnets\.\d+)\.conv2": r"\1.residual.6",
+        r"conv_shortcut": "shortcut",
+    }.items():
+        name = re.sub(theirs, own, name)
+    if match := re.match(r"decoder\.up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)\.(.*)", name):
+        name = f"decoder.upsamples.{4 * int(match[1]) + int(match[2] or 3)}.{match[3]}"
+    return name
 
 
 def write_student(path: Path, pipeline: Path, *, seed: int = 3, fps: int = 16) -> Path:

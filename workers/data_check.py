@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from model.text import split_words
 from model.transformer import TransformerConfig
-from workers.dataset import ParquetDataset
+from workers.dataset import ParquetDataset, dataset_description
 from workers.model_directory import TextConfig, VideoConfig
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -31,18 +30,21 @@ def check(
     video: VideoConfig | None = None,
     longer: bool = False,
     skip_damaged: bool = False,
+    encoder: str = "",
 ) -> list[str]:
     """What a person should know of the data set `setting` at `path`: damaged shards that are left out.
 
     `text` says whether prompts come as text or embedded, and `sizes` of a model which text_len and text_dim
     they must fit, if any. `video` is what videos must be, if the stage reads any: pixels where there is a
     codec, else latents; with `longer` they may be longer than `video.frames`. `skip_damaged` is as the stage
-    reads. ValueError, with the `setting`, where the data set is missing or damaged, or holds something else.
+    reads. `encoder` is the digest of the model's text encoder, where that is known. ValueError, with the
+    `setting`, where the data set is missing or damaged, or holds something else.
     """
     where = f"{setting} at {path}"
     columns = [text.column, *([] if video is None else [video.column])]
     data = ParquetDataset(path, columns, skip_damaged=skip_damaged)
     if text.column == "embedding":
+        _check_encoder(where, dataset_description(data.schema).get("provenance", {}).get("encoder"), encoder)
         shape = (None, None) if sizes is None else (range(1, sizes.text_len + 1), sizes.text_dim)
         wanted: Wanted = ("embeddings", shape, "tokens × text_dim of the model")
         _check_tensors(data, text.column, where, wanted)
@@ -53,9 +55,9 @@ def check(
     return [f"left out {data.skipped} damaged shards of {where}"] if data.skipped else []
 
 
-def check_negative(prompt: str, file: str | None, sizes: TransformerConfig) -> None:
-    """ValueError unless the teacher's negative prompt fits a model of these sizes: its text, or the tensor
-    `embedding` [tokens, text_dim] of `file`."""
+def check_negative(prompt: str, file: str | None, sizes: TransformerConfig, encoder: str = "") -> None:
+    """ValueError unless the teacher's negative prompt fits a model of these sizes, and of this text encoder:
+    its text, or the tensor `embedding` [tokens, text_dim] of `file`."""
     setting = "distill.roles.teacher"
     if file is None:
         if (words := len(split_words(prompt))) > sizes.text_len:
@@ -66,14 +68,24 @@ def check_negative(prompt: str, file: str | None, sizes: TransformerConfig) -> N
         return
     where = f"{setting}.negative_embedding at {file}"
     try:
-        embedding = load_file(file)["embedding"]
-    except (OSError, SafetensorError, KeyError) as error:
+        with safe_open(file, "pt") as opened:
+            embedding, told = opened.get_tensor("embedding"), opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{where} is no safetensors file with the tensor `embedding`: {error}.") from None
+    _check_encoder(where, told.get("encoder"), encoder)
     tokens, width = embedding.shape if embedding.ndim == 2 else (0, 0)
     if not 1 <= tokens <= sizes.text_len or width != sizes.text_dim or not embedding.isfinite().all():
         raise ValueError(
             f"{where} has a tensor `embedding` of {tuple(embedding.shape)}, and finite numbers of 1 to "
             f"{sizes.text_len} × {sizes.text_dim} are expected (tokens × text_dim of the model)."
+        )
+
+
+def _check_encoder(where: str, theirs: str | None, models: str) -> None:
+    """ValueError where both say which encoder embedded prompts, and it is not one."""
+    if theirs and models and theirs != models:
+        raise ValueError(
+            f"{where} was embedded by another text encoder than the model's; embed its prompts anew with that."
         )
 
 

@@ -166,6 +166,8 @@ class ModelCard:
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Tracking run ids of this model and its ancestors by stage."""
     recipe: Mapping[str, Any] = field(default_factory=dict)  # the resolved config of the run that made it
+    text_digest: str = ""
+    """What tells the UMT5 that embeds its prompts from another; its 11 GB are hashed once, on import."""
     selection: Mapping[str, Any] = field(default_factory=dict)
     """Which state of its run it is, and by which number, where the run measured its states."""
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -262,7 +264,7 @@ class ModelDirectory:
     def text_digest(self) -> str:
         """SHA-256 of the prompt encoder's kind and weights: models of the same one embed prompts alike."""
         if self.card.text.path is not None:
-            return umt5.digest(self.card.text.path)
+            return self.card.text_digest or umt5.digest(self.card.text.path)
         total = hashlib.sha256(self.card.text.encoder.encode())
         for name, tensor in sorted(self.text_weights().items()):
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -378,6 +380,7 @@ def _card(body: Mapping[str, Any], directory: Path) -> ModelCard:
         dtype=body.get("dtype", "fp32"),
         lineage=body["lineage"],
         recipe=body["recipe"],
+        text_digest=body.get("text_digest", ""),
         selection=body.get("selection", {}),
         origin=body.get("origin", {}),
     )

@@ -1,5 +1,7 @@
 """UMT5 embeds prompts as Wan's pipeline of diffusers does."""
 
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from model import umt5
 from model.umt5 import Umt5Encoder, clean, digest
 from tests.fixtures import PROMPTS
-from tests.wan import write_umt5
+from tests.wan import write_release, write_umt5
 
 LONG = "a caf&eacute; &amp;amp; more   white\n space"
 
@@ -56,6 +58,26 @@ def test_what_was_embedded_lately_is_not_embedded_again(folder: str, monkeypatch
     again = encoder.embed(["two", "three"])
     assert asked == [2, 1] and torch.equal(again[0], first[1])
     assert torch.allclose(encoder.embed(["one"])[0], first[0], atol=1e-6) and asked == [2, 1, 1]
+
+
+def test_the_releases_file_is_read(folder: str, tmp_path: Path) -> None:
+    write_release(tmp_path, Path(folder))
+    assert torch.equal(
+        Umt5Encoder(str(tmp_path), 32).encode(PROMPTS), Umt5Encoder(folder, 32).encode(PROMPTS)
+    )
+    whole, (file,) = digest(str(tmp_path)), tmp_path.glob("models_t5*")
+    content = file.read_bytes()
+    assert len(whole) == 64 and whole != digest(folder)
+    for damaged in (content[:5000], pickle.dumps(print), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="the text encoder at .* cannot be loaded"):
+            Umt5Encoder(str(tmp_path), 32)
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="does not hold the weights of Wan's UMT5"):
+        Umt5Encoder(str(tmp_path), 32)
+    shutil.rmtree(tmp_path / "google")
+    with pytest.raises(ValueError, match=r"no UMT5 encoder with its tokenizer at .*tokenizer_config"):
+        Umt5Encoder(str(tmp_path), 32)
 
 
 def test_a_prompt_that_is_too_long_is_refused(folder: str) -> None:

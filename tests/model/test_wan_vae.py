@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from model.wan_vae import WanVae
-from tests.wan import DEVIATION, MEAN, gap, write_vae
+from model.wan_vae import WanVae, copy_vae
+from tests.wan import DEVIATION, MEAN, gap, write_pipeline, write_release, write_vae
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,28 @@ def test_one_encoder_is_known_by_its_files(folder: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
     other = tmp_path.rename(tmp_path.parent / "other")
     assert WanVae(str(other)).digest() != digest
+
+
+def test_the_releases_file_is_read(tmp_path: Path) -> None:
+    write_release(tmp_path, write_pipeline(tmp_path / "pipeline"))
+    released, ours = WanVae(str(tmp_path)), WanVae(str(tmp_path / "beside"))
+    z = torch.randn(1, 3, 16, 2, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(released.decode(z), ours.decode(z))
+    frames = ours.decode(z)
+    assert torch.equal(released.encode(frames), ours.encode(frames))
+    for name in ("channels", "spatial", "temporal", "receptive"):
+        assert getattr(released, name) == getattr(ours, name)
+    (tmp_path / "copy").mkdir()
+    copy_vae(str(tmp_path), tmp_path / "copy" / "vae")
+    assert WanVae(str(tmp_path / "copy")).digest() == released.digest() != ours.digest()
+    (tmp_path / "cut").mkdir()
+    for content in (Path(tmp_path, "Wan2.1_VAE.pth").read_bytes()[:5000], pickle.dumps(print), b""):
+        (tmp_path / "cut" / "Wan2.1_VAE.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"the VAE at .*Wan2\.1_VAE\.pth cannot be loaded"):
+            WanVae(str(tmp_path / "cut")).decode(z)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "cut" / "Wan2.1_VAE.pth")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        WanVae(str(tmp_path / "cut")).decode(z)
 
 
 def test_what_is_no_vae_is_refused(tmp_path: Path) -> None:

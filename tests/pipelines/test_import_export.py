@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra import storage
+from model import umt5
 from model.adapters import AdapterConfig, peft_layout
 from model.rollout_plan import RolloutConfig
 from model.schedule import FlowSchedule
@@ -21,6 +23,7 @@ from pipelines import cli
 from pipelines.import_model import adopt
 from pipelines.recipe import PRESETS
 from tests.fixtures import TINY_RECIPE, random_weights, write_model
+from tests.wan import Weights, write_pipeline, write_release
 from workers.foreign.writer import write
 from workers.model_directory import ModelDirectory, TextConfig, VideoConfig, save
 
@@ -93,6 +96,23 @@ def test_each_preset_makes_a_model(
         assert rollout.chunk == (1 if "framewise" in preset else 3)
         assert (rollout.window, rollout.sink) == ((12, 3) if preset == "longlive" else (None, 0))
         assert len(rollout.steps) == (3 if preset == "causvid" else 4)
+
+
+def test_a_folder_of_the_release_brings_its_vae_and_its_encoder(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    release = tmp_path / "release"
+    release.mkdir()
+    sizes = replace(SIZES, in_dim=16, out_dim=16)
+    write(Weights(random_weights(sizes, 4)), sizes, release, "wan", causal=False, dtype=None, save=save)
+    write_release(release, write_pipeline(tmp_path / "pipeline"))
+    size = "--video={height: 8, width: 8}"
+    run("import", release, "--preset=wan-bidirectional", f"--output={tmp_path}/model", "--heads=2", size)
+    model = ModelDirectory(tmp_path / "model")
+    assert model.card.video.codec == "wan_vae" and model.card.text == TextConfig("umt5", str(release))
+    assert model.card.video.codec_digest() == replace(model.card.video, vae=str(release)).codec_digest()
+    assert model.text_digest() == model.card.text_digest == umt5.digest(str(release))
+    assert model.text_encoder().encode(["a six"]).any()
 
 
 def test_settings_go_on_top_of_a_preset(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from model.transformer import TransformerConfig
 from workers.data_check import check, check_negative
-from workers.dataset import ParquetDataset, encode_tensor
+from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import TextConfig, VideoConfig
 
 SIZES = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1, text_len=4, text_dim=16, freq_dim=32)
@@ -135,7 +135,10 @@ def test_a_negative_prompt_that_does_not_fit(tmp_path: Path) -> None:
     where = "distill.roles.teacher.negative_embedding at "
     for content, says in (
         (None, "is no safetensors file with the tensor `embedding`: .*o such file"),
-        ({"other": torch.zeros(4, 16)}, "is no safetensors file with the tensor `embedding`: 'embedding'"),
+        (
+            {"other": torch.zeros(4, 16)},
+            "is no safetensors file with the tensor `embedding`: File does not contain",
+        ),
         ({"embedding": torch.zeros(1, 4, 16)}, r"has a tensor `embedding` of \(1, 4, 16\), and finite"),
         ({"embedding": torch.full((4, 16), torch.nan)}, r"and finite numbers of 1 to 4 × 16 are"),
     ):
@@ -148,3 +151,20 @@ def test_a_negative_prompt_that_does_not_fit(tmp_path: Path) -> None:
         check_negative("", str(file), SIZES)
     save_file({"embedding": torch.zeros(4, 16)}, file)
     check_negative("", str(file), SIZES)
+
+
+def test_prompts_of_another_text_encoder_are_refused(tmp_path: Path) -> None:
+    fields = [pa.field("prompt", pa.string()), *tensor_fields("embedding")]
+    schema = dataset_schema(fields, kind="prompts", provenance={"encoder": "one"})
+    row = {"prompt": "a", **encode_tensor("embedding", torch.zeros(2, 16))}
+    pq.write_table(pa.Table.from_pylist([row], schema=schema), tmp_path / "0.parquet")
+    negative = str(tmp_path / "negative.safetensors")
+    save_file({"embedding": torch.zeros(4, 16)}, negative, {"encoder": "one"})
+    for known in ("one", ""):
+        assert check("data.train", str(tmp_path), EMBEDDED, SIZES, encoder=known) == []
+        check_negative("", negative, SIZES, known)
+    says = r"was embedded by another text encoder than the model's"
+    with pytest.raises(ValueError, match=f"data.train at .* {says}"):
+        check("data.train", str(tmp_path), EMBEDDED, SIZES, encoder="two")
+    with pytest.raises(ValueError, match=f"negative_embedding at .* {says}"):
+        check_negative("", negative, SIZES, "two")

@@ -5,14 +5,14 @@ memory, which comes to the same.
 """
 
 import json
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from model.pickles import read_pickle
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -47,7 +47,7 @@ class Pickle:
     def __init__(self, path: Path, part: str | None = None):
         """ValueError where the file is damaged, holds more than tensors, or has no `part`."""
         self.path = path
-        body = _unpickle(path)
+        body = read_pickle(path)
         parts = [name for name in self.PARTS if isinstance(body.get(name), Mapping)]
         if parts:
             if part is not None and part not in parts:
@@ -115,27 +115,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ValueError(f"{path} must hold a mapping.")
     return body
-
-
-def _unpickle(path: Path) -> Mapping[Any, Any]:
-    for mmap in (True, False):  # files of old releases of PyTorch cannot be mapped
-        try:
-            body = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            break
-        except pickle.UnpicklingError as error:
-            if "Weights only load failed" not in str(error):
-                raise ValueError(f"{path} is damaged: {_first_line(error)}.") from None
-            raise ValueError(
-                f"{path} holds more than tensors, which would have to be executed to be read; save its "
-                "tensors alone, as safetensors best."
-            ) from None
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            if not mmap or "mmap" not in str(error):
-                raise ValueError(f"{path} is damaged, or no PyTorch file: {_first_line(error)}.") from None
-    if not isinstance(body, Mapping):
-        raise ValueError(f"{path} holds a {type(body).__name__} and no tensors by name.")
-    return body
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
