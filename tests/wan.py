@@ -70,8 +70,8 @@ def write_umt5(path: Path, text_dim: int = SIZES.text_dim) -> Path:
 
 
 def write_release(path: Path, pipeline: Path) -> None:
-    """The text encoder of the folder `pipeline`, and a VAE, as files of Wan's release; and the VAE of diffusers'
-    class beside it."""
+    """The text encoder of the folder `pipeline` and a VAE, as files of Wan's release; and the VAE of
+    diffusers' class beside it."""
     outside = {"shared": "token_embedding", "encoder.final_layer_norm": "norm"}
     inside = {
         "0.layer_norm": "norm1",

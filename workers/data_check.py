@@ -85,7 +85,8 @@ def _check_encoder(where: str, theirs: str | None, models: str) -> None:
     """ValueError where both say which encoder embedded prompts, and it is not one."""
     if theirs and models and theirs != models:
         raise ValueError(
-            f"{where} was embedded by another text encoder than the model's; embed its prompts anew with that."
+            f"{where} was embedded by another text encoder than the model's; embed its prompts anew with "
+            "that."
         )
 
 

@@ -70,7 +70,7 @@ def test_the_releases_file_is_read(folder: str, tmp_path: Path) -> None:
     assert len(whole) == 64 and whole != digest(folder)
     for damaged in (content[:5000], pickle.dumps(print), b""):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="the text encoder at .* cannot be loaded"):
+        with pytest.raises(ValueError, match=r"the text encoder at .* cannot be loaded"):
             Umt5Encoder(str(tmp_path), 32)
     torch.save({"a": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="does not hold the weights of Wan's UMT5"):

@@ -137,7 +137,7 @@ def test_a_negative_prompt_that_does_not_fit(tmp_path: Path) -> None:
         (None, "is no safetensors file with the tensor `embedding`: .*o such file"),
         (
             {"other": torch.zeros(4, 16)},
-            "is no safetensors file with the tensor `embedding`: File does not contain",
+            "is no safetensors file with the tensor `embedding`: File does",
         ),
         ({"embedding": torch.zeros(1, 4, 16)}, r"has a tensor `embedding` of \(1, 4, 16\), and finite"),
         ({"embedding": torch.full((4, 16), torch.nan)}, r"and finite numbers of 1 to 4 × 16 are"),
