@@ -9,6 +9,7 @@ import ray
 from torch import Tensor
 
 from infra.tracking import Tracker
+from model.codec import enlarge
 from model.rollout_plan import RolloutPlan
 from orchestrator.alarms import Diverging
 from orchestrator.cluster import Cluster
@@ -19,12 +20,12 @@ from orchestrator.roles import load, placed_roles, save
 from orchestrator.run_state import RunState
 from pipelines import selection
 from pipelines.console import Display, say, summary
-from pipelines.media import contact_sheet, grid, write_video
+from pipelines.media import contact_sheet, grid, write_pixels
 from pipelines.selection import selecting
 from pipelines.tracked import Ready, on_cluster, opened, tracking
 from pipelines.watched import Watch
 from workers.data_check import check, check_negative
-from workers.model_directory import ModelCard, ModelDirectory, VideoConfig
+from workers.model_directory import ModelCard, ModelDirectory
 from workers.reference import reference_of
 
 SAMPLES = 8
@@ -98,7 +99,7 @@ def distill(
                         save(state, done, coordinator.plan.position(done, "student", 0), roles.groups)
                         watch.write()
                     if settings.sample_every and (done % settings.sample_every == 0 or last):
-                        for file in sample(config, coordinator, models["student"], done):
+                        for file in sample(config, coordinator, done):
                             tracker.artifact(file, "samples")
                     if last:
                         break
@@ -140,29 +141,30 @@ def shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
-def sample(config: RunConfig, coordinator: Coordinator, student: ModelDirectory, done: int) -> list[Path]:
+def sample(config: RunConfig, coordinator: Coordinator, done: int) -> list[Path]:
     """A video and a contact sheet of the student as it is now, written where the frames are, not here."""
     if config.video.make_codec() is None:
         return []
-    ranks = len(coordinator.student.actors)
-    count = max(SAMPLES // ranks, 1) * ranks
-    inputs, _ = coordinator.inputs(0, list(range(count)))
-    given = config.distill.given_frames
-    plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed, given_frames=given)
-    _, videos = coordinator.student.scatter("rollout", plan, inputs, makes=("video",))
+    # Each rank makes no more at once than it has room for in training.
+    ranks, frames = len(coordinator.student.actors), []
+    size = max(min(coordinator.plan.size, SAMPLES) // ranks, 1) * ranks
+    for first in range(0, SAMPLES, size):
+        inputs, _ = coordinator.inputs(first, list(range(first, first + size)))
+        given = config.distill.given_frames
+        plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed, given_frames=given)
+        _, filmed = coordinator.student.scatter("film", plan, inputs, makes=("frames",))
+        frames += filmed["frames"]
     stem = f"{config.distill.output}/samples/{done:07d}"
-    files = ray.get(write_samples.remote(stem, config.video, *videos["video"]))
+    files = ray.get(write_samples.remote(stem, config.video.fps, *frames[:SAMPLES]))
     return [Path(file) for file in files]
 
 
 @ray.remote(num_cpus=0)
-def write_samples(stem: str, video: VideoConfig, *latents: Tensor) -> list[str]:
-    """Decode latent videos [F, C, H, W] and write `stem`.mp4 and `stem`.png; returns their paths."""
-    codec = video.make_codec()
-    assert codec is not None, "there is nothing to look at without a codec"
-    frames = [codec.decode(latent[None])[0] for latent in latents]
-    write_video(f"{stem}.mp4", grid(frames), video.fps)
-    contact_sheet(f"{stem}.png", frames)
+def write_samples(stem: str, fps: int, *videos: Tensor) -> list[str]:
+    """Write videos uint8 [T, height, width, 3] as `stem`.mp4 and `stem`.png; returns their paths."""
+    pixels = [video.numpy() for video in videos]
+    write_pixels(f"{stem}.mp4", enlarge(grid(pixels)), fps)
+    contact_sheet(f"{stem}.png", pixels)
     return [f"{stem}.mp4", f"{stem}.png"]
 
 

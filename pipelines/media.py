@@ -1,6 +1,7 @@
 """Frames → files: MP4 through PyAV, GIF and contact sheets through Pillow."""
 
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from io import BytesIO
 from itertools import pairwise
@@ -17,6 +18,8 @@ from infra import storage
 from model.codec import enlarge, to_uint8
 
 SUFFIXES = (".mp4", ".gif")
+SHEET_FRAMES, SHEET_HEIGHT = 24, 96
+"""Of a contact sheet: frames of a video at most, and rows of pixels of each."""
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
@@ -59,8 +62,12 @@ def check_output(path: str | Path) -> Path:
 
 def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
     """Write frames [T, channels, height, width] in [−1, 1] as MP4 or GIF, whole or not at all."""
+    write_pixels(path, enlarge(to_uint8(frames)), fps)
+
+
+def write_pixels(path: str | Path, pixels: np.ndarray, fps: int) -> None:
+    """Write frames uint8 [T, height, width, 3], likewise."""
     path = check_output(path)
-    pixels = enlarge(to_uint8(frames))
     content = BytesIO()
     if path.suffix == ".gif":
         first, *rest = [Image.fromarray(frame) for frame in pixels]
@@ -79,15 +86,21 @@ def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
     storage.write_bytes(path, content.getvalue())
 
 
-def contact_sheet(path: str | Path, videos: list[Tensor], scale: int = 3) -> None:
-    """One row of frames a video, each [T, channels, height, width] in [−1, 1], as PNG."""
-    rows = [rearrange(to_uint8(video), "t h w c -> h (t w) c") for video in videos]
-    sheet = np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
+def contact_sheet(path: str | Path, videos: Sequence[np.ndarray]) -> None:
+    """Frames of videos uint8 [T, height, width, 3], a row each, as PNG: all, or some from first to last."""
+    rows = []
+    for video in videos:
+        _, height, width, _ = video.shape
+        chosen = np.linspace(0, len(video) - 1, min(len(video), SHEET_FRAMES)).round().astype(int)
+        size = (max(1, SHEET_HEIGHT * width // height), SHEET_HEIGHT)
+        how = Image.Resampling.NEAREST if height < SHEET_HEIGHT else Image.Resampling.LANCZOS
+        rows.append(np.hstack([np.asarray(Image.fromarray(video[i]).resize(size, how)) for i in chosen]))
     content = BytesIO()
-    Image.fromarray(sheet).save(content, "PNG")
+    Image.fromarray(np.vstack(rows)).save(content, "PNG")
     storage.write_bytes(path, content.getvalue())
 
 
-def grid(videos: list[Tensor]) -> Tensor:
-    """Videos [T, channels, height, width] side by side, as one video."""
-    return rearrange([*videos], "n t c h w -> t c h (n w)")
+def grid(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Videos [T, height, width, 3] of one shape as one video, up to four in a row."""
+    columns = max(count for count in (1, 2, 3, 4) if len(videos) % count == 0)
+    return rearrange(np.stack(videos), "(r n) t h w c -> t (r h) (n w) c", n=columns)

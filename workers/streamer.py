@@ -17,6 +17,7 @@ from model.kv_cache import Parked
 from model.noise import SampleNoise
 from model.rollout import NetworkCall, Rollout
 from model.rollout_plan import RolloutConfig, RolloutPlan
+from model.text import TextEncoder
 from workers.build import check_weights, whole
 from workers.model_directory import ModelDirectory
 
@@ -86,12 +87,15 @@ class Streamer:
         default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
 
+    encoder: TextEncoder | None = None
+    """What embeds prompts in place of the model's own encoder, as that would."""
+
     def __post_init__(self) -> None:
         source, self.config = check(self.model)
         self.card = source.card
         video = source.card.video
         self.network = whole(source, self.device)
-        self.text = source.text_encoder(self.device)
+        self.text = self.encoder or source.text_encoder(self.device)
         self.cache = self.network.new_slots(
             self.config.context_window(),
             video.height,
@@ -107,12 +111,16 @@ class Streamer:
         self._written: list[Tensor | None] = [None] * self.slots
         """The embeddings whose keys and values are in `prompts`."""
 
-    def open(self, prompt: str, seed: int, frames: int | None = None) -> Stream:
-        """A stream of `frames` latent frames, in whole chunks, or endless; NoSlot where every slot is
-        taken."""
+    def open(
+        self, prompt: str, seed: int, frames: int | None = None, *, context: Tensor | None = None
+    ) -> Stream:
+        """A stream of `frames` latent frames, in whole chunks, or endless; NoSlot where every slot is taken.
+
+        `context` is the prompt's embedding, where that is there already.
+        """
         if not self.free:
             raise NoSlot(f"all {self.slots} slots are taken.")
-        context = self.text.encode([prompt])
+        context = self.text.encode([prompt]) if context is None else context
         row, chunk = self.free.pop(0), self.config.chunk
         self.cache.row(row).rewind()
         video = self.card.video
@@ -138,9 +146,12 @@ class Streamer:
             self.free = sorted([*self.free, stream.row])
             stream.row = None
 
-    def change_prompt(self, stream: Stream, prompt: str, *, reencode: bool = True) -> None:
+    def change_prompt(
+        self, stream: Stream, prompt: str, *, reencode: bool = True, context: Tensor | None = None
+    ) -> None:
         """Another prompt from the next chunk on, with the past encoded anew under it unless told not to."""
-        stream.next_prompt = (prompt, self.text.encode([prompt]), reencode)
+        context = self.text.encode([prompt]) if context is None else context
+        stream.next_prompt = (prompt, context, reencode)
 
     def park(self, stream: Stream) -> None:
         """Move a stream's cache to host memory and free its slot, until `unpark`."""

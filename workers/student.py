@@ -11,6 +11,7 @@ from infra import storage
 from model import watch
 from model.adapters import AdapterConfig
 from model.backbone import Backbone
+from model.codec import to_uint8
 from model.forcing import ForcedPlan
 from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
@@ -87,6 +88,14 @@ class StudentWorker(TrainedRank):
         a gradient the graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
         """
         return self._made(batch, plan.grad_frames > 0, lambda: self._generate(plan, batch))
+
+    def film(self, plan: RolloutPlan, batch: Batch) -> tuple[Stats, Batch]:
+        """The `frames` uint8 [T, height, width, 3] of a rollout, decoded here, for people to look at."""
+        codec = self.source.card.video.make_codec()
+        assert codec is not None, "there is nothing to look at without a codec"
+        videos = self._generate(plan, batch)
+        frames = [torch.from_numpy(to_uint8(codec.decode(video[None])[0])) for video in videos]
+        return {}, Batch(batch.samples, {"frames": torch.stack(frames)})
 
     def predict(self, plan: ForcedPlan, batch: Batch) -> tuple[Stats, Batch]:
         """What `rollout` answers, predicted on the data's noised `data_video` instead."""

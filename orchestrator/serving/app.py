@@ -6,6 +6,7 @@ the fields of a `ServeConfig`.
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator.serving import connection, job_worker, problems, streams, videos
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.directory import Directory
+from orchestrator.serving.prompt_encoder import prompt_encoder
 from orchestrator.serving.service import Service
 
 
@@ -30,8 +32,11 @@ from orchestrator.serving.service import Service
 class StreamServer:
     """One replica."""
 
-    def __init__(self, config: ServeConfig, directory: DeploymentHandle):
-        self.service = Service(config, directory, serve.get_replica_context().replica_id.unique_id)
+    def __init__(self, config: ServeConfig, directory: DeploymentHandle, encoder: DeploymentHandle):
+        replica = serve.get_replica_context().replica_id.unique_id
+        # Not on the event loop: a model's first chunk asks the encoder, and waits.
+        with ThreadPoolExecutor(1) as thread:
+            self.service = thread.submit(Service, config, directory, encoder, replica).result()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return api(self.service)
@@ -116,4 +121,8 @@ def application(config: ServeConfig) -> serve.Application:
             target_ongoing_requests=max(1.0, 0.8 * config.slots),
         ),
         graceful_shutdown_timeout_s=config.drain_s,
-    ).bind(config, Directory.bind(config.videos))  # type: ignore[attr-defined]
+    ).bind(
+        config,
+        Directory.bind(config.videos),  # type: ignore[attr-defined]
+        prompt_encoder(config.encoder),
+    )

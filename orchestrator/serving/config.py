@@ -46,6 +46,23 @@ class VideosConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """The processes that hold UMT5, for all replicas; none is started for a model with an encoder of its
+    own."""
+
+    replicas: int = 1
+    """Processes up to which Ray Serve goes under load."""
+    cpus: float = 1.0
+    """CPUs that Ray reserves for each."""
+    gpus: float = 0.0
+    """GPUs that Ray reserves for each: with one UMT5-XXL takes 11 GB of it, without 22 GB of host memory."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "replicas")
+        at_least(self, 0, "cpus", "gpus")
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """The streaming endpoint."""
 
@@ -80,6 +97,7 @@ class ServeConfig:
     on_promotion: Literal["finish", "move"] = "finish"
     """What a running stream does when the alias moves: it finishes with its model, or goes on with the new
     one from its next chunk on."""
+    encoder: EncoderConfig = EncoderConfig()
     access: AccessConfig = field(default_factory=AccessConfig)
     videos: VideosConfig = field(default_factory=VideosConfig)
 

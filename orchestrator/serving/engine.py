@@ -90,8 +90,9 @@ class Viewer:
     async def change_prompt(self, prompt: str, *, reencode: bool = True) -> None:
         """As `Streamer.change_prompt`."""
         async with self.changing:
-            change = self.engine.streamer.change_prompt
-            await self.engine.on_model(change, self.stream, prompt, reencode=reencode)
+            engine, context = self.engine, await self.engine.embed(prompt)
+            change = partial(engine.streamer.change_prompt, reencode=reencode, context=context)
+            await engine.on_model(change, self.stream, prompt)
 
     def pause(self) -> None:
         """Stop making chunks. The slot goes to who waits for one, the stream is kept in host memory."""
@@ -194,9 +195,12 @@ class Engine:
         With `on_place`, it waits in the queue where no slot is free, and is told its place. NoSlot where it
         would not or cannot wait, StreamEnded where the engine stops.
         """
+        context = await self.embed(prompt)
         await self.claim(on_place)
         latents = None if frames is None else self.codec.latents(frames)
-        opening = asyncio.ensure_future(self.on_model(self.streamer.open, prompt, seed, latents))
+        opening = asyncio.ensure_future(
+            self.on_model(self.streamer.open, prompt, seed, latents, context=context)
+        )
         try:
             stream = await asyncio.shield(opening)
         except asyncio.CancelledError:  # the viewer left while the stream was being opened
@@ -228,6 +232,16 @@ class Engine:
         self._check_running()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._model, partial(work, *arguments, **options))
+
+    async def embed(self, prompt: str) -> torch.Tensor:
+        """A prompt's embedding [1, text_len, text_dim], made beside the model's ticks.
+
+        ValueError for a prompt that is too long, StreamEnded where the encoder does not answer.
+        """
+        try:
+            return await asyncio.to_thread(self.streamer.text.encode, [prompt])
+        except ConnectionError as error:
+            raise StreamEnded(f"{error}.") from error
 
     @property
     def _running(self) -> bool:

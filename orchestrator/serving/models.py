@@ -6,9 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray.serve.handle import DeploymentHandle
+
 from infra.registry import Registry
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.engine import Engine
+from orchestrator.serving.prompt_encoder import SharedEncoder
+from workers.model_directory import ModelDirectory
 from workers.streamer import Streamer
 
 CACHE = Path("~/.cache/self-forcing/models").expanduser()
@@ -42,9 +46,15 @@ def locate(config: ServeConfig) -> tuple[str, Path]:
     return str(version.version), registry.fetch(version, CACHE)
 
 
-def load(path: Path, slots: int) -> Streamer:
-    """A streamer that has made a chunk, so that the first viewer need not wait for what happens once."""
-    streamer = Streamer(str(path), slots)
+def load(path: Path, slots: int, encoder: DeploymentHandle | None = None) -> Streamer:
+    """A streamer that has made a chunk, so that the first viewer need not wait for what happens once.
+
+    Prompts are embedded by the deployment `encoder` where the model does not bring an encoder of its own.
+    """
+    card, text = ModelDirectory(path, verified=True).card, None
+    if encoder is not None and card.text.path is not None:
+        text = SharedEncoder(encoder, card.text.path, card.transformer.text_len)
+    streamer = Streamer(str(path), slots, encoder=text)
     stream = streamer.open("warm-up", seed=0)
     try:
         while not streamer.tick():
@@ -57,8 +67,8 @@ def load(path: Path, slots: int) -> Streamer:
 class Models:
     """The versions of one model on one replica."""
 
-    def __init__(self, config: ServeConfig):
-        self.config = config
+    def __init__(self, config: ServeConfig, encoder: DeploymentHandle | None):
+        self.config, self._encoder = config, encoder
         # One thread for all versions, so that a stream's chunks stay in order.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self.active = self._serve(*locate(config))
@@ -69,7 +79,7 @@ class Models:
         """Why the registry could not be followed when it was last looked at."""
 
     def _serve(self, version: str, path: Path) -> Served:
-        streamer, light = load(path, self.config.slots), self.config.light_decoder
+        streamer, light = load(path, self.config.slots, self._encoder), self.config.light_decoder
         engine = Engine(streamer, self.config.queue, self._decoder, light_decoder=light)
         return Served(self.config.name, version, engine)
 

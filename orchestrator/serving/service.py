@@ -6,8 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from orchestrator.serving.access import Access
@@ -16,20 +14,21 @@ from orchestrator.serving.engine import Encode, OnPlace, StreamEnded, Viewer
 from orchestrator.serving.metrics import Metrics
 from orchestrator.serving.models import Models, Served
 from orchestrator.serving.problems import Problem
+from orchestrator.serving.prompt_encoder import UNREACHABLE
 from workers.streamer import NoSlot
 
 REPORT_S = 2.0
-UNREACHABLE = (RayError, RayServeException)
-"""The directory is being restarted, or could not do as it was asked."""
 
 
 class Service:
     """What the routes of a replica need."""
 
-    def __init__(self, config: ServeConfig, directory: DeploymentHandle, replica: str):
+    def __init__(
+        self, config: ServeConfig, directory: DeploymentHandle, encoder: DeploymentHandle, replica: str
+    ):
         """ValueError where the model cannot be streamed."""
         self.config, self.directory, self.replica = config, directory, replica
-        self.models = Models(config)
+        self.models = Models(config, encoder)
         self.access = Access(config.access, redeem=lambda ticket: directory.redeem.remote(ticket))
         self.metrics = Metrics()
         self.sessions: dict[str, Any] = {}

@@ -309,6 +309,8 @@ def _check(asked: VideoRequest, served: Served) -> str:
         streamer.text.encode([asked.prompt])
     except ValueError as error:
         raise Problem(422, "invalid_value", f"prompt: {error}", param="prompt") from None
+    except ConnectionError as error:
+        raise Problem(503, "unavailable", f"{error}.", Retry_After="5") from None
     _, _, height, width = codec.shape((1, *streamer.card.video.shape[1:]))
     frame = enlarge(np.zeros((1, height, width, 3), np.uint8))
     size = f"{even(frame.shape[2])}x{even(frame.shape[1])}"

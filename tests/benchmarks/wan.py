@@ -38,6 +38,7 @@ from workers.foreign.writer import write
 from workers.model_directory import ModelDirectory, save
 from workers.streamer import Streamer
 
+LATENTS = {"codec": "none", "vae": None}
 SMALL = {"dim": 128, "ffn_dim": 256, "num_heads": 2, "num_layers": 2}
 CUDA = torch.cuda.is_available()
 
@@ -113,7 +114,8 @@ def lineage(settings: Settings, scratch: Path) -> dict[str, Any]:
         "num_layers": sizes.num_layers,
     }
     return {
-        "base": "wan-1.3b-lora", "root": str(scratch), "data": {"train": "prompts"}, "video": shape,
+        "base": "wan-1.3b-lora", "root": str(scratch), "data": {"train": "prompts"},
+        "video": {**shape, **LATENTS}, "text": {"encoder": "embedded", "path": None},
         "teacher": of, "student": of,
         "distill": {
             "teacher": "teacher", "student": "student", "critic": "teacher", "output": "run", "roles": roles,

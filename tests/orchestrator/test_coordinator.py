@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import av
 import pytest
 import ray
 import torch
+from PIL import Image
 from ray import ObjectRef
 from ray._private import tensor_serialization_utils
 
@@ -17,6 +19,7 @@ from orchestrator.roles import load, save
 from orchestrator.run_state import RunState
 from orchestrator.worker_group import Request
 from pipelines.distill import card_of, check_models, sample
+from pipelines.media import SHEET_HEIGHT
 from pipelines.selection import write_student
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, measured, weights_of
@@ -78,7 +81,7 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
         found = storage.newest_complete(f"{tmp_path}/checkpoints")
         assert found is not None and storage.read_metadata(found)["done"] == 4
         load(found, coordinator.groups)
-        files = sample(config, coordinator, models["student"], 4)
+        files = sample(config, coordinator, 4)
         path = f"{tmp_path}/model"
         write_student(coordinator.student, path, card_of(config, models, "run"))
 
@@ -88,7 +91,11 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
             with pytest.raises(Exception) as caught:
                 ray.get(reference)
             assert "TensorArrived" in repr(caught.value) + str(caught.value)
-    assert all(file.stat().st_size for file in files) and len(files) == 2
+    with av.open(files[0]) as container:
+        assert len(list(container.decode(video=0))) == config.video.frames
+        assert container.streams.video[0].average_rate == config.video.fps
+    with Image.open(files[1]) as sheet:  # eight videos of six frames
+        assert sheet.size == (config.video.frames * SHEET_HEIGHT, 8 * SHEET_HEIGHT)
     assert ray.get(made["video"][0]).shape == config.video.shape
     assert asdict(ModelDirectory(path).card)["lineage"] == {"distilled": "run"}
 

@@ -83,6 +83,9 @@ def test_every_command_of_the_page_runs(
         assert sum(1 for _ in container.decode(video=0)) == 81
     student = ModelDirectory("runs/wan-1.3b-lora/model")
     assert student.card.rollout is not None and student.card.rollout.window == 6 != ROLLOUT.window
+    (last,) = Path("runs/wan-1.3b-lora/samples").glob("0000600.mp4")
+    with av.open(str(last)) as container:  # nine latent frames are 33 of pixels
+        assert sum(1 for _ in container.decode(video=0)) == 33
     exported = WanTransformer3DModel.from_pretrained("exported").state_dict()
     assert torch.equal(exported["blocks.0.attn1.to_q.weight"], student.get("blocks.0.self_attn.q.weight"))
     assert len(load_file("exported-lora/pytorch_lora_weights.safetensors")) == 2 * 2 * 10

@@ -13,7 +13,7 @@ from PIL import Image
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
 from pipelines import cli
-from pipelines.media import read_image, write_video
+from pipelines.media import contact_sheet, grid, read_image, write_video
 from tests.fixtures import write_model
 
 SIZES = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1, text_len=8, text_dim=16, freq_dim=32)
@@ -44,6 +44,21 @@ def test_an_mp4_holds_every_frame(tmp_path: Path) -> None:
     with av.open(tmp_path / "deep" / "video.mp4") as container:
         stream = container.streams.video[0]
         assert stream.average_rate == 8 and len(list(container.decode(stream))) == 24
+
+
+def test_samples_of_any_size_make_a_sheet_that_can_be_looked_at(tmp_path: Path) -> None:
+    large = np.arange(81, dtype=np.uint8)[:, None, None, None].repeat(480, 1).repeat(832, 2).repeat(3, 3)
+    contact_sheet(tmp_path / "large.png", [large, large])
+    with Image.open(tmp_path / "large.png") as sheet:
+        assert sheet.size == (24 * (96 * 832 // 480), 2 * 96)
+        assert sheet.getpixel((0, 0)) == (0, 0, 0) and sheet.getpixel((sheet.width - 1, 0)) == (80, 80, 80)
+    small = np.zeros((6, 16, 16, 3), np.uint8)
+    contact_sheet(tmp_path / "small.png", [small])
+    with Image.open(tmp_path / "small.png") as sheet:
+        assert sheet.size == (6 * 96, 96)
+    for count, shape in ((8, (6, 32, 64, 3)), (6, (6, 32, 48, 3)), (7, (6, 112, 16, 3))):
+        assert grid([small + number for number in range(count)]).shape == shape
+    assert grid([small + number for number in range(8)])[0, 20, 20, 0] == 5  # the second of the second row
 
 
 @pytest.mark.parametrize("problem", [errno.ENOSPC, errno.EROFS])

@@ -89,7 +89,8 @@ def test_the_whole_configuration_of_wan_is_imported_distilled_exported_and_run(
     numbers = {"iterations": 1, "student_every": 1, "batch": 1, "checkpoint_every": 1}
     recipe = {
         "base": "wan-1.3b-lora", "root": str(tmp_path), "data": {"train": "prompts"},
-        "video": {"frames": 6, "height": 8, "width": 8}, "rollout": {"window": 3},
+        "video": {"frames": 6, "height": 8, "width": 8, "codec": "none", "vae": None},
+        "text": {"encoder": "embedded", "path": None}, "rollout": {"window": 3},
         "distill": {**settings, **numbers, "roles": roles},
     }  # fmt: skip
     (tmp_path / "my.yaml").write_text(json.dumps(recipe))

@@ -97,7 +97,7 @@ def test_a_look_at_the_registry_that_fails_ends_nothing(
 
     monkeypatch.setattr(models, "Registry", Faulty)
     monkeypatch.setattr(models, "locate", lambda config: ("1", student))
-    served = models.Models(replace(CONFIG, model="models:/digits@serving", refresh_s=0.001))
+    served = models.Models(replace(CONFIG, model="models:/digits@serving", refresh_s=0.001), None)
 
     async def follow() -> list[str | None]:
         served.start()

@@ -8,9 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import ray
 import torch
+from ray import serve
 
-from orchestrator.serving.client import Client, ReceivedChunk
+from orchestrator.serving.client import Client, ReceivedChunk, ServerError
 from orchestrator.serving.messages import Applied, VideoStart
 from tests.orchestrator.serving.conftest import CONFIG, play
 from tests.wan import write_pipeline, write_student
@@ -67,6 +69,27 @@ def test_two_viewers_see_what_each_would_see_alone(client: Client, wan: Path) ->
             assert seen.shape == expected.shape == (count, 256, 384, 3)
             # H.264 loses a little.
             assert np.abs(seen.astype(int) - expected).mean() < 4
+
+
+def encoders(application: str) -> int:
+    """How many replicas of the text encoder an application has."""
+    deployments = serve.status().applications[application].deployments
+    return deployments["PromptEncoder"].replica_states.get("RUNNING", 0)
+
+
+def test_the_text_encoder_is_shared_and_mended(client: Client, wan: Path, shared_url: str) -> None:
+    assert encoders("wan") == 1 and encoders("shared") == 0
+    too_long = r"has \d+ tokens, more than the 32 that this model reads"
+    with pytest.raises(ServerError, match=too_long), client.stream("six " * 40, frames=3):
+        pass
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    (actor,) = (each for each in actors if "#PromptEncoder#" in each["name"])
+    ray.kill(ray.get_actor(**actor))
+    with client.session() as session:
+        session.start(TWO, seed=6, num_frames=9)
+        chunks, _ = play(session)
+    seen, _ = frames_of(chunks)
+    assert np.abs(seen.astype(int) - alone(wan, TWO, 6, 1)[:9]).mean() < 4
 
 
 def test_a_stream_that_was_parked_goes_on_as_if_it_had_not_been(client: Client, wan: Path) -> None:
