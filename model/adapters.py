@@ -75,6 +75,7 @@ class AdaptedLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank))
 
     def forward(self, input: Tensor) -> Tensor:
+        input = input.to(self.weight.dtype)  # the timestep's is fp32
         low = F.linear(F.linear(input, self.lora_A), self.lora_B)
         return F.linear(input, self.weight, self.bias) + self.scale * low
 

@@ -172,15 +172,22 @@ class CrossAttention(Attention):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens `x` [B, L, D], scaled by 1 + `scale` and shifted, [B, 1 or F, D] each, per frame."""
+    """Tokens `x` [B, L, D], scaled by 1 + `scale` and shifted, [B, 1 or F, D] each in fp32, per frame."""
     frames = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2).to(x.dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Tokens `x` plus `y`, [B, L, D] each, the latter scaled per frame by [B, 1 or F, D]."""
-    x, y = (tokens.unflatten(1, (scale.shape[1], -1)) for tokens in (x, y))
-    return torch.addcmul(x, y, scale[:, :, None]).flatten(1, 2)
+    """Tokens `x` plus `y`, [B, L, D] each, the latter scaled per frame by [B, 1 or F, D] in fp32."""
+    frames, added = (tokens.unflatten(1, (scale.shape[1], -1)) for tokens in (x, y))
+    return torch.addcmul(frames, added, scale[:, :, None]).flatten(1, 2).to(x.dtype)
+
+
+class FloatLinear(nn.Linear):
+    """A layer that computes in fp32 whatever its weights are in, as Wan does on the way from the timestep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class Block(nn.Module):
@@ -263,8 +270,10 @@ class WanTransformer(Backbone):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_embedding = nn.Sequential(
+            FloatLinear(config.freq_dim, dim), nn.SiLU(), FloatLinear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), FloatLinear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.initialize_weights()
@@ -361,7 +370,7 @@ class WanTransformer(Backbone):
             timestep = timestep[:, None].expand(-1, frames) if timestep.ndim == 1 else timestep
             x, timestep = torch.cat([clean, x], 1), torch.cat([torch.zeros_like(timestep), timestep], 1)
         tokens = self.patch_embedding(x.to(dtype))
-        embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim).to(dtype))
+        embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim))
         if embedded.ndim == 2:
             embedded = embedded[:, None]
         time = self.time_projection(embedded).unflatten(2, (6, -1))
@@ -400,4 +409,4 @@ class WanTransformer(Backbone):
             p=self.config.patch_size[1],
             q=self.config.patch_size[2],
         )
-        return Output(velocity, live, [states[layer] for layer in taps], embedded if taps else None)
+        return Output(velocity, live, [states[layer] for layer in taps], embedded.to(dtype) if taps else None)

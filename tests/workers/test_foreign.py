@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.transformer import TransformerConfig, WanTransformer
+from model.transformer import TransformerConfig, WanTransformer, sinusoidal
 from model.wan_names import from_diffusers, to_diffusers, unwrapped
 from tests.fixtures import random_weights
 from tests.wan import Weights, gap, inputs, network_of
@@ -50,6 +52,28 @@ def test_our_transformer_is_that_of_diffusers(weights: dict[str, Tensor]) -> Non
     x, timestep, context = inputs(SIZES)
     theirs = diffusers_model(SIZES, weights)(x.transpose(1, 2), timestep, context, return_dict=False)[0]
     assert gap(network_of(SIZES, weights)(x, timestep, context).velocity, theirs.transpose(1, 2)) < 1e-5
+
+
+@torch.no_grad()
+def test_in_bf16_it_is_as_near_to_fp32_as_diffusers_which_keeps_modulation_and_norms_there() -> None:
+    sizes = replace(SIZES, dim=256, ffn_dim=512, num_layers=6, freq_dim=256)
+    weights = random_weights(sizes, 1)
+    for name, tensor in weights.items():
+        scale = 0.3 if name.endswith("modulation") else tensor.shape[-1] ** -0.5
+        weights[name] = (scale * tensor / tensor.std()).bfloat16().float() if tensor.ndim > 1 else tensor
+    x, _, context = (each.bfloat16().float() for each in inputs(sizes))
+    timestep = torch.tensor([700.0, 701.0])
+    network, other = network_of(sizes, weights), diffusers_model(sizes, weights)
+    exact = network(x, timestep, context).velocity
+    with TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        other = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    theirs = other(x.transpose(1, 2).bfloat16(), timestep, context.bfloat16(), return_dict=False)[0]
+    ours = network.bfloat16()(x, timestep, context).velocity
+    assert ours.dtype == torch.bfloat16
+    assert gap(ours.float(), exact) < 1.1 * gap(theirs.transpose(1, 2).float(), exact) < 0.02
+    embedded = network.time_embedding(sinusoidal(timestep, sizes.freq_dim))
+    assert embedded.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
