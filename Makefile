@@ -8,11 +8,11 @@ export OMP_NUM_THREADS ?= 1
 quickstart: .venv/installed  ## distil a streaming generator of moving digits and measure it
 	$(BIN)/self-forcing run quickstart
 
-test: .venv/installed  ## every test that CI runs, and the slowest of them by name
-	$(BIN)/python -m pytest -m "not by_hand" --durations=25
+test: test-fast  ## every test that CI runs, and the slowest of them by name
+	$(BIN)/python -m pytest -m "slow and not by_hand" --durations=25
 
-test-fast: .venv/installed  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not by_hand"
+test-fast: .venv/installed  ## the tests that take seconds, two at a time
+	$(BIN)/python -m pytest -m "not slow and not by_hand" -n 2 --dist loadfile
 
 test-all: .venv/installed  ## also those that take long and repeat a path that others take
 	$(BIN)/python -m pytest --durations=25

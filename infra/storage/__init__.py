@@ -12,8 +12,6 @@ from infra.storage.directories import (
     clean,
     digests,
     discard,
-    file_digest,
-    files_digest,
     is_complete,
     manifest_digest,
     move,
@@ -37,3 +35,4 @@ from infra.storage.local import (
     write_file,
     write_text,
 )
+from infra.storage.manifest import file_digest, files_digest

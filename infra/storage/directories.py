@@ -9,20 +9,21 @@ it and whenever one of them was killed.
     publish(staging, path, metadata)              # one process, when all ranks are done
     with reading(newest_complete(parent)) as directory: ...
 
-Locations are strings (or `os.PathLike`) and are handed back as strings, so that an object store, which has no
-directories to rename, can be put behind the same functions. This module does not know what the files mean.
+Locations are strings (or `os.PathLike`) and are handed back as strings: paths of a local or shared file
+system, or s3://BUCKET/PREFIX, which `s3` and `cache` answer. This module does not know what the files mean.
 """
 
 import errno
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from infra.storage import s3
+from infra.storage.cache import cached
 from infra.storage.local import (
     Location,
     StorageError,
@@ -35,12 +36,7 @@ from infra.storage.local import (
     remove,
     warn_left,
 )
-
-FORMAT_VERSION = 1
-"""Version of the manifest's layout; a newer one is refused, not guessed at."""
-
-MANIFEST = "manifest.json"
-"""Name of the file whose presence says that a directory was finished."""
+from infra.storage.manifest import MANIFEST, check_manifest, file_digest, hash_json, new_manifest
 
 _HASHING_THREADS = min(8, os.cpu_count() or 1)
 
@@ -49,8 +45,10 @@ def begin(path: Location) -> str:
     """Makes an empty staging directory beside `path`; its location is to be shared with every writer.
 
     What killed writers left beside `path` is removed. The calling process must live until `publish`.
-    StorageError where `path` is not a local or shared file system path, is a file, or cannot be written.
+    StorageError where `path` is a file, or cannot be written.
     """
+    if (there := s3.at(path)) is not None:
+        return s3.begin(there)
     target = local(path)
     clean(target.parent)
     with explained(target):
@@ -67,6 +65,10 @@ def writing(staging: Location) -> Iterator[Path]:
     Several processes may write into the same staging location, each its own file names. StorageError where
     the file system refuses what is written.
     """
+    if (there := s3.at(staging)) is not None:
+        with s3.writing(there) as directory:
+            yield directory
+        return
     directory = local(staging)
     with explained(directory):
         yield directory
@@ -79,6 +81,10 @@ def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> N
     `metadata` is JSON-serialisable and finite, and what `read_metadata` returns. StorageError where `staging`
     does not exist, holds something that is neither file nor directory, or cannot be written.
     """
+    if (there := s3.at(path)) is not None:
+        aside = s3.at(staging)
+        assert aside is not None, "begin(path) made it"
+        return s3.publish(aside, there, metadata)
     source, target = local(staging), local(path)
     if not source.is_dir():
         raise StorageError(f"Cannot publish {target}: its staging directory {source} does not exist.")
@@ -113,6 +119,10 @@ def reading(path: Location) -> Iterator[Path]:
 
     StorageError where `path` is not complete.
     """
+    if (there := s3.at(path)) is not None:
+        with cached(there) as target:
+            yield target
+        return
     target = local(path)
     _check_complete(target)
     yield target
@@ -121,14 +131,20 @@ def reading(path: Location) -> Iterator[Path]:
 def is_complete(path: Location) -> bool:
     """Whether `path` was published and every file has its size. Cheap: it hashes no file (see `verify`)."""
     try:
-        _check_complete(local(path))
+        _check_complete(path)
     except StorageError:
         return False
     return True
 
 
 def verify(path: Location) -> None:
-    """Hashes every file of `path` against its manifest; StorageError names the first that fails."""
+    """Hashes every file of `path` against its manifest; StorageError names the first that fails.
+
+    What an object store holds is hashed when it is read: here its files are only looked for.
+    """
+    if s3.at(path) is not None:
+        _check_complete(path)
+        return
     target = local(path)
     files = _check_complete(target)["files"]
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -142,34 +158,36 @@ def read_metadata(path: Location) -> dict[str, Any]:
 
     StorageError where `path` does not exist, was never finished, or its manifest is damaged.
     """
-    return _read_manifest(local(path))["metadata"]
+    return _read_manifest(path)["metadata"]
 
 
 def digests(path: Location) -> dict[str, str]:
     """SHA-256 of every file of a complete directory, by name; StorageError as `read_metadata`."""
-    return {name: file["sha256"] for name, file in _read_manifest(local(path))["files"].items()}
+    return {name: file["sha256"] for name, file in _read_manifest(path)["files"].items()}
 
 
 def manifest_digest(path: Location) -> str:
     """SHA-256 of all names and digests of files and the metadata; StorageError as `read_metadata`."""
-    return _hash_json(_read_manifest(local(path)))
+    body = _read_manifest(path)
+    body.pop("folder", None)  # which says where it lies, not what it is
+    return hash_json(body)
 
 
 def newest_complete(parent: Location) -> str | None:
     """The complete child of `parent` that was published last, or `None`, also where there is no `parent`."""
-    children = _complete_children(local(parent))
+    children = _complete_children(parent)
     return str(children[-1][1]) if children else None
 
 
 def newest_sound(parent: Location) -> tuple[str | None, list[str]]:
     """The last child of `parent` whose content is what was written, and what is wrong with others."""
     published, passed_over = [], []
-    for child in sorted(_children(local(parent))):
+    for child in _children(parent):
         try:
             published.append((_read_manifest(child)["sequence"], child))
         except StorageError as error:
             passed_over.append(str(error))
-    for _, child in sorted(published, reverse=True):
+    for _, child in sorted(published, key=lambda found: found[0], reverse=True):
         try:
             verify(child)
             return str(child), passed_over
@@ -184,6 +202,8 @@ def move(source: Location, path: Location) -> None:
     Raises:
         StorageError: `source` is not complete, or the file system refuses.
     """
+    if (there := s3.at(path)) is not None and (here := s3.at(source)) is not None:
+        return s3.move(here, there)
     target = local(path)
     _check_complete(local(source))
     with explained(target):
@@ -199,17 +219,19 @@ def prune(parent: Location, *, keep: int) -> list[str]:
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, so that the newest complete one stays; got {keep}.")
-    removed = [child for _, child in _complete_children(local(parent))[:-keep]]
+    removed = [child for _, child in _complete_children(parent)[:-keep]]
     return [str(child) for child in removed if _prune(child)]
 
 
 def discard(path: Location) -> bool:
     """Removes the directory `path`, which nobody sees half deleted; whether it went by our hand."""
-    return _prune(local(path))
+    return _prune(path)
 
 
 def clean(parent: Location) -> list[str]:
     """Removes what killed processes left behind in `parent`; what a living one is writing there stays."""
+    if (there := s3.at(parent)) is not None:
+        return [left for name in s3.children(there) for left in s3.clean(there / name)]
     return [str(leftover) for leftover in leftovers(local(parent)) if remove(leftover)]
 
 
@@ -217,18 +239,13 @@ def _write_manifest(source: Path, target: Path, metadata: Mapping[str, Any]) -> 
     names = _file_names(source)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         hashes = list(pool.map(lambda name: file_digest(source / name, sync=True), names))
-    body = {
-        "format_version": FORMAT_VERSION,
-        # A logical clock, so that "newest" depends neither on names nor on the clocks of different machines.
-        "sequence": 1 + max((sequence for sequence, _ in _complete_children(target.parent)), default=0),
-        "files": {
-            name: {"sha256": digest, "size": (source / name).stat().st_size}
-            for name, digest in zip(names, hashes, strict=True)
-        },
-        "metadata": dict(metadata),
+    files = {
+        name: {"sha256": digest, "size": (source / name).stat().st_size}
+        for name, digest in zip(names, hashes, strict=True)
     }
+    sequence = 1 + max((sequence for sequence, _ in _complete_children(target.parent)), default=0)
     with open(source / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({**body, "sha256": _hash_json(body)}, file, indent=1, allow_nan=False)
+        json.dump(new_manifest(files, sequence, metadata), file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     for directory in [source, *(entry for entry in source.rglob("*") if entry.is_dir())]:
@@ -254,8 +271,11 @@ def _exchange(source: Path, target: Path) -> Path | None:
     return replaced if there else None
 
 
-def _prune(child: Path) -> bool:
+def _prune(location: Location) -> bool:
     """Whether it went by our hand. It is renamed first: nobody sees it half deleted under its own name."""
+    if (there := s3.at(location)) is not None:
+        return s3.remove(there)
+    child = local(location)
     aside = new_aside(child)
     try:
         patiently(lambda: os.rename(child, aside))
@@ -272,19 +292,24 @@ def _refuse_file(target: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
 
 
-def _children(parent: Path) -> list[Path]:
-    """Directories in `parent` that were published, or are in the place of one."""
-    children = parent.iterdir() if parent.is_dir() else ()
+def _children(parent: Location) -> list[Location]:
+    """Directories in `parent` that were published, or are in the place of one, by name."""
+    if (there := s3.at(parent)) is not None:
+        return [str(there / name) for name in sorted(s3.children(there)) if not name.startswith(".")]
+    directory = local(parent)
+    children = sorted(directory.iterdir()) if directory.is_dir() else ()
     return [child for child in children if child.is_dir() and not is_aside(child)]
 
 
-def _complete_children(parent: Path) -> list[tuple[int, Path]]:
+def _complete_children(parent: Location) -> list[tuple[int, Location]]:
     """(sequence, child), in the order of publishing."""
+    if (there := s3.at(parent)) is not None:
+        return [(sequence, str(child)) for sequence, child in s3.complete_children(there)]
     complete = []
     for child in _children(parent):
         with suppress(StorageError):
             complete.append((_check_complete(child)["sequence"], child))
-    return sorted(complete)
+    return sorted(complete, key=lambda found: found[0])
 
 
 def _file_names(root: Path) -> list[str]:
@@ -297,23 +322,6 @@ def _file_names(root: Path) -> list[str]:
     return names
 
 
-def file_digest(file_path: Path, *, sync: bool = False) -> str:
-    """SHA-256 of a file; with `sync`, of what is on the disk."""
-    with open(file_path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_digest(files: Iterable[Path]) -> str:
-    """SHA-256 that tells what a set of files holds, by their names."""
-    return _hash_json({file.name: file_digest(file) for file in files})
-
-
-def _hash_json(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -322,31 +330,25 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _read_manifest(target: Path) -> dict[str, Any]:
+def _read_manifest(location: Location) -> dict[str, Any]:
+    if (there := s3.at(location)) is not None:
+        return s3.read_manifest(there)
+    target = local(location)
     if not target.is_dir():
         raise StorageError(f"{target} does not exist.")
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        digest = manifest.pop("sha256")
-        version = manifest["format_version"]
+        content = (target / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise StorageError(f"{target} was never finished: it has no {MANIFEST}.") from None
     except OSError as error:
         raise StorageError(f"{target / MANIFEST} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise StorageError(f"{target} is damaged: {MANIFEST} is not a manifest.") from None
-    if version != FORMAT_VERSION:
-        raise StorageError(
-            f"{target} has format version {version}, and this installation reads {FORMAT_VERSION}; "
-            "use the release that wrote it."
-        )
-    if digest != _hash_json(manifest):
-        raise StorageError(f"{target} is damaged: the content of {MANIFEST} is not what was written.")
-    return manifest
+    return check_manifest(content, str(target))
 
 
-def _check_complete(target: Path) -> dict[str, Any]:
-    manifest = _read_manifest(target)
+def _check_complete(location: Location) -> dict[str, Any]:
+    if (there := s3.at(location)) is not None:
+        return s3.check_complete(there)
+    target, manifest = local(location), _read_manifest(location)
     for name, expected in manifest["files"].items():
         try:
             size = (target / name).stat().st_size

@@ -79,10 +79,9 @@ def unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 OFTEN = [
-    "digits-gan", "digits-image", "digits-long", "quickstart",
-    "wan-1.3b-dmd-14b", "wan-1.3b-framewise", "wan-1.3b-lora", "wan-1.3b-sid-1.3b",
+    "digits-gan", "digits-long", "quickstart", "wan-1.3b-dmd-14b", "wan-1.3b-lora",
 ]  # fmt: skip
-"""Between them every loss, kind of input, window and kind of role; the other recipes repeat their paths."""
+"""The other recipes repeat their paths, or those of test_equivalence, where SiD and given frames are."""
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests import cluster
 from tests.fixtures import TINY_RECIPE, furnished
 from workers.model_directory import ModelDirectory
 
-ITERATIONS, CHECKPOINT_EVERY = 24, 4
+ITERATIONS, CHECKPOINT_EVERY = 16, 2
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -81,8 +81,8 @@ def test_a_killed_run_resumes_to_the_bit(ray_cluster: object, tmp_path: Path) ->
             "distill.checkpoint_every": CHECKPOINT_EVERY,
             "distill.sample_every": 0,
             # Ends before the run does, which goes on at the last rate.
-            "distill.roles.student.engine.schedule": {"kind": "linear", "updates": 6, "final": 0.5},
-            "distill.roles.critic.engine.schedule": {"kind": "cosine", "warmup": 3, "updates": 20},
+            "distill.roles.student.engine.schedule": {"kind": "linear", "updates": 4, "final": 0.5},
+            "distill.roles.critic.engine.schedule": {"kind": "cosine", "warmup": 3, "updates": 12},
         }
         return ["distill", str(TINY_RECIPE), *(f"--{name}={value}" for name, value in settings.items())]
 

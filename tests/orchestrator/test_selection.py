@@ -20,6 +20,7 @@ def weights(model: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_run_that_diverges_ends_early_and_exports_its_best_state(
     distilled: Callable[..., str], tmp_path: Path
 ) -> None:

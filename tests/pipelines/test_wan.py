@@ -141,6 +141,7 @@ def test_the_pipeline_s_own_folder_is_imported_with_all_it_has(
     assert Generator(str(tmp_path / "teacher")).codec is not None
 
 
+@pytest.mark.by_hand
 def test_the_suite_measures_frames_of_pixels(
     student: Path, pipeline: Path, ray_cluster: object, tmp_path: Path
 ) -> None:

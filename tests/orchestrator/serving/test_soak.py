@@ -14,7 +14,7 @@ from orchestrator.serving.client import Client, ReceivedChunk, ServerError
 from orchestrator.serving.messages import VideoStart
 from tests.orchestrator.serving.conftest import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 SIX = "a six drifting left"
 VIEWERS = 200
 

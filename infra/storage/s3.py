@@ -1,0 +1,350 @@
+"""Directories and files in an object store, under s3://BUCKET/PREFIX, through boto3.
+
+A directory is one object, `manifest.json`, which names the folder beside it that holds the files. Writers
+upload into a folder of their own; publishing puts the manifest, in place of the one before and at once. A
+reader has a copy on its node, found by the manifest's digest, whose files were hashed as they came.
+
+Credentials, region and endpoint come from boto3's usual chain: the AWS_ variables, its files, or a role.
+Requests that fail are sent again with backoff and jitter, for a minute and a half at most.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.storage.local import FOREIGN_LEFTOVER_S, Location, StorageError, explained
+from infra.storage.manifest import MANIFEST, check_manifest, file_digest, new_manifest
+
+ATTEMPTS = 12
+"""Times that a request is sent; between two of them there are at most 20 seconds."""
+PART_BYTES = 2**26
+"""Of a multipart upload: at most 10,000 parts make 640 GB a file."""
+PAGE = 1000
+"""Objects that are listed or deleted at once, the most that a store takes."""
+THREADS = 8
+_PARTS = re.compile(r"\.files-(\d+)-[0-9a-f]{8}")
+"""The folder of a directory's files, with the second in which it was begun."""
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_ADVICE = {
+    "NoSuchBucket": "there is no such bucket",
+    "AccessDenied": "access is denied; these credentials may not do this",
+    "403": "access is denied; these credentials may not do this",
+    "InvalidAccessKeyId": "the store does not know this access key",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "ExpiredToken": "the credentials have expired; renew them",
+    "InvalidToken": "the session token is wrong",
+    "RequestTimeTooSkewed": "this machine's clock is too far from the store's; set it",
+    "PermanentRedirect": "the bucket lies in another region; set AWS_DEFAULT_REGION",
+    "301": "the bucket lies in another region; set AWS_DEFAULT_REGION",
+    "AuthorizationHeaderMalformed": "the bucket lies in another region; set AWS_DEFAULT_REGION",
+    "404": "there is no such bucket or object",
+    "NoSuchKey": "there is no such object",
+}
+_ABSENT = ("404", "NoSuchKey")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A key of a bucket; what lies there may be a file or, with a manifest, a directory."""
+
+    bucket: str
+    key: str  # without a slash at the end
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(self.bucket, f"{self.key}/{name}" if self.key else name)
+
+    @property
+    def parent(self) -> "Place":
+        return Place(self.bucket, self.key.rpartition("/")[0])
+
+
+def at(location: Location) -> Place | None:
+    """The place of an s3:// address, None for a path; StorageError for one without a key."""
+    text = os.fspath(location)
+    if not text.startswith("s3://"):
+        return None
+    bucket, _, key = text.removeprefix("s3://").partition("/")
+    key = "/".join(part for part in key.split("/") if part)
+    if not bucket or not key:
+        raise StorageError(f"{text} names no place in a bucket; use s3://BUCKET/PREFIX.")
+    return Place(bucket, key)
+
+
+@contextmanager
+def asking(place: Place) -> Iterator[Any]:
+    """The store's client; what the store or the way to it says inside the block is a StorageError."""
+    try:
+        yield _client(os.getpid())
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        says = error.response.get("Error", {}).get("Message", "").strip().rstrip(".")
+        raise StorageError(f"{place}: {_ADVICE.get(code) or f'the store says {code} ({says})'}.") from error
+    except BotoCoreError as error:
+        says = str(error).strip().rstrip(".")
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            says = "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role"
+        elif type(error).__name__ == "NoRegionError":
+            says = "there is no region; set AWS_DEFAULT_REGION"
+        raise StorageError(f"{place}: {says}.") from error
+
+
+@cache
+def _client(pid: int) -> Any:
+    """One a process: clients may be shared by threads, but not by forks."""
+    own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return boto3.Session().client(
+        "s3",
+        config=Config(
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            # MinIO and its kind answer at one name for all buckets.
+            s3={"addressing_style": "path" if own else "auto"},
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=4 * THREADS,
+        ),
+    )
+
+
+_transfer = TransferConfig(
+    multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=THREADS
+)
+
+
+def each(work: Callable[[Any], T], items: Any) -> list[T]:
+    """`work` on every item, several at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(work, items))
+
+
+# Objects.
+
+
+def keys(place: Place) -> dict[str, int]:
+    """Objects below a place, by their name from there, and their sizes."""
+    found, prefix = {}, f"{place.key}/"
+    with asking(place) as client:
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=place.bucket, Prefix=prefix, PaginationConfig={"PageSize": PAGE}
+        )
+        for page in pages:
+            for item in page.get("Contents", ()):
+                found[item["Key"].removeprefix(prefix)] = item["Size"]
+    return found
+
+
+def children(place: Place) -> list[str]:
+    """Names of the folders directly below a place."""
+    prefix = f"{place.key}/" if place.key else ""
+    found: list[str] = []
+    with asking(place) as client:
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=place.bucket, Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": PAGE}
+        )
+        for page in pages:
+            found += [
+                item["Prefix"].removeprefix(prefix).rstrip("/") for item in page.get("CommonPrefixes", ())
+            ]
+    return found
+
+
+def get(place: Place) -> bytes | None:
+    """An object's content; None where there is none."""
+    with asking(place) as client:
+        try:
+            return client.get_object(Bucket=place.bucket, Key=place.key)["Body"].read()
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in _ABSENT:
+                return None
+            raise
+
+
+def put(place: Place, content: bytes) -> None:
+    with asking(place) as client:
+        client.put_object(Bucket=place.bucket, Key=place.key, Body=content)
+
+
+def upload(file: Path, place: Place) -> None:
+    """A file, in parts where it is large, with its SHA-256 beside it."""
+    with asking(place) as client:
+        extra = {"Metadata": {"sha256": file_digest(file)}}
+        try:
+            client.upload_file(str(file), place.bucket, place.key, ExtraArgs=extra, Config=_transfer)
+        except boto3.exceptions.S3UploadFailedError as error:
+            raise error.__cause__ or error.__context__ or StorageError(f"{place}: {error}.") from error
+
+
+def download(place: Place, file: Path) -> None:
+    with asking(place) as client:
+        client.download_file(place.bucket, place.key, str(file), Config=_transfer)
+
+
+def delete(place: Place, names: list[str]) -> None:
+    """Objects below a place, a page at a time; one that is gone is as good."""
+    for first in range(0, len(names), PAGE):
+        batch = [{"Key": f"{place.key}/{name}"} for name in names[first : first + PAGE]]
+        with asking(place) as client:
+            answer = client.delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})
+        for problem in answer.get("Errors", ()):
+            _log.warning("s3://%s/%s cannot be removed (%s).", place.bucket, problem["Key"], problem["Code"])
+
+
+# Directories.
+
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    """The manifest of a published directory; StorageError where there is none, or it is damaged."""
+    content = get(place / MANIFEST)
+    if content is None:
+        if not keys(place):
+            raise StorageError(f"{place} does not exist.")
+        raise StorageError(f"{place} was never finished: it has no {MANIFEST}.")
+    return check_manifest(content, str(place))
+
+
+def check_complete(place: Place) -> dict[str, Any]:
+    """The manifest of a directory all of whose files are there with their sizes."""
+    manifest = read_manifest(place)
+    there = keys(place / manifest["folder"])
+    for name, expected in manifest["files"].items():
+        if name not in there:
+            raise StorageError(f"{place} is damaged: {name} is missing.")
+        if there[name] != expected["size"]:
+            raise StorageError(
+                f"{place} is damaged: {name} has {there[name]} bytes instead of {expected['size']}."
+            )
+    return manifest
+
+
+def begin(place: Place) -> str:
+    """A new folder for the files of `place`; what was begun a day ago and never published is removed."""
+    clean(place)
+    return str(place / f".files-{int(time.time())}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def writing(staging: Place) -> Iterator[Path]:
+    """A local directory, whose files are in `staging` once the block is left."""
+    with tempfile.TemporaryDirectory(prefix="self-forcing-") as folder:
+        directory = Path(folder)
+        with explained(directory):
+            yield directory
+        files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+        each(lambda file: upload(file, staging / file.relative_to(directory).as_posix()), files)
+
+
+def publish(staging: Place, place: Place, metadata: Mapping[str, Any]) -> None:
+    """Put the manifest of what was uploaded into `staging`, and remove what was published before."""
+    try:
+        sizes = keys(staging)
+
+        def digest(name: str) -> str:
+            with asking(staging / name) as client:
+                found = client.head_object(Bucket=staging.bucket, Key=(staging / name).key)
+            return found["Metadata"]["sha256"]
+
+        hashes = dict(zip(sizes, each(digest, sizes), strict=True))
+        files = {name: {"sha256": hashes[name], "size": size} for name, size in sorted(sizes.items())}
+        sequence = 1 + max((number for number, _ in complete_children(place.parent)), default=0)
+        folder = staging.key.rpartition("/")[2]
+        before = get(place / MANIFEST)
+        body = new_manifest(files, sequence, metadata, folder=folder)
+        put(place / MANIFEST, json.dumps(body, indent=1, allow_nan=False).encode())
+    except BaseException:
+        with suppress(StorageError):
+            delete(staging, list(keys(staging)))
+        raise
+    if before is not None:
+        old = json.loads(before).get("folder")
+        if old and old != folder:
+            delete(place / old, list(keys(place / old)))
+
+
+def complete_children(place: Place) -> list[tuple[int, Place]]:
+    """(sequence, child) of what is complete directly below a place, in the order of publishing."""
+
+    def look(name: str) -> tuple[int, Place] | None:
+        with suppress(StorageError):
+            return check_complete(place / name)["sequence"], place / name
+        return None
+
+    names = [name for name in children(place) if not _PARTS.fullmatch(name)]
+    return sorted(filter(None, each(look, names)), key=lambda found: found[0])
+
+
+def remove(place: Place) -> bool:
+    """Remove a directory, its manifest first, so that nobody sees it half deleted; whether there was one."""
+    there = keys(place)
+    if MANIFEST in there:
+        delete(place, [MANIFEST])
+    delete(place, [name for name in there if name != MANIFEST])
+    return bool(there)
+
+
+def clean(place: Place) -> list[str]:
+    """Remove folders of files of `place` that were begun a day ago and more and never published."""
+    manifest = get(place / MANIFEST)
+    named = None if manifest is None else json.loads(manifest).get("folder")
+    left = []
+    for name in children(place):
+        match = _PARTS.fullmatch(name)
+        if match and name != named and time.time() - int(match[1]) > FOREIGN_LEFTOVER_S:
+            delete(place / name, list(keys(place / name)))
+            left.append(str(place / name))
+    return left
+
+
+def move(source: Place, place: Place) -> None:
+    """Copy a complete directory within the store, and remove it where it was."""
+    manifest = check_complete(source)
+    staging = at(begin(place))
+    assert staging is not None
+
+    def copy(name: str) -> None:
+        old, new = source / manifest["folder"] / name, staging / name
+        with asking(old) as client:
+            client.copy({"Bucket": old.bucket, "Key": old.key}, new.bucket, new.key, Config=_transfer)
+
+    each(copy, manifest["files"])
+    publish(staging, place, manifest["metadata"])
+    remove(source)
+
+
+def fetch(place: Place, manifest: Mapping[str, Any], directory: Path) -> None:
+    """Download a directory's files; StorageError where one is not what the manifest says."""
+
+    def one(name: str) -> None:
+        file = directory / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        download(place / manifest["folder"] / name, file)
+        if file_digest(file) != manifest["files"][name]["sha256"]:
+            raise StorageError(f"{place} is damaged: the content of {name} is not what was written.")
+
+    free, needed = shutil.disk_usage(directory).free, sum(file["size"] for file in manifest["files"].values())
+    if needed > free:
+        raise StorageError(
+            f"{place} takes {needed / 2**30:.1f} GiB, and {directory.parent} has {free / 2**30:.1f} left; "
+            "free some, or name another place in SELF_FORCING_CACHE."
+        )
+    each(one, manifest["files"])
