@@ -5,7 +5,6 @@ take seconds. What takes the content (numbers that are not finite, bytes that ar
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors import SafetensorError, safe_open
 
+from infra.storage import Stored
 from model.text import split_words
 from model.transformer import TransformerConfig
 from workers.dataset import ParquetDataset, dataset_description
@@ -161,5 +161,5 @@ def _where(mask: pa.ChunkedArray) -> list[int]:
     return np.flatnonzero(mask.to_numpy(zero_copy_only=False)).tolist() if pc.any(mask).as_py() else []
 
 
-def _row(shard: Path, row: int) -> str:
+def _row(shard: Stored, row: int) -> str:
     return f"row {row} of {shard.name}"

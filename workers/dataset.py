@@ -13,19 +13,22 @@ import bisect
 import hashlib
 import json
 import math
-import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from infra import storage
+from infra.storage import Stored
 
 FORMAT_VERSION = 1
 SHUFFLE_BYTES = 2**30
@@ -38,7 +41,11 @@ _DTYPES = {
     for dtype in (torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 }
 
+_READERS = 16
+"""Shards that are looked at at once."""
+
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def tensor_fields(name: str) -> list[pa.Field]:
@@ -79,19 +86,25 @@ def digest(path: str | Path) -> str:
     checksums find those on reading. ValueError where there is no data set at `path`.
     """
     total = hashlib.sha256()
-    for shard in _find_shards(Path(path)):
-        with open(shard, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            total.update(f"{shard.name}\0{size}\0".encode())
-            file.seek(max(0, size - 8))
-            footer = min(size, int.from_bytes(file.read(8)[:4], "little") + 8)
-            spacing = max(_DIGEST_BLOCK, size // _DIGEST_BLOCKS)
-            for start in range(0, size, spacing):
-                file.seek(start)
-                total.update(file.read(_DIGEST_BLOCK))
-            file.seek(size - footer)
-            total.update(file.read(footer))
+    for pieces in _each(_pieces, _find_shards(path)):
+        for piece in pieces:
+            total.update(piece)
     return total.hexdigest()
+
+
+def _pieces(shard: Stored) -> list[bytes]:
+    """What `digest` reads of a shard."""
+    size = shard.size
+    with shard.open() as file:
+
+        def read(start: int, count: int) -> bytes:
+            file.seek(start)
+            return file.read(count)
+
+        footer = min(size, int.from_bytes(read(max(0, size - 8), 8)[:4], "little") + 8)
+        spacing = max(_DIGEST_BLOCK, size // _DIGEST_BLOCKS)
+        blocks = [read(start, _DIGEST_BLOCK) for start in range(0, size, spacing)]
+        return [f"{shard.name}\0{size}\0".encode(), *blocks, read(size - footer, footer)]
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ class ParquetDataset:
         if shuffle_bytes < 1:
             raise ValueError(f"shuffle_bytes is {shuffle_bytes}; it must be a positive number of bytes")
         self.columns = tuple(columns)
-        self._shards = _find_shards(Path(path))
+        self._shards = _find_shards(path)
         self._shuffle_bytes = shuffle_bytes
         self._groups: list[_RowGroup] = []
         self._length = 0
@@ -135,12 +148,13 @@ class ParquetDataset:
 
         found = len(self._shards)
         if skip_damaged:
-            self._shards = [file for file in self._shards if _is_whole(file)]
+            whole = _each(_is_whole, self._shards)
+            self._shards = [file for file, kept in zip(self._shards, whole, strict=True) if kept]
             if not self._shards:
                 raise ValueError(f"every shard of the data set {path} is damaged; write it again")
         self.skipped = found - len(self._shards)
         """Damaged shards that were left out."""
-        footers = [_read_footer(file) for file in self._shards]
+        footers = _each(_read_footer, self._shards)
         self._metadata = [metadata for metadata, _ in footers]
         first, self.schema = self._shards[0], footers[0][1]  # with every column, and what a writer recorded
         self._tensors, self._stored = _stored_columns(first, self.schema, self.columns)
@@ -185,15 +199,17 @@ class ParquetDataset:
             row[name] = value
         return row
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Path, pa.Table]]:
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Stored, pa.Table]]:
         """Each shard and its columns of these names, as they are stored; nothing else is read."""
         for file in self._shards:
             try:
-                yield file, pq.read_table(file, columns=list(columns), memory_map=True)
+                with file.open() as opened:
+                    table = pq.read_table(opened, columns=list(columns))
+                yield file, table
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(_damaged(file, error)) from error
 
-    def nulls(self, shard: Path, column: str) -> list[int]:
+    def nulls(self, shard: Stored, column: str) -> list[int]:
         """The first row of each row group of `shard` that lacks values of `column`, by its statistics."""
         metadata, found = self._metadata[self._shards.index(shard)], []
         first = 0
@@ -251,9 +267,10 @@ class ParquetDataset:
             self._cache.move_to_end(group)
             return self._cache[group]
         shard, index = self._groups[group].shard, self._groups[group].index
-        options: dict[str, Any] = {"memory_map": True, "page_checksum_verification": True}
+        options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
         try:
-            with pq.ParquetFile(self._shards[shard], metadata=self._metadata[shard], **options) as file:
+            with self._shards[shard].open() as opened:
+                file = pq.ParquetFile(opened, metadata=self._metadata[shard], **options)
                 table = file.read_row_group(index, columns=self._stored, use_threads=False).combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise ValueError(_damaged(self._shards[shard], error)) from error
@@ -264,20 +281,26 @@ class ParquetDataset:
         return table
 
 
-def _find_shards(path: Path) -> list[Path]:
-    if not path.exists():
-        raise ValueError(f"the data set {path} does not exist; `self-forcing prepare` writes one")
+def _each(work: Callable[[Stored], T], shards: Sequence[Stored]) -> list[T]:
+    """`work` on every shard, several at a time, as most of it is waiting."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(work, shards))
+
+
+def _find_shards(path: str | Path) -> list[Stored]:
     # Hidden files are other programs' business: macOS puts a `._` file beside each on a foreign disk.
-    found = (file for file in sorted(path.glob("*.parquet")) if not file.name.startswith("."))
-    shards = [path] if path.is_file() else list(found)
+    shards = storage.stored(path, ".parquet")
+    if shards is None:
+        raise ValueError(f"the data set {path} does not exist; `self-forcing prepare` writes one")
     if not shards:
         raise ValueError(f"the data set {path} holds no *.parquet shard; `self-forcing prepare` writes some")
     return shards
 
 
-def _is_whole(file: Path) -> bool:
+def _is_whole(file: Stored) -> bool:
     try:
-        with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as shard:
+        with file.open() as opened:
+            shard = pq.ParquetFile(opened, page_checksum_verification=True)
             for _ in shard.iter_batches():
                 pass
     except (OSError, pa.ArrowException):
@@ -285,9 +308,10 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def _read_footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+def _read_footer(file: Stored) -> tuple[pq.FileMetaData, pa.Schema]:
     try:
-        metadata = pq.read_metadata(file)
+        with file.open() as opened:
+            metadata = pq.read_metadata(opened)
         schema = metadata.schema.to_arrow_schema()
     except (OSError, pa.ArrowException) as error:
         raise ValueError(_damaged(file, error)) from error
@@ -299,7 +323,7 @@ def _read_footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
 
 
 def _stored_columns(
-    file: Path, schema: pa.Schema, columns: Sequence[str]
+    file: Stored, schema: pa.Schema, columns: Sequence[str]
 ) -> tuple[frozenset[str], list[str]]:
     """The names among `columns` that are tensors, and every stored column that `columns` need."""
     tensors, stored = set(), []
@@ -329,6 +353,6 @@ def _decode_tensor(raw: bytes, shape: list[int], dtype_name: str) -> Tensor:
     return tensor.float().div_(127.5).sub_(1.0) if dtype == torch.uint8 else tensor
 
 
-def _damaged(file: Path, error: Exception) -> str:
+def _damaged(file: Stored, error: Exception) -> str:
     reason = str(error).splitlines()[0].rstrip(".")
     return f"the shard {file} is damaged or not a Parquet file ({reason}); write the data set again"

@@ -36,3 +36,4 @@ from infra.storage.local import (
     write_text,
 )
 from infra.storage.manifest import file_digest, files_digest
+from infra.storage.stored import Stored, stored

@@ -180,6 +180,19 @@ def get(place: Place) -> bytes | None:
             raise
 
 
+def get_range(place: Place, start: int, stop: int) -> bytes:
+    """Bytes `start … stop − 1` of an object; OSError where they are not there any more."""
+    try:
+        with asking(place) as client:
+            asked = {"Bucket": place.bucket, "Key": place.key, "Range": f"bytes={start}-{stop - 1}"}
+            content = client.get_object(**asked)["Body"].read()
+    except StorageError as error:
+        raise OSError(str(error)) from error
+    if len(content) != stop - start:
+        raise OSError(f"{place} was replaced by a shorter one while it was read")
+    return content
+
+
 def put(place: Place, content: bytes) -> None:
     with asking(place) as client:
         client.put_object(Bucket=place.bucket, Key=place.key, Body=content)
@@ -211,6 +224,15 @@ def delete(place: Place, names: list[str]) -> None:
 
 
 # Directories.
+
+
+def files(place: Place) -> dict[str, int]:
+    """Files of a place by name, with their sizes: those that its manifest names, or all where it has none."""
+    found = keys(place)
+    if MANIFEST not in found:
+        return found
+    folder = read_manifest(place)["folder"]
+    return {name: size for name, size in found.items() if name.startswith(f"{folder}/")}
 
 
 def read_manifest(place: Place) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Files that are read in place, from a file system or an object store, a part at a time."""
+
+import io
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from infra.storage import s3
+from infra.storage.local import Location, local
+
+
+@dataclass(frozen=True, order=True)
+class Stored:
+    """A file that others wrote."""
+
+    location: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.location.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.location
+
+    def open(self) -> pa.NativeFile:
+        """A file to read that can seek: mapped into memory, or asked of the store range by range.
+
+        OSError where it is gone or cannot be reached.
+        """
+        if (there := s3.at(self.location)) is not None:
+            return pa.PythonFile(_Ranges(there, self.size), mode="r")
+        return pa.memory_map(self.location)
+
+
+def stored(location: Location, suffix: str) -> list[Stored] | None:
+    """The files with this suffix in a directory, by name, but hidden ones; or the file at `location` itself.
+
+    None where there is neither. StorageError where a store cannot be asked.
+    """
+    if (there := s3.at(location)) is None:
+        place = local(location)
+        if not place.exists():
+            return None
+        files = [place] if place.is_file() else [each for each in place.iterdir() if each.is_file()]
+        found = {str(file): file.stat().st_size for file in files}
+    else:
+        found = {f"{there}/{name}": size for name, size in s3.files(there).items()}
+        if not found:
+            size = s3.keys(there.parent).get(there.key.rpartition("/")[2])
+            if size is None:
+                return None
+            found = {str(there): size}
+    files_ = (Stored(name, size) for name, size in found.items() if name.endswith(suffix))
+    return sorted(file for file in files_ if not file.name.startswith("."))
+
+
+class _Ranges(io.RawIOBase):
+    """An object, read by ranges."""
+
+    def __init__(self, place: s3.Place, size: int):
+        self.place, self.total, self.at = place, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def size(self) -> int:
+        return self.total
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.total}[whence]
+        return self.at
+
+    def read(self, count: int | None = -1) -> bytes:
+        stop = self.total if count is None or count < 0 else min(self.at + count, self.total)
+        content = s3.get_range(self.place, self.at, stop) if stop > self.at else b""
+        self.at += len(content)
+        return content
