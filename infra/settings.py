@@ -61,6 +61,12 @@ def check_local(path: str, name: str) -> None:
         raise Invalid(name, f"is {path}; only paths of local and shared file systems work here.")
 
 
+def check_stored(path: str, name: str) -> None:
+    """Invalid where the setting `name` holds a URL of another kind than s3://BUCKET/PREFIX."""
+    if "://" in path and not path.startswith("s3://"):
+        raise Invalid(name, f"is {path}; use a path, or s3://BUCKET/PREFIX.")
+
+
 def local(config: Any, *names: str) -> None:
     """`check_local` of each named field of `config`; None is no path."""
     for name in names:
@@ -74,6 +80,9 @@ class Places:
 
     OUTPUTS: ClassVar[tuple[str, ...]] = ()  # settings whose paths lie below `root`
     INPUTS: ClassVar[tuple[str, ...]] = ()  # those whose paths may also lie in the working directory
+    STORED: ClassVar[tuple[str, ...]] = ()  # those of both that may be s3:// addresses
 
     def __post_init__(self) -> None:
-        local(self, *self.OUTPUTS, *self.INPUTS)
+        for name in (*self.OUTPUTS, *self.INPUTS):
+            if (value := getattr(self, name)) is not None:
+                (check_stored if name in self.STORED else check_local)(value, name)

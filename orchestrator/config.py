@@ -28,7 +28,7 @@ from workers.model_directory import TextConfig, VideoConfig
 class DataConfig(Places):
     """Where videos and prompts come from."""
 
-    OUTPUTS = ("train", "held_out", "real")
+    OUTPUTS = STORED = ("train", "held_out", "real")
 
     train: str = "outputs/data/train"
     """Parquet data set of videos or latents to train on."""
@@ -207,6 +207,8 @@ def _located(part: Any, root: Path) -> Any:
     if isinstance(part, Places):
         for name in (*part.OUTPUTS, *part.INPUTS):
             if (path := values[name]) is not None:
+                if path.startswith("s3://"):
+                    continue
                 here = Path(path).absolute()
                 elsewhere = name in part.INPUTS and here.exists() and not (root / path).exists()
                 changes[name] = str(here if elsewhere else root / path)

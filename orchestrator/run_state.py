@@ -8,6 +8,7 @@ on with nor taken for one's own, unless the change is allowed by name; then it i
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -181,7 +182,7 @@ class RunState:
             )
         moved = [self.path(done) for done in range(since, until + 1) if storage.is_complete(self.path(done))]
         for path in moved:
-            storage.move(path, f"{self.output}/{aside}/{Path(path).name}")
+            storage.move(path, f"{self.output}/{aside}/{os.path.basename(path)}")
         kept = f" ({', '.join(moved)} led there and is kept in {self.output}/{aside})" if moved else ""
         return FloatingPointError(
             f"{what}; go on with a lower {' or '.join(rates)}, as in "

@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -101,7 +100,7 @@ def train(
                 resources_per_worker={"CPU": settings.role.cpus, "GPU": settings.role.gpus},
             ),
             run_config=RayRunConfig(
-                name=state.stage, storage_path=str(Path(settings.output).absolute() / "ray")
+                name=state.stage, storage_path=str(storage.scratch(settings.output) / "ray")
             ),
         )
         try:

@@ -101,7 +101,7 @@ def whole_stage(engine: EngineConfig, updates: int) -> EngineConfig:
 class PretrainConfig(Places):
     """Pretraining of the bidirectional teacher."""
 
-    OUTPUTS = ("output",)
+    OUTPUTS = STORED = ("output",)
 
     output: str = "outputs/teacher"
     """Run directory; the teacher is written to its `model`."""
@@ -139,7 +139,7 @@ class PretrainConfig(Places):
 class InitializeConfig(MethodConfig, Places):
     """The initial student: a model of the student's size made causal, and perhaps few-step."""
 
-    OUTPUTS, INPUTS = ("output", "pairs_path"), ("teacher",)
+    OUTPUTS, INPUTS, STORED = ("output", "pairs_path"), ("teacher",), ("output", "teacher")
 
     output: str = "outputs/initial"
     """Run directory; the initial student is written to its `model`."""
@@ -233,6 +233,7 @@ class DistillConfig(Places):
     """Self Forcing: student, teacher and critic."""
 
     OUTPUTS, INPUTS = ("output",), ("teacher", "student", "critic")
+    STORED = (*OUTPUTS, *INPUTS)
 
     output: str = "outputs/distilled"
     """Run directory: checkpoints, samples, and the distilled student."""

@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings  # noqa: E402
 
-from infra.settings import check_local, part  # noqa: E402
+from infra.settings import part  # noqa: E402
 from pipelines.command import RESUME, TRACEBACK, Command  # noqa: E402
 from pipelines.commands import COMMANDS  # noqa: E402
 from pipelines.recipe import (  # noqa: E402
@@ -59,7 +59,7 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
         raise ValueError(f"{shown(' '.join(str(error).split()), 300).rstrip('.')}.") from None
     for option in command.options:
         if option.path and options[option.key] is not None:
-            check_local(options[option.key], option.name)
+            option.check(options[option.key], option.name)
     if command.passes_on:
         options["overrides"] = overrides
     return (compose(kind, options) if kind else None), options

@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
+from infra.settings import check_local, check_stored
+
 RUN_CONFIG = "orchestrator.config:RunConfig"
 
 
 class Option:
-    """An argument of one command, as `add_argument` takes it; a `path` is a place in a file system, a
-    `preset` the name of settings that ship, or a file of such, on top of which others may be given."""
+    """An argument of one command, as `add_argument` takes it.
+
+    A `path` is a place in a file system, or, where it is `stored`, also in S3; a `preset` the name of
+    settings that ship, or a file of such, on top of which others may be given.
+    """
 
     def __init__(
         self,
@@ -16,11 +21,13 @@ class Option:
         help: str,
         *,
         path: bool = False,
+        stored: bool = False,
         preset: bool = False,
         required: bool = False,
         **how: Any,
     ):
-        self.name, self.help, self.path, self.preset = name, help, path, preset
+        self.name, self.help, self.path, self.preset = name, help, path or stored, preset
+        self.check = check_stored if stored else check_local
         positional = not name.startswith("-")
         self.is_required = required or (positional and how.get("nargs") != "?")
         self.is_flag = how.get("action") == "store_true"

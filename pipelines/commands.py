@@ -59,7 +59,7 @@ COMMANDS: Mapping[str, Command] = {
         "make a video from a prompt",
         "pipelines.generate:command",
         options=(
-            Option("--model", "directory of a student", path=True, required=True),
+            Option("--model", "directory of a student", stored=True, required=True),
             Option("--prompt", "what the video shows", required=True),
             Option("--frames", "frames of the video; the trained length by default", type=int | None),
             Option("--seed", "another one makes another video", type=int, default=0),
@@ -115,7 +115,7 @@ COMMANDS: Mapping[str, Command] = {
         "pipelines.import_model:ImportConfig",
         options=(
             Option("source", "folder or file of the checkpoint", path=True),
-            Option("--output", "directory of the model", path=True, required=True),
+            Option("--output", "directory of the model", stored=True, required=True),
             Option("--preset", "settings that the file does not hold, by the name of a preset", preset=True),
             Option("--part", "of a file that holds several models, such as generator or critic"),
             Option("--adapter", "LoRA file or folder that is added to the weights", path=True),
@@ -125,7 +125,7 @@ COMMANDS: Mapping[str, Command] = {
         "write a model in the layout of another tool",
         "pipelines.export:command",
         options=(
-            Option("model", "directory of a model, or of a checkpoint of a distillation", path=True),
+            Option("model", "directory of a model, or of a checkpoint of a distillation", stored=True),
             Option("--format", "diffusers, wan, pt or peft", required=True),
             Option("--output", "directory that is written", path=True, required=True),
             Option("--dtype", "fp32 or bf16; what the weights are by default"),

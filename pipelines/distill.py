@@ -8,6 +8,7 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
+from infra import storage
 from infra.tracking import Tracker
 from model.codec import enlarge
 from model.rollout_plan import RolloutPlan
@@ -156,7 +157,7 @@ def sample(config: RunConfig, coordinator: Coordinator, done: int) -> list[Path]
         frames += filmed["frames"]
     stem = f"{config.distill.output}/samples/{done:07d}"
     files = ray.get(write_samples.remote(stem, config.video.fps, *frames[:SAMPLES]))
-    return [Path(file) for file in files]
+    return [storage.on_disk(file) for file in files]
 
 
 @ray.remote(num_cpus=0)
@@ -198,7 +199,7 @@ def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
         with tracking(config, state.stage, state.output, lineage(models), state) as tracker:
             begun, grows = replace(state, run_id=tracker.run_id), not cluster.started_here
             path = distill(config, models, begun, tracker=tracker, grows=grows)
-            samples = sorted(Path(state.output).glob("samples/*.mp4"))
+            samples = storage.stored(f"{state.output}/samples", ".mp4") or []
             rows = {"model": path, "tracking": tracker.how_to_open()}
             summary("Distilled student", rows | ({"sample video": str(samples[-1])} if samples else {}))
 

@@ -232,7 +232,7 @@ def open_models(config: RunConfig) -> dict[str, ModelDirectory]:
     }
     models = {}
     for name, (setting, path) in paths.items():
-        if not Path(path).exists():
+        if not storage.exists(path):
             continue
         models[name] = model = ModelDirectory(path)
         if model.card.causal != (name != "teacher"):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -41,7 +41,14 @@ def command(_: None, options: Any) -> None:
     ):
         if value not in known:
             raise ValueError(f"--{name} is {value}; use {', '.join(filter(None, known))}.")
-    path = Path(options.model)
+    with ExitStack() as held:
+        path = Path(options.model)
+        if options.model.startswith("s3://"):
+            path = held.enter_context(storage.reading(options.model))
+        _write(path, options)
+
+
+def _write(path: Path, options: Any) -> None:
     card, weights, what = _opened(path, options.weights, options.base)
     if options.format == "peft":
         if not (path / "adapter").is_dir():

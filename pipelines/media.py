@@ -62,14 +62,13 @@ def check_output(path: str | Path) -> Path:
 
 def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
     """Write frames [T, channels, height, width] in [−1, 1] as MP4 or GIF, whole or not at all."""
-    write_pixels(path, enlarge(to_uint8(frames)), fps)
+    write_pixels(check_output(path), enlarge(to_uint8(frames)), fps)
 
 
 def write_pixels(path: str | Path, pixels: np.ndarray, fps: int) -> None:
-    """Write frames uint8 [T, height, width, 3], likewise."""
-    path = check_output(path)
+    """Write frames uint8 [T, height, width, 3], likewise; `path` may also be in S3."""
     content = BytesIO()
-    if path.suffix == ".gif":
+    if str(path).endswith(".gif"):
         first, *rest = [Image.fromarray(frame) for frame in pixels]
         # A GIF counts hundredths of a second: rounded where each frame ends, so that they add up.
         ends = [round(100 * frame / fps) for frame in range(len(pixels) + 1)]

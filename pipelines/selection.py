@@ -12,6 +12,7 @@ training stands still for about two minutes each time; `keep` + 1 of them lie on
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -217,7 +218,7 @@ class Selection:
             copy_model(self.path(chosen), path, card)
         said = f"the {exported} state, of iteration {chosen} with {settings.by} {_shown(selected['value'])}"
         say(f"distill: exported {said}; {self.output} keeps iterations {', '.join(map(str, self.kept))}")
-        self.tracker.artifact(Path(self.output) / NUMBERS, "selection")
+        self.tracker.artifact(storage.on_disk(f"{self.output}/{NUMBERS}"), "selection")
         return path
 
     def path(self, iteration: int) -> str:
@@ -231,11 +232,11 @@ class Selection:
         ValueError where they were measured otherwise.
         """
         storage.clean(self.output)
-        file = Path(self.output) / NUMBERS
-        if not file.exists():
+        file = f"{self.output}/{NUMBERS}"
+        if (content := storage.read_bytes(file)) is None:
             return
         try:
-            found = json.loads(file.read_text())
+            found = json.loads(content)
             measured = {int(iteration): each for iteration, each in found["measured"].items()}
             same, kept, how = found["run"] == self.run, set(found["kept"]), found["measured_as"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -287,10 +288,10 @@ class Selection:
             "measured": {str(each): self.numbers[each] for each in sorted(self.numbers)},
         }
         storage.write_text(f"{self.output}/{NUMBERS}", json.dumps(body, indent=1, allow_nan=False))
-        kept = {Path(self.path(each)).name for each in self.kept}
-        for child in Path(self.output).iterdir():  # only now, so that what is kept is always there
-            if child.name.isdigit() and child.name not in kept:
-                storage.discard(child)
+        kept = {os.path.basename(self.path(each)) for each in self.kept}
+        for name in storage.folders(self.output):  # only now, so that what is kept is always there
+            if name.isdigit() and name not in kept:
+                storage.discard(f"{self.output}/{name}")
 
     def _scores(self, done: int) -> dict[int, float]:
         """More is better; −∞ where there is no number."""

@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
-from infra.settings import check_local
+from infra.settings import check_stored
 from infra.storage import Files
 from infra.tracking import tracking_uri
 from orchestrator.cluster import Cluster, connect
@@ -44,9 +44,10 @@ def command(config: ServeConfig, options: Any) -> None:
     if config.registered:
         config = replace(config, registry=tracking_uri(config.registry, "."))
     else:
-        check_local(config.model, "model")
-        config = replace(config, model=str(Path(config.model).absolute()))
-    source, _ = check(str(locate(config)[1]))
+        check_stored(config.model, "model")
+        if not config.model.startswith("s3://"):
+            config = replace(config, model=str(Path(config.model).absolute()))
+    source, _ = check(locate(config)[1])
     for sentence in never_trained(source.card):
         say(f"serve: {sentence}")
     if config.light_decoder is not None:

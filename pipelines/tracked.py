@@ -96,7 +96,7 @@ def tracking(
     stretches = state.stretches if state else ()
     with Tracker(
         config.tracking,
-        folder=Path(output),
+        folder=storage.scratch(output),
         run_name=f"{stage} {output.removeprefix(f'{config.root}/').removeprefix('outputs/')}",
         stage=stage,
         params=asdict(config),

@@ -25,9 +25,8 @@ class Watch:
         self.settings = config.distill.alarms
         self.alarms = Alarms(self.settings, reference)
         self.rows: list[dict[str, Any]] = []
-        file = Path(self.output) / "numbers.json"
-        if done and file.exists():
-            for row in json.loads(file.read_text())["updates"]:
+        if done and (found := storage.read_bytes(f"{self.output}/numbers.json")) is not None:
+            for row in json.loads(found)["updates"]:
                 if row["iteration"] <= done:
                     numbers = {name: row[name] for name in NUMBERS if name in row}
                     self.alarms.numbers({f"student/{name}": value for name, value in row.items()})
@@ -64,10 +63,10 @@ class Watch:
             "ranges": {n: [low, high if high < math.inf else None] for n, (low, high) in ranges.items()},
             "updates": self.rows,
         }
-        files = Path(self.output) / "numbers.json", Path(self.output) / "numbers.md"
+        files = f"{self.output}/numbers.json", f"{self.output}/numbers.md"
         storage.write_text(files[0], json.dumps(found))
         storage.write_text(files[1], self._table())
-        return list(files)
+        return [storage.on_disk(file) for file in files]
 
     def _table(self) -> str:
         names = list(dict.fromkeys(name for row in self.rows for name in row if name != "iteration"))

@@ -4,12 +4,11 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from orchestrator import cluster
 from tests.mlflow_server import Server
+from tests.s3_server import S3Server, reached
 
 # Before anything reads a token: Ray caches the one it finds, one a process, and would otherwise read or write
 # one in the home directory.
@@ -23,7 +22,17 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[cluster.Cluster]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server that this process and all that it starts reach, with the bucket `bucket`."""
+    server = S3Server()
+    with reached(server, SELF_FORCING_CACHE=str(tmp_path_factory.mktemp("cache"))):
+        server.create("bucket")
+        yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server) -> Iterator[cluster.Cluster]:
     """A local Ray of 16 logical CPUs and a 1 GiB object store. Give back what you take: others use it after
     you."""
     with cluster.connect("local", num_cpus=16, object_store_bytes=1 << 30) as connected:
@@ -44,20 +53,9 @@ def mlflow_server(_mlflow_server: Server) -> Server:
     return _mlflow_server
 
 
-@pytest.fixture(scope="session")
-def s3_bucket() -> Iterator[Callable[[str], str]]:
-    """A bucket of a running S3 server: prefix → location."""
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    key, secret, region = "key", "secret", "us-east-1"
-    boto3.client(
-        "s3",
-        region,
-        endpoint_url=f"http://{host}:{port}",
-        aws_access_key_id=key,
-        aws_secret_access_key=secret,
-    ).create_bucket(Bucket="bucket")  # fmt: skip
-    query = f"endpoint_override={host}:{port}&scheme=http&region={region}"
-    yield lambda prefix: f"s3://{key}:{secret}@bucket/{prefix}?{query}"
-    server.stop()
+@pytest.fixture
+def s3_bucket(s3_server: S3Server) -> Callable[[str], str]:
+    """A bucket of the S3 server: prefix → location."""
+    host = s3_server.url.removeprefix("http://")
+    query = f"endpoint_override={host}&scheme=http&region=us-east-1"
+    return lambda prefix: f"s3://key:secret@bucket/{prefix}?{query}"

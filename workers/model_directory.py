@@ -200,7 +200,7 @@ class ModelDirectory:
         at 14B that is 57 GB.
         """
         self.path = str(path)
-        if not storage.local(path).is_dir():
+        if not storage.exists(path):
             raise ValueError(
                 f"there is no complete model at {path}; train one, or name a directory that has a "
                 "manifest.json."

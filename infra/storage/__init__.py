@@ -1,10 +1,10 @@
 # ruff: noqa: F401  what is imported here is what the package offers
 """The only place that makes anything durable: single files, and directories whose files belong together.
 
-`write_file`, `write_text` and `write_bytes` write one file on a local or shared file system. `begin`,
-`writing`, `publish` and `reading` are for directories that are whole or do not exist (`directories.py`).
-`Files` holds small files by name, in a directory or under s3://. Whatever else is asked of s3:// is refused
-in one sentence; docs/adding-a-storage-back-end.md says what a back end must give.
+Places are paths of a local or shared file system, or s3://BUCKET/PREFIX. `write_file`, `write_text` and
+`write_bytes` write one file (`single.py`). `begin`, `writing`, `publish` and `reading` are for directories
+that are whole or do not exist (`directories.py`). `Files` holds small files by name, and `stored` lists what
+others wrote, to be read in place. docs/storage.md says how S3 is set up.
 """
 
 from infra.storage.directories import (
@@ -30,10 +30,17 @@ from infra.storage.local import (
     Location,
     StorageError,
     local,
-    write_bytes,
     write_directory,
+)
+from infra.storage.manifest import file_digest, files_digest
+from infra.storage.single import (
+    exists,
+    folders,
+    on_disk,
+    read_bytes,
+    scratch,
+    write_bytes,
     write_file,
     write_text,
 )
-from infra.storage.manifest import file_digest, files_digest
 from infra.storage.stored import Stored, stored

@@ -45,7 +45,7 @@ class StorageError(ValueError):
 def local(location: Location) -> Path:
     """`location` as an absolute path of a local or shared file system.
 
-    StorageError for an address, such as s3://bucket/run, which nothing but the videos of `serve` may be.
+    StorageError for an address: where s3:// can be, it is asked for first.
     """
     text = os.fspath(location)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # `Path` turns s3://bucket into s3:/bucket
@@ -55,7 +55,7 @@ def local(location: Location) -> Path:
 
 
 @contextmanager
-def write_file(path: Location) -> Iterator[Path]:
+def write_local_file(path: Location) -> Iterator[Path]:
     """A path to write one file at, which becomes `path` when the block is left, and is removed if it fails.
 
     It has the suffix of `path` and lies in the same directory, which is made where there is none.
@@ -64,17 +64,6 @@ def write_file(path: Location) -> Iterator[Path]:
     target = local(path)
     with explained(target), whole_file(target) as aside:
         yield aside
-
-
-def write_text(path: Location, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all; StorageError as `write_file`."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Location, content: bytes) -> None:
-    """Write a file, whole or not at all; StorageError as `write_file`."""
-    with write_file(path) as aside:
-        aside.write_bytes(content)
 
 
 @contextmanager
@@ -97,7 +86,7 @@ def write_directory(path: Location) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """`write_file`, with the errors of the operating system as they are."""
+    """`write_local_file`, with the errors of the operating system as they are."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:  # which says less than what it means here

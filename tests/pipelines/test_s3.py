@@ -1,0 +1,151 @@
+"""A lineage whose data sets, models and checkpoints lie in S3, while the store fails now and then."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra import storage
+from infra.storage import cache, s3
+from orchestrator.serving.client import Client
+from pipelines import cli
+from tests.fixtures import TINY_RECIPE, furnished, write_real
+from tests.orchestrator.serving.conftest import CONFIG, deploy, serve_url, student  # noqa: F401 (fixtures)
+from tests.s3_server import S3Server
+from workers.model_directory import ModelDirectory
+
+pytestmark = pytest.mark.slow
+BASE = "s3://bucket/tiny run"
+
+
+@pytest.fixture
+def server(ray_cluster: object, s3_server: S3Server) -> Iterator[S3Server]:
+    yield s3_server
+    s3_server.fails = 0.0
+    storage.discard(BASE)
+
+
+def copy_up(path: Path, location: str) -> None:
+    """A directory as it is, as another tool would copy it."""
+    place = s3.at(location)
+    assert place is not None
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            s3.upload(file, place / file.relative_to(path).as_posix())
+
+
+def copy_model(path: str, location: str) -> None:
+    staging = storage.begin(location)
+    with storage.reading(path) as there, storage.writing(staging) as here:
+        for name in storage.digests(path):
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).write_bytes((there / name).read_bytes())
+    storage.publish(staging, location, storage.read_metadata(path))
+
+
+def test_a_distillation_in_s3_resumes_on_an_emptied_node_and_ends_with_the_same_weights(
+    server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = furnished(tmp_path)
+    copy_up(Path(config.data.train), f"{BASE}/prompts")
+    for name in ("teacher", "student"):
+        copy_model(getattr(config.distill, name), f"{BASE}/{name}")
+    local = [str(TINY_RECIPE), f"--root={tmp_path}", "--distill.checkpoint_every=2"]
+    inputs = [f"--distill.{name}={BASE}/{name}" for name in ("teacher", "student")]
+    stored = [*local, *inputs, f"--data.train={BASE}/prompts", f"--distill.output={BASE}/run"]
+
+    server.fails = 0.3
+    assert cli.main(["distill", *stored, "--distill.iterations=4"]) == 0
+    assert storage.newest_complete(f"{BASE}/run/checkpoints") == f"{BASE}/run/checkpoints/0000004"
+    for entry in cache.root().iterdir():  # another node goes on
+        if entry.is_dir():
+            storage.discard(entry)
+    assert cli.main(["distill", *stored, "--resume"]) == 0
+    assert cli.main(["distill", *local]) == 0
+    server.fails = 0.0
+    ours, theirs = ModelDirectory(f"{BASE}/run/model"), ModelDirectory(tmp_path / "outputs/distilled/model")
+    for name in theirs.keys():  # noqa: SIM118 (not a mapping)
+        assert torch.equal(ours.get(name), theirs.get(name)), name
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"{BASE}/run/samples/0000006.mp4" in said
+    assert {each.name for each in storage.stored(f"{BASE}/run/samples", ".png") or ()} >= {"0000006.png"}
+    assert storage.read_bytes(f"{BASE}/run/watch/numbers.json")
+
+    video = tmp_path / "video.mp4"
+    asked = ["--prompt=a six drifting left", f"--output={video}"]
+    assert cli.main(["generate", f"--model={BASE}/run/model", *asked]) == 0 and video.stat().st_size
+    assert cli.main(["export", f"{BASE}/run/model", "--format=pt", f"--output={tmp_path}/pt"]) == 0
+    checkpoint = f"{BASE}/run/checkpoints/0000006"
+    assert cli.main(["export", checkpoint, "--format=pt", f"--output={tmp_path}/pt2"]) == 0
+
+
+def test_what_is_wrong_with_a_place_is_said_before_anything_starts(
+    server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    furnished(tmp_path)
+    asked = ["distill", str(TINY_RECIPE), f"--root={tmp_path}"]
+    for setting, says in (
+        (f"--distill.teacher={BASE}/nowhere", f"there is no complete model at {BASE}/nowhere"),
+        ("--distill.teacher=s3://no-such-bucket/a", "there is no such bucket"),
+        ("--data.train=s3://bucket/nothing", "the data set s3://bucket/nothing does not exist"),
+        ("--distill.output=gs://bucket/run", "use a path, or s3://BUCKET/PREFIX"),
+    ):
+        capfd.readouterr()
+        assert cli.main([*asked, setting]) == 2, setting
+        said = capfd.readouterr().err
+        assert says in said and said.count("\n") == 1, said
+
+
+@pytest.mark.by_hand
+def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_while(
+    server: S3Server,
+    deploy: Callable,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = furnished(tmp_path)
+    write_real(tmp_path / "videos", config)
+    copy_up(tmp_path / "videos", f"{BASE}/videos")
+    places = {
+        "data.train": "videos", "pretrain.output": "teacher", "initialize.teacher": "teacher/model",
+        "initialize.output": "initial", "distill.teacher": "teacher/model",
+        "distill.student": "initial/model", "distill.output": "run",
+    }  # fmt: skip
+    settings = [str(TINY_RECIPE), f"--root={tmp_path}"]
+    outage = threading.Event()
+
+    def goes_down() -> None:
+        while not outage.wait(40):
+            server.down = True
+            outage.wait(30)
+            server.down = False
+
+    server.fails = 0.3
+    threading.Thread(target=goes_down, daemon=True).start()
+    try:
+        for command in ("pretrain", "initialize", "distill"):
+            own = [
+                f"--{name}={BASE}/{place}"
+                for name, place in places.items()
+                if name.startswith((command, "data"))
+            ]
+            assert cli.main([command, *settings, *own]) == 0, command
+    finally:
+        outage.set()
+        server.fails, server.down = 0.0, False
+    from_s3 = deploy("from-s3", replace(CONFIG, model=f"{BASE}/run/model"))
+    with from_s3 as url, Client(url).stream("a six drifting left", seed=1, frames=6) as frames:
+        assert len(list(frames)) == 6
+
+
+def test_pairs_stay_on_a_file_system(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "initialize",
+        str(TINY_RECIPE),
+        f"--root={tmp_path}",
+        "--initialize.pairs_path=s3://bucket/pairs",
+    ]
+    assert cli.main(asked) == 2
+    assert "only paths of local and shared file systems work here" in capfd.readouterr().err
