@@ -131,10 +131,8 @@ def test_what_counts_from_0_cannot_be_negative(refused: Refused, setting: str) -
 @pytest.mark.parametrize(
     "setting",
     [
-        "root", "data.train", "data.held_out", "data.real", "pretrain.output", "initialize.output",
-        "initialize.teacher", "initialize.pairs_path", "distill.output", "distill.teacher", "distill.student",
-        "distill.critic", "evaluate.output", "distill.roles.teacher.negative_embedding", "evaluate.prompts",
-        "evaluate.features",
+        "root", "initialize.pairs_path", "evaluate.output", "evaluate.prompts", "evaluate.features",
+        "distill.roles.teacher.negative_embedding",
     ],
 )  # fmt: skip
 def test_a_url_is_no_path(refused: Refused, setting: str) -> None:
@@ -143,15 +141,26 @@ def test_a_url_is_no_path(refused: Refused, setting: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [
+        "data.train", "data.held_out", "data.real", "pretrain.output", "initialize.output",
+        "initialize.teacher", "distill.output", "distill.teacher", "distill.student", "distill.critic",
+    ],
+)  # fmt: skip
+def test_of_stores_s3_is_known(refused: Refused, setting: str) -> None:
+    said = refused("run", TINY_RECIPE, f"--{setting}=gs://bucket/x")
+    assert said == f"{setting} is gs://bucket/x; use a path, or s3://BUCKET/PREFIX."
+    assert cli.parse("run", [str(TINY_RECIPE), f"--{setting}=s3://bucket/x"])[0].located()
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("generate", "--model", "m", "--prompt", "p", "--output", "s3://b/x.mp4"),
-        ("generate", "--model", "s3://b/m", "--prompt", "p"),
         ("generate", "--model", "m", "--prompt", "p", "--image", "gs://b/x.png"),
         ("register", "s3://b/m", "--name", "n"),
         ("register", "m", "--name", "n", "--metrics", "s3://b/m"),
         ("promote", "n", "1", "--root", "s3://b"),
-        ("serve", "--model", "s3://b/m"),
         ("serve", "--model", "m", "--certificate", "s3://b/c.pem"),
         ("evaluate", "quickstart", "--export-vbench", "s3://b/x"),
     ],
