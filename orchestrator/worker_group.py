@@ -12,6 +12,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from infra.storage import StorageError
 from workers.actor import Stats
 from workers.batch import Batch
 
@@ -65,7 +66,7 @@ class WorkerGroup:
         try:
             return ray.get(references)
         except ray.exceptions.RayTaskError as error:
-            for kind in (ValueError, FloatingPointError, RuntimeError):
+            for kind in (StorageError, ValueError, FloatingPointError, RuntimeError):
                 if isinstance(error.cause, kind):
                     # Chained, so that --traceback shows where in the worker it was.
                     raise kind(f"{self.role}: {error.cause}") from error

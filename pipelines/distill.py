@@ -1,5 +1,6 @@
 """`self-forcing distill`: Self Forcing with a student, a teacher and a critic, each a group of Ray actors."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
 from orchestrator.roles import load, placed_roles, save
 from orchestrator.run_state import RunState
+from orchestrator.worker_group import WorkerGroup
 from pipelines import selection
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_pixels
@@ -97,7 +99,8 @@ def distill(
                     tracker.metrics(done, {**metrics, **watch.look(done, metrics)})
                     last = states.after(done) or done == settings.iterations
                     if done % settings.checkpoint_every == 0 or last:
-                        save(state, done, coordinator.plan.position(done, "student", 0), roles.groups)
+                        position = coordinator.plan.position(done, "student", 0)
+                        tracker.metrics(done, checkpointed(state, done, position, roles.groups, last=last))
                         watch.write()
                     if settings.sample_every and (done % settings.sample_every == 0 or last):
                         for file in sample(config, coordinator, done):
@@ -129,6 +132,24 @@ def distill(
             patience, by = settings.selection.patience, settings.selection.by
             say(f"distill: stopped after iteration {done}, {patience} measurements without a better {by}")
         return states.publish(done)
+
+
+def checkpointed(
+    state: RunState, done: int, position: int, groups: Mapping[str, WorkerGroup], *, last: bool
+) -> dict[str, float]:
+    """Save a checkpoint; the seconds for which training waited for it.
+
+    One that cannot be stored is said, and training goes on to the next; of the last one it is an error.
+    """
+    began = time.perf_counter()
+    try:
+        save(state, done, position, groups)
+    except storage.StorageError as error:
+        if last:
+            raise
+        say(f"distill: WARNING: no checkpoint after iteration {done - 1}, the next will be tried: {error}")
+        return {}
+    return {"seconds/checkpoint": time.perf_counter() - began}
 
 
 def rates(*roles: str) -> list[str]:

@@ -1,7 +1,7 @@
 """A lineage whose data sets, models and checkpoints lie in S3, while the store fails now and then."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,10 @@ import torch
 
 from infra import storage
 from infra.storage import cache, s3
+from orchestrator.run_state import RunState
 from orchestrator.serving.client import Client
-from pipelines import cli
+from orchestrator.worker_group import WorkerGroup
+from pipelines import cli, distill
 from tests.fixtures import TINY_RECIPE, furnished, write_real
 from tests.orchestrator.serving.conftest import CONFIG, deploy, serve_url, student  # noqa: F401 (fixtures)
 from tests.s3_server import S3Server
@@ -138,6 +140,27 @@ def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_while
     from_s3 = deploy("from-s3", replace(CONFIG, model=f"{BASE}/run/model"))
     with from_s3 as url, Client(url).stream("a six drifting left", seed=1, frames=6) as frames:
         assert len(list(frames)) == 6
+
+
+def test_training_goes_on_where_a_checkpoint_cannot_be_stored_but_does_not_end_well_without_the_last(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, save = furnished(tmp_path), distill.save
+
+    def fails(state: RunState, done: int, position: int, groups: Mapping[str, WorkerGroup]) -> None:
+        if done != 4:
+            # Where the file system refuses, it does so in the ranks.
+            state = replace(state, output=f"{tmp_path}/prompts.txt")
+        save(state, done, position, groups)
+
+    (tmp_path / "prompts.txt").write_text("a file")
+    monkeypatch.setattr(distill, "save", fails)
+    assert cli.main(["distill", str(TINY_RECIPE), f"--root={tmp_path}"]) == 2
+    said, error = (" ".join(text.split()) for text in capfd.readouterr())
+    assert said.count("WARNING: no checkpoint after iteration 1, the next will be tried:") == 1
+    assert "prompts.txt/checkpoints" in error and "cannot be written" in error
+    newest = storage.newest_complete(f"{config.distill.output}/checkpoints")
+    assert newest == f"{config.distill.output}/checkpoints/0000004"
 
 
 def test_pairs_stay_on_a_file_system(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
