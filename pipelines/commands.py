@@ -109,6 +109,23 @@ COMMANDS: Mapping[str, Command] = {
             ADDRESS,
         ),
     ),
+    "prepare-videos": Command(
+        "turn video files and captions into a data set of the recipe's latents (or pixels) and prompts",
+        "pipelines.prepare_videos:command",
+        RUN_CONFIG,
+        ("root", "video", "text", "student"),
+        recipe=True,
+        options=(
+            Option("--videos", "folder of video files, at any depth", stored=True, required=True),
+            Option("--captions", "table with the columns video and caption; NAME.txt beside each", path=True),
+            Option("--output", "directory of the data set", path=True, required=True),
+            Option("--clips", "most clips of one file", type=int, default=100),
+            Option("--actors", "actors that decode and encode", type=int, default=1),
+            Option("--cpus", "logical CPUs of an actor", type=float, default=1.0),
+            Option("--gpus", "GPUs of an actor", type=float, default=0.0),
+            ADDRESS,
+        ),
+    ),
     "import": Command(
         "make a model of another tool's checkpoint: Wan's, diffusers', or Self Forcing's and its kin's",
         "pipelines.import_model:command",

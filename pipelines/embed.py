@@ -7,7 +7,6 @@ finds its blocks again and makes the rest; the data set is published when all ar
 import csv
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from safetensors.torch import save_file
 
 from infra import storage
 from model.umt5 import Tokenizer, Umt5Encoder, digest
 from orchestrator.cluster import connect
-from pipelines.console import Display, say
+from pipelines.blocks import make as _make
+from pipelines.console import say
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 
 BLOCK = 256
@@ -60,7 +59,8 @@ def command(_: None, options: Any) -> None:
     found = f", {there} of {len(blocks)} blocks are there" if there else ""
     say(f"embed: {len(prompts)} distinct prompts{found}")
     with connect(options.address):
-        _make(missing, encoder, options, done=there, total=len(blocks))
+        arguments = (str(Path(options.encoder).absolute()), options.text_len, encoder)
+        _make(missing, _Embedder, arguments, options, label="embed", done=there, total=len(blocks))
     staging = storage.begin(output)
     with storage.writing(staging) as directory:
         *paths, last = blocks
@@ -129,7 +129,7 @@ class _Embedder:
         self.schema = dataset_schema(fields, kind="prompts", provenance={"encoder": identity})
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        prompts, rows = list(row["prompts"]), []
+        prompts, rows = list(row["block"]), []
         for first in range(0, len(prompts), TOGETHER):
             together = prompts[first : first + TOGETHER]
             for prompt, embedding in zip(together, self.encoder.embed(together), strict=True):
@@ -138,27 +138,6 @@ class _Embedder:
         with storage.write_file(row["path"]) as file:
             pq.write_table(table, file)
         return {"prompts": len(prompts)}
-
-
-def _make(missing: Mapping[str, Sequence[str]], encoder: str, options: Any, *, done: int, total: int) -> None:
-    if not missing:
-        return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    embedder: Any = _Embedder
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    made = ray.data.from_items(
-        [{"path": path, "prompts": list(block)} for path, block in missing.items()],
-        override_num_blocks=len(missing),
-    ).map(
-        embedder,
-        fn_constructor_args=(str(Path(options.encoder).absolute()), options.text_len, encoder),
-        num_cpus=options.cpus,
-        num_gpus=options.gpus,
-        compute=ray.data.ActorPoolStrategy(size=min(options.actors, len(missing))),
-    )
-    with Display("embed", total, done=done) as display:
-        for _ in made.iter_rows():
-            display.update(display.done + 1, {})
 
 
 def _hash(words: Sequence[str]) -> str:

@@ -43,4 +43,4 @@ from infra.storage.single import (
     write_file,
     write_text,
 )
-from infra.storage.stored import Stored, stored
+from infra.storage.stored import Stored, stored, stored_below

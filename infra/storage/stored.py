@@ -55,6 +55,21 @@ def stored(location: Location, suffix: str) -> list[Stored] | None:
     return sorted(file for file in files_ if not file.name.startswith("."))
 
 
+def stored_below(location: Location) -> list[Stored] | None:
+    """All files below a directory, at any depth, by name, but hidden ones; None where there is none."""
+    if (there := s3.at(location)) is None:
+        place = local(location)
+        if not place.is_dir():
+            return None
+        files = {str(each): each.stat().st_size for each in place.rglob("*") if each.is_file()}
+    else:
+        files = {f"{there}/{name}": size for name, size in s3.files(there).items()}
+        if not files:
+            return None
+    found = (Stored(name, size) for name, size in files.items())
+    return sorted(file for file in found if not file.name.startswith("."))
+
+
 class _Ranges(io.RawIOBase):
     """An object, read by ranges."""
 

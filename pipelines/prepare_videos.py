@@ -1,0 +1,222 @@
+"""`self-forcing prepare-videos`: a folder of video files and their captions, as a data set for training.
+
+Files are taken in blocks, each a shard that is named by what is in it. A run that was killed finds its shards
+again and makes the rest. A file that cannot be read is left out and listed with the reason.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from infra import storage
+from infra.storage import Stored
+from model.text import split_words
+from model.umt5 import Tokenizer, Umt5Encoder, digest
+from orchestrator.cluster import connect
+from orchestrator.config import RunConfig
+from pipelines.blocks import block_name, make
+from pipelines.console import say
+from workers.dataset import dataset_schema, encode_tensor, tensor_fields
+from workers.model_directory import TextConfig, VideoConfig
+from workers.video_files import ClipShape, clips
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
+BLOCK = 16
+"""Files of a shard: a clip of 21 latent frames of 480 × 832 is 4.2 MB."""
+DAMAGED, LEFT_OUT = "damaged.jsonl", b"self_forcing_left_out"
+SHOWN = 3
+
+
+def command(config: RunConfig, options: Any) -> None:
+    """Write a data set; ValueError, before anything starts, where videos, captions, the recipe's VAE or its
+    text encoder cannot be read."""
+    for name in ("actors", "clips"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1.")
+    config = config.located()
+    video, text = config.video, config.text
+    video.check()
+    codec = video.make_codec()
+    if codec is None or text.encoder == "embedded":
+        setting = "video.codec none" if codec is None else "text.encoder embedded"
+        raise ValueError(f"{setting} makes nothing of videos and captions; use the one that training uses.")
+    frames, channels, height, width = codec.shape(video.shape)
+    shape = ClipShape(frames, channels, height, width, video.fps)
+    files = find(options.videos)
+    captions = captions_of(files, options.videos, options.captions)
+    _check_lengths(captions, text, config.student.text_len)
+    made_by = {
+        "codec": video.codec_digest() or video.codec,
+        "encoder": "" if text.path is None else digest(text.path),
+        "shape": vars(shape),
+        "clips": options.clips,
+    }
+    rows = [(file.location, file.size, captions[file.location]) for file in files]
+    identity = {**made_by, "files": block_name(rows)}
+    output = Path(options.output).absolute()
+    if storage.is_complete(output) and storage.read_metadata(output).get("identity") == identity:
+        say(f"prepare-videos: {output} is there already.")
+        return
+    parts = output.with_name(f".{output.name}.blocks")
+    storage.clean(parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    cut = [rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK)]
+    blocks = {parts / block_name(made_by, block): block for block in cut}
+    missing = {
+        str(path): [json.dumps(row) for row in block] for path, block in blocks.items() if not path.exists()
+    }
+    there = len(blocks) - len(missing)
+    found = f", {there} of {len(blocks)} shards are there" if there else ""
+    say(f"prepare-videos: {len(files)} files, clips of {frames} × {height} × {width}{found}")
+    with connect(options.address):
+        arguments = (video, text, config.student.text_len, shape, options.clips)
+        make(missing, _Maker, arguments, options, label="prepare-videos", done=there, total=len(blocks))
+    _publish(list(blocks), output, identity)
+    shutil.rmtree(parts)
+
+
+def _publish(paths: Sequence[Path], output: Path, identity: Mapping[str, Any]) -> None:
+    left_out: list[dict[str, str]] = []
+    staging, rows = storage.begin(output), 0
+    with storage.writing(staging) as directory:
+        for number, path in enumerate(paths):
+            metadata = pq.read_metadata(path)
+            rows += metadata.num_rows
+            left_out += json.loads(metadata.metadata[LEFT_OUT])
+            shutil.copyfile(path, directory / f"{number:05d}.parquet")
+        if not rows:
+            raise ValueError(f"none of the videos could be read: {_told(left_out)}.")
+        (directory / DAMAGED).write_text("".join(f"{json.dumps(each)}\n" for each in left_out))
+    storage.publish(staging, output, {"identity": identity})
+    say(f"prepare-videos: wrote {rows} clips into {output}.")
+    if left_out:
+        where = output / DAMAGED
+        say(f"prepare-videos: left out {len(left_out)} files, listed in {where}: {_told(left_out)}.")
+
+
+def _told(left_out: Sequence[Mapping[str, str]]) -> str:
+    first = "; ".join(f"{each['video']}: {each['why']}" for each in left_out[:SHOWN])
+    return first + (f" … ({len(left_out)} in all)" if len(left_out) > SHOWN else "")
+
+
+def find(videos: str) -> list[Stored]:
+    """The video files below a folder or an s3:// prefix, by name; ValueError where there are none."""
+    found = storage.stored_below(videos)
+    if found is None:
+        raise ValueError(f"--videos: there is nothing at {videos}.")
+    files = [file for file in found if file.name.lower().endswith(SUFFIXES)]
+    if not files:
+        raise ValueError(f"--videos: there is no video at {videos}; known are {', '.join(SUFFIXES)}.")
+    return files
+
+
+def captions_of(files: Sequence[Stored], videos: str, table: str | None) -> dict[str, str]:
+    """Location → caption of each file: from `table` (.jsonl, .csv or .parquet with the columns `video`, a
+    path from the folder, and `caption`), or from the text file beside each video.
+
+    ValueError where a video has none; names the first, and says how many.
+    """
+    if table is None:
+        beside = {
+            file.location: file for file in storage.stored_below(videos) or () if file.name.endswith(".txt")
+        }
+        found = {}
+        for file in files:
+            text = beside.get(f"{file.location.rpartition('.')[0]}.txt")
+            if text is not None:
+                with text.open() as opened:
+                    found[file.location] = " ".join(bytes(opened.read()).decode("utf-8", "replace").split())
+        where = "give each a text file of its name, or name a table with --captions"
+    else:
+        base = files[0].location[: len(files[0].location) - len(_below(files[0], videos))]
+        rows = _rows(Path(table))
+        found = {f"{base}{row['video']}": " ".join(str(row["caption"] or "").split()) for row in rows}
+        where = f"{table} must have a caption of each in the columns video and caption"
+    without = [_below(file, videos) for file in files if not found.get(file.location)]
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(files)} videos have no caption, first {without[0]}; {where}."
+        )
+    return {file.location: found[file.location] for file in files}
+
+
+def _below(file: Stored, videos: str) -> str:
+    root = videos.rstrip("/") if videos.startswith("s3://") else str(Path(videos).absolute())
+    return file.location.removeprefix(root).lstrip("/")
+
+
+def _rows(table: Path) -> list[dict[str, Any]]:
+    try:
+        match table.suffix:
+            case ".jsonl":
+                rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+            case ".csv":
+                with open(table, newline="", encoding="utf-8") as file:
+                    rows = list(csv.DictReader(file))
+            case ".parquet":
+                rows = pq.read_table(table).to_pylist()
+            case _:
+                raise ValueError("use .jsonl, .csv or .parquet")
+        if any(not {"video", "caption"} <= row.keys() for row in rows):
+            raise ValueError("it lacks the columns video and caption in some row")
+    except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
+        raise ValueError(f"--captions: {table} cannot be read: {str(error).rstrip('.')}.") from None
+    return rows
+
+
+def _check_lengths(captions: Mapping[str, str], text: TextConfig, text_len: int) -> None:
+    tokenizer = None if text.path is None else Tokenizer(text.path, text_len)
+    for location, caption in captions.items():
+        try:
+            if tokenizer is not None:
+                tokenizer.tokens(caption)
+            elif (words := len(split_words(caption))) > text_len:
+                raise ValueError(f"it has {words} words, more than the {text_len} that the model reads")
+        except ValueError as error:
+            raise ValueError(f"the caption of {location}: {str(error).rstrip('.')}.") from None
+
+
+class _Maker:
+    """A Ray Data actor that writes shards."""
+
+    def __init__(self, video: VideoConfig, text: TextConfig, text_len: int, shape: ClipShape, most: int):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.shape, self.most, self.column = shape, most, video.column
+        codec = video.make_codec()
+        assert codec is not None, "which is checked"
+        self.codec = codec
+        self.encoder = None if text.path is None else Umt5Encoder(text.path, text_len, device)
+        fields = [pa.field("prompt", pa.string()), *tensor_fields(self.column)]
+        fields += tensor_fields("embedding") if self.encoder else []
+        told = {"encoder": "" if text.path is None else digest(text.path)}
+        self.schema = dataset_schema(fields, kind="videos", provenance=told)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        left_out = []
+        with storage.write_file(row["path"]) as path, pq.ParquetWriter(path, self.schema) as writer:
+            for location, size, caption in map(json.loads, row["block"]):
+                words: dict[str, Any] = {"prompt": caption}
+                if self.encoder is not None:
+                    words |= encode_tensor("embedding", self.encoder.embed([caption])[0].bfloat16())
+                try:
+                    for clip in clips(Stored(location, size), self.shape, self.most):
+                        columns = words | encode_tensor(self.column, self._stored(clip))
+                        # A row group each: memory does not grow with the length of a video.
+                        writer.write_table(pa.Table.from_pylist([columns], schema=self.schema))
+                except ValueError as error:
+                    left_out.append({"video": location, "why": str(error)})
+            writer.add_key_value_metadata({LEFT_OUT: json.dumps(left_out).encode()})
+        return {"left_out": len(left_out)}
+
+    def _stored(self, clip: Any) -> torch.Tensor:
+        pixels = torch.from_numpy(clip)
+        if self.column == "video":
+            return pixels
+        return self.codec.encode(pixels[None].float() / 127.5 - 1)[0].bfloat16()
