@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,7 +37,7 @@ from pipelines.console import say
 from pipelines.evaluate import job_of, made_by, videos_of
 from pipelines.report import SPANS
 from pipelines.suite import Suite
-from workers.dataset import digest
+from workers.dataset import digest, is_there
 from workers.generator import Generator
 from workers.model_directory import ModelCard, ModelDirectory, write_card
 
@@ -86,7 +85,7 @@ def measuring(config: RunConfig) -> RunConfig:
 
 
 def _held_out(suite: Suite, config: RunConfig, student: ModelDirectory) -> Any:
-    found = suite.held_out(config, {"initial": student}) if Path(config.data.held_out).exists() else None
+    found = suite.held_out(config, {"initial": student}) if is_there(config.data.held_out) else None
     if found is None:
         raise ValueError(
             "distill.selection.every asks for measurements against held-out videos, and data.held_out at "

@@ -19,7 +19,7 @@ from model.text import split_words
 from orchestrator.config import RunConfig
 from pipelines.console import say
 from pipelines.suite import CLAMPED, Compared, Metric, Row, Suite, Videos, held_out_rows, row_of
-from workers.dataset import ParquetDataset
+from workers.dataset import ParquetDataset, is_there
 from workers.model_directory import ModelDirectory
 
 _LEVELS = {
@@ -247,7 +247,7 @@ class Video(Suite):
 
 def _columns(path: str, skip_damaged: bool) -> list[str]:
     """Columns of a data set; none where there is no such one."""
-    return ParquetDataset(path, [], skip_damaged=skip_damaged).schema.names if Path(path).exists() else []
+    return ParquetDataset(path, [], skip_damaged=skip_damaged).schema.names if is_there(path) else []
 
 
 def _levels(videos: Videos) -> dict[str, Tensor]:

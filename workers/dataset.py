@@ -281,6 +281,11 @@ class ParquetDataset:
         return table
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether anything lies where a data set is named."""
+    return storage.stored(path, ".parquet") is not None
+
+
 def _each(work: Callable[[Stored], T], shards: Sequence[Stored]) -> list[T]:
     """`work` on every shard, several at a time, as most of it is waiting."""
     with ThreadPoolExecutor(_READERS) as pool:

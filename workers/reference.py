@@ -1,11 +1,9 @@
 """Where the numbers that watch training find videos to compare the student's with."""
 
-from pathlib import Path
-
 import torch
 
 from model.watch import Reference
-from workers.dataset import ParquetDataset
+from workers.dataset import ParquetDataset, is_there
 from workers.model_directory import VideoConfig
 
 VIDEOS = 64
@@ -25,7 +23,7 @@ def reference_of(
         (held_out, column, "held-out videos"),
         (pairs, "trajectory", "samples of the teacher"),
     ):
-        if not Path(path).exists():
+        if not is_there(path):
             continue
         names = ParquetDataset(path, [], skip_damaged=skip_damaged).schema.names
         if name not in names:

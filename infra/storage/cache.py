@@ -7,8 +7,9 @@ it stays; the ones that were not read for longest make room for others.
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from infra.storage import s3
 from infra.storage.local import StorageError, explained, leftovers, new_aside, remove
@@ -35,7 +36,21 @@ def cached(place: s3.Place) -> Iterator[Path]:
 
     StorageError where that is not complete or damaged, or does not fit here.
     """
-    manifest = s3.read_manifest(place)
+    with ExitStack() as held:
+        while True:
+            manifest = s3.read_manifest(place)
+            try:
+                target = held.enter_context(_held(place, manifest))
+                break
+            except StorageError:
+                if s3.read_manifest(place) == manifest:
+                    raise
+                # It was replaced while it was read, and what it was before is gone.
+        yield target
+
+
+@contextmanager
+def _held(place: s3.Place, manifest: dict[str, Any]) -> Iterator[Path]:
     target = root() / hash_json(manifest)
     with explained(target):
         root().mkdir(parents=True, exist_ok=True)
@@ -51,7 +66,7 @@ def cached(place: s3.Place) -> Iterator[Path]:
         yield target
 
 
-def _download(place: s3.Place, manifest: dict, target: Path) -> None:
+def _download(place: s3.Place, manifest: dict[str, Any], target: Path) -> None:
     for leftover in leftovers(target.parent):
         remove(leftover)
     _make_room(sum(file["size"] for file in manifest["files"].values()), place)

@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -220,6 +221,21 @@ def test_processes_of_a_node_download_once_and_one_that_is_killed_leaves_nothing
     with storage.reading(RUN) as directory:
         assert (directory / "nested" / "0.bin").read_text() == "v" * 2**20
     assert len([each for each in cache.root().iterdir() if each.is_dir()]) == 2
+
+
+def test_what_is_replaced_while_it_is_read_is_read_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_one(RUN, "before")
+    fetch, fetched = s3.fetch, []
+
+    def slow(place: s3.Place, manifest: Mapping[str, Any], directory: Path) -> None:
+        if not fetched:
+            publish_one(RUN, "after")
+        fetched.append(manifest)
+        fetch(place, manifest, directory)
+
+    monkeypatch.setattr(s3, "fetch", slow)
+    with storage.reading(RUN) as directory:
+        assert (directory / "nested" / "0.bin").read_text() == "after" and len(fetched) == 2
 
 
 def test_what_was_not_read_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

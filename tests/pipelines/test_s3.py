@@ -1,5 +1,6 @@
 """A lineage whose data sets, models and checkpoints lie in S3, while the store fails now and then."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -53,11 +54,15 @@ def test_a_distillation_in_s3_resumes_on_an_emptied_node_and_ends_with_the_same_
 ) -> None:
     config = furnished(tmp_path)
     copy_up(Path(config.data.train), f"{BASE}/prompts")
+    write_real(tmp_path / "videos", config)
+    copy_up(tmp_path / "videos", f"{BASE}/videos")
     for name in ("teacher", "student"):
         copy_model(getattr(config.distill, name), f"{BASE}/{name}")
     local = [str(TINY_RECIPE), f"--root={tmp_path}", "--distill.checkpoint_every=2"]
     inputs = [f"--distill.{name}={BASE}/{name}" for name in ("teacher", "student")]
-    stored = [*local, *inputs, f"--data.train={BASE}/prompts", f"--distill.output={BASE}/run"]
+    local += [f"--data.held_out={tmp_path}/videos"]
+    data = [f"--data.train={BASE}/prompts", f"--data.held_out={BASE}/videos"]
+    stored = [*local, *inputs, *data, f"--distill.output={BASE}/run"]
 
     server.fails = 0.3
     assert cli.main(["distill", *stored, "--distill.iterations=4"]) == 0
@@ -73,6 +78,7 @@ def test_a_distillation_in_s3_resumes_on_an_emptied_node_and_ends_with_the_same_
         assert torch.equal(ours.get(name), theirs.get(name)), name
     said = " ".join(capfd.readouterr().out.split())
     assert f"{BASE}/run/samples/0000006.mp4" in said
+    assert len(re.findall(r"latents are compared with \d+ held-out videos", said)) == 3
     assert {each.name for each in storage.stored(f"{BASE}/run/samples", ".png") or ()} >= {"0000006.png"}
     assert storage.read_bytes(f"{BASE}/run/watch/numbers.json")
 
