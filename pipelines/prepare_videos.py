@@ -49,8 +49,13 @@ def command(config: RunConfig, options: Any) -> None:
         raise ValueError(f"{setting} makes nothing of videos and captions; use the one that training uses.")
     frames, channels, height, width = codec.shape(video.shape)
     shape = ClipShape(frames, channels, height, width, video.fps)
-    files = find(options.videos)
-    captions = captions_of(files, options.videos, options.captions)
+    found = storage.stored_below(options.videos)
+    if found is None:
+        raise ValueError(f"--videos: there is nothing at {options.videos}.")
+    files = [file for file in found if file.name.lower().endswith(SUFFIXES)]
+    if not files:
+        raise ValueError(f"--videos: there is no video at {options.videos}; known are {', '.join(SUFFIXES)}.")
+    captions = captions_of(files, found, options.videos, options.captions)
     _check_lengths(captions, text, config.student.text_len)
     made_by = {
         "codec": video.codec_digest() or video.codec,
@@ -73,8 +78,8 @@ def command(config: RunConfig, options: Any) -> None:
         str(path): [json.dumps(row) for row in block] for path, block in blocks.items() if not path.exists()
     }
     there = len(blocks) - len(missing)
-    found = f", {there} of {len(blocks)} shards are there" if there else ""
-    say(f"prepare-videos: {len(files)} files, clips of {frames} × {height} × {width}{found}")
+    already = f", {there} of {len(blocks)} shards are there" if there else ""
+    say(f"prepare-videos: {len(files)} files, clips of {frames} × {height} × {width}{already}")
     with connect(options.address):
         arguments = (video, text, config.student.text_len, shape, options.clips)
         make(missing, _Maker, arguments, options, label="prepare-videos", done=there, total=len(blocks))
@@ -106,45 +111,34 @@ def _told(left_out: Sequence[Mapping[str, str]]) -> str:
     return first + (f" … ({len(left_out)} in all)" if len(left_out) > SHOWN else "")
 
 
-def find(videos: str) -> list[Stored]:
-    """The video files below a folder or an s3:// prefix, by name; ValueError where there are none."""
-    found = storage.stored_below(videos)
-    if found is None:
-        raise ValueError(f"--videos: there is nothing at {videos}.")
-    files = [file for file in found if file.name.lower().endswith(SUFFIXES)]
-    if not files:
-        raise ValueError(f"--videos: there is no video at {videos}; known are {', '.join(SUFFIXES)}.")
-    return files
-
-
-def captions_of(files: Sequence[Stored], videos: str, table: str | None) -> dict[str, str]:
+def captions_of(
+    files: Sequence[Stored], found: Sequence[Stored], videos: str, table: str | None
+) -> dict[str, str]:
     """Location → caption of each file: from `table` (.jsonl, .csv or .parquet with the columns `video`, a
-    path from the folder, and `caption`), or from the text file beside each video.
+    path from the folder, and `caption`), or from the text file beside each video, among the files `found`.
 
     ValueError where a video has none; names the first, and says how many.
     """
     if table is None:
-        beside = {
-            file.location: file for file in storage.stored_below(videos) or () if file.name.endswith(".txt")
-        }
-        found = {}
+        beside = {file.location: file for file in found if file.name.endswith(".txt")}
+        read = {}
         for file in files:
             text = beside.get(f"{file.location.rpartition('.')[0]}.txt")
             if text is not None:
                 with text.open() as opened:
-                    found[file.location] = " ".join(bytes(opened.read()).decode("utf-8", "replace").split())
+                    read[file.location] = " ".join(bytes(opened.read()).decode("utf-8", "replace").split())
         where = "give each a text file of its name, or name a table with --captions"
     else:
         base = files[0].location[: len(files[0].location) - len(_below(files[0], videos))]
         rows = _rows(Path(table))
-        found = {f"{base}{row['video']}": " ".join(str(row["caption"] or "").split()) for row in rows}
+        read = {f"{base}{row['video']}": " ".join(str(row["caption"] or "").split()) for row in rows}
         where = f"{table} must have a caption of each in the columns video and caption"
-    without = [_below(file, videos) for file in files if not found.get(file.location)]
+    without = [_below(file, videos) for file in files if not read.get(file.location)]
     if without:
         raise ValueError(
             f"{len(without)} of {len(files)} videos have no caption, first {without[0]}; {where}."
         )
-    return {file.location: found[file.location] for file in files}
+    return {file.location: read[file.location] for file in files}
 
 
 def _below(file: Stored, videos: str) -> str:

@@ -226,13 +226,16 @@ def delete(place: Place, names: list[str]) -> None:
 # Directories.
 
 
-def files(place: Place) -> dict[str, int]:
-    """Files of a place by name, with their sizes: those that its manifest names, or all where it has none."""
+def files(place: Place) -> tuple[Place, dict[str, int]]:
+    """Where the files of a place lie, and their sizes by name from there.
+
+    That is the folder that its manifest names, or the place itself where it has none.
+    """
     found = keys(place)
     if MANIFEST not in found:
-        return found
+        return place, found
     folder = read_manifest(place)["folder"]
-    return {name: size for name, size in found.items() if name.startswith(f"{folder}/")}
+    return place / folder, keys(place / folder)
 
 
 def read_manifest(place: Place) -> dict[str, Any]:

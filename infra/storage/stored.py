@@ -45,7 +45,8 @@ def stored(location: Location, suffix: str) -> list[Stored] | None:
         files = [place] if place.is_file() else [each for each in place.iterdir() if each.is_file()]
         found = {str(file): file.stat().st_size for file in files}
     else:
-        found = {f"{there}/{name}": size for name, size in s3.files(there).items()}
+        base, sizes = s3.files(there)
+        found = {f"{base}/{name}": size for name, size in sizes.items() if "/" not in name}
         if not found:
             size = s3.keys(there.parent).get(there.key.rpartition("/")[2])
             if size is None:
@@ -61,13 +62,15 @@ def stored_below(location: Location) -> list[Stored] | None:
         place = local(location)
         if not place.is_dir():
             return None
-        files = {str(each): each.stat().st_size for each in place.rglob("*") if each.is_file()}
+        base: object = place
+        files = [each for each in place.rglob("*") if each.is_file()]
+        sizes = {each.relative_to(place).as_posix(): each.stat().st_size for each in files}
     else:
-        files = {f"{there}/{name}": size for name, size in s3.files(there).items()}
-        if not files:
+        base, sizes = s3.files(there)
+        if not sizes:
             return None
-    found = (Stored(name, size) for name, size in files.items())
-    return sorted(file for file in found if not file.name.startswith("."))
+    shown = {name: size for name, size in sizes.items() if not f"/{name}".count("/.")}
+    return sorted(Stored(f"{base}/{name}", size) for name, size in shown.items())
 
 
 class _Ranges(io.RawIOBase):

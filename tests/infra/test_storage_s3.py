@@ -86,6 +86,33 @@ def test_children_are_ordered_pruned_moved_and_cleaned(monkeypatch: pytest.Monke
     assert all(name.startswith("é/run-aside/2/") for name in objects())
 
 
+def test_files_are_listed_as_those_of_a_directory_are(tmp_path: Path) -> None:
+    for name in ("a.bin", "deep/b.bin", ".hidden/c.bin", "deep/.d.bin", ".e.bin"):
+        s3.put(s3.Place("runs", f"a b/files/{name}"), name.encode())
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for place in ("s3://runs/a b/files", str(tmp_path)):
+        assert [file.name for file in storage.stored(place, ".bin") or ()] == ["a.bin"]
+        below = storage.stored_below(place) or []
+        assert [file.location.removeprefix(place) for file in below] == ["/a.bin", "/deep/b.bin"]
+        with below[1].open() as file:
+            file.seek(5)
+            assert bytes(file.read(3)) == b"b.b" and file.size() == 10
+        assert storage.stored(f"{place}/nothing", ".bin") is storage.stored_below(f"{place}/nothing") is None
+    assert storage.stored("s3://runs/a b/files/a.bin", ".bin") == storage.stored(
+        "s3://runs/a b/files", ".bin"
+    )
+    # What is published lies in the folder that its manifest names; what was never finished is not there.
+    with storage.writing(storage.begin(RUN)) as directory:
+        (directory / "dead.bin").write_text("dead")
+    assert storage.stored(RUN, ".bin") is None
+    staging = storage.begin(RUN)
+    with storage.writing(staging) as directory:
+        (directory / "alive.bin").write_text("alive")
+    storage.publish(staging, RUN, {})
+    assert [file.name for file in storage.stored(RUN, ".bin") or ()] == ["alive.bin"]
+
+
 def test_more_objects_than_a_page_are_listed_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "PAGE", 10)  # a store's own is 1,000
     staging = storage.begin(RUN)
