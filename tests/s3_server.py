@@ -26,6 +26,8 @@ class S3Server:
     def __init__(self) -> None:
         self.fails = 0.0
         """Share of requests that are answered with 503."""
+        self.cuts = 0
+        """Contents of objects from now on that break off in the middle."""
         self.down = False
         self.asked: Counter[str] = Counter()
         """Requests by method and the last part of their path."""
@@ -47,7 +49,13 @@ class S3Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("503 Slow Down", [("Content-Type", "text/plain"), ("Connection", "close")])
             return [b""]
-        return self._app(environ, start)
+        answer = self._app(environ, start)
+        listing = "list-type" in environ["QUERY_STRING"]
+        if not self.cuts or environ["REQUEST_METHOD"] != "GET" or listing:
+            return answer
+        self.cuts -= 1
+        content = b"".join(answer)
+        return [content[: len(content) // 2]]
 
     def create(self, bucket: str) -> None:
         boto3.client(

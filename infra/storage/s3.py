@@ -5,12 +5,13 @@ upload into a folder of their own; publishing puts the manifest, in place of the
 reader has a copy on its node, found by the manifest's digest, whose files were hashed as they came.
 
 Credentials, region and endpoint come from boto3's usual chain: the AWS_ variables, its files, or a role.
-Requests that fail are sent again with backoff and jitter, for a minute and a half at most.
+Requests that fail are sent again with backoff and jitter, for a minute at least and two and a half at most.
 """
 
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import shutil
@@ -27,13 +28,20 @@ from typing import Any, TypeVar
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 
 from infra.storage.local import FOREIGN_LEFTOVER_S, Location, StorageError, explained
 from infra.storage.manifest import MANIFEST, check_manifest, file_digest, new_manifest
 
-ATTEMPTS = 12
-"""Times that a request is sent; between two of them there are at most 20 seconds."""
+ATTEMPTS = 14
+"""Times that a request is sent, which takes 73 to 145 seconds where none is answered."""
+LONGEST_WAIT_S = 20.0
 PART_BYTES = 2**26
 """Of a multipart upload: at most 10,000 parts make 640 GB a file."""
 PAGE = 1000
@@ -60,6 +68,9 @@ _ADVICE = {
     "NoSuchKey": "there is no such object",
 }
 _ABSENT = ("404", "NoSuchKey")
+_TRANSIENT = (ConnectionError, HTTPClientError, IncompleteReadError)
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+_TRANSIENT_CODES = ("InternalError", "RequestTimeout", "SlowDown", "ServiceUnavailable", "Throttling")
 
 
 @dataclass(frozen=True)
@@ -114,10 +125,12 @@ def asking(place: Place) -> Iterator[Any]:
 def _client(pid: int) -> Any:
     """One a process: clients may be shared by threads, but not by forks."""
     own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return boto3.Session().client(
+    client = boto3.Session().client(
         "s3",
         config=Config(
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            # `_wait` alone decides: botocore's modes give a client a quota of retries, which a store that
+            # fails for long uses up, and then a single failure ends the run.
+            retries={"mode": "standard", "total_max_attempts": 1},
             # MinIO and its kind answer at one name for all buckets.
             s3={"addressing_style": "path" if own else "auto"},
             connect_timeout=10,
@@ -125,6 +138,37 @@ def _client(pid: int) -> Any:
             max_pool_connections=4 * THREADS,
         ),
     )
+    client.meta.events.register("needs-retry.s3", _retried)
+    return client
+
+
+def _retried(attempts: int, response: Any, caught_exception: BaseException | None, **_: Any) -> float | None:
+    """botocore's question after each request: seconds until it is sent again, None where it is not."""
+    if response is None:
+        transient = isinstance(caught_exception, _TRANSIENT)
+    else:
+        http, parsed = response
+        code = parsed.get("Error", {}).get("Code")
+        transient = http.status_code in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
+    return _wait(attempts) if transient and attempts < ATTEMPTS else None
+
+
+def _wait(attempts: int) -> float:
+    """Seconds before a request is sent again: exponential backoff, of which half is jitter."""
+    return min(LONGEST_WAIT_S, 0.1 * 2**attempts) * random.uniform(0.5, 1)
+
+
+def _body(client: Any, asked: Mapping[str, str]) -> bytes:
+    """An object's content; what breaks off while it comes is asked for again, like a request that fails."""
+    for attempt in range(1, ATTEMPTS + 1):
+        body = client.get_object(**asked)["Body"]
+        try:
+            return body.read()
+        except _TRANSIENT:
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(_wait(attempt))
+    raise AssertionError
 
 
 _transfer = TransferConfig(
@@ -173,7 +217,7 @@ def get(place: Place) -> bytes | None:
     """An object's content; None where there is none."""
     with asking(place) as client:
         try:
-            return client.get_object(Bucket=place.bucket, Key=place.key)["Body"].read()
+            return _body(client, {"Bucket": place.bucket, "Key": place.key})
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in _ABSENT:
                 return None
@@ -185,7 +229,7 @@ def get_range(place: Place, start: int, stop: int) -> bytes:
     try:
         with asking(place) as client:
             asked = {"Bucket": place.bucket, "Key": place.key, "Range": f"bytes={start}-{stop - 1}"}
-            content = client.get_object(**asked)["Body"].read()
+            content = _body(client, asked)
     except StorageError as error:
         raise OSError(str(error)) from error
     if len(content) != stop - start:

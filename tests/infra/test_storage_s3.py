@@ -27,7 +27,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture(autouse=True)
 def here(server: S3Server, tmp_path: Path) -> Iterator[None]:
-    server.fails, server.down = 0.0, False
+    server.fails, server.down, server.cuts = 0.0, False, 0
     with reached(server, SELF_FORCING_CACHE=str(tmp_path / "cache")):
         yield
         storage.discard("s3://runs/a b")
@@ -177,6 +177,35 @@ def test_a_store_that_fails_now_and_then_is_asked_again(server: S3Server) -> Non
         assert (directory / "nested" / "0.bin").read_text() == "content 2"
     server.fails = 0.0
     assert len(objects()) == 2 * 3
+
+
+def test_a_store_that_fails_for_long_is_asked_as_patiently_as_at_first(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore's own modes give a client a quota of retries, which would be used up here."""
+    monkeypatch.setattr(s3, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(s3, "ATTEMPTS", 40)
+    server.fails = 0.5
+    place = s3.Place("runs", "often")
+    for number in range(200):
+        s3.put(place / str(number), b"content")
+    assert len(s3.keys(place)) == 200
+
+
+def test_a_content_that_breaks_off_is_asked_for_again(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(s3, "LONGEST_WAIT_S", 0.001)
+    place = s3.Place("runs", "broken off")
+    s3.put(place, bytes(range(256)))
+    server.cuts = 3
+    assert s3.get(place) == bytes(range(256))
+    server.cuts = 3
+    assert s3.get_range(place, 16, 32) == bytes(range(16, 32))
+    server.cuts = 3
+    s3.download(place, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == bytes(range(256))
+    assert server.cuts == 0
 
 
 @pytest.mark.parametrize(
