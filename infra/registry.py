@@ -9,14 +9,16 @@ to it. Whether a version is good enough is not decided here. mlflow is imported 
 """
 
 import hashlib
+import json
 import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+CACHE = Path("~/.cache/self-forcing/models").expanduser()
 _FOLDER = "model"  # of the run's artifacts
 _BEFORE = "self_forcing.before."  # and the alias: the version that promotion replaced
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -81,6 +84,46 @@ class Version:
         return f"models:/{self.name}/{self.version}"
 
 
+@dataclass(frozen=True)
+class Flavor:
+    """How `mlflow.pyfunc.load_model` plays a model directory, and what `MLmodel` says of it."""
+
+    loader: str
+    """Module whose `_load_pyfunc` takes the directory."""
+    inputs: Mapping[str, tuple[str, bool]]
+    """Column → its MLflow type, and whether it must be given."""
+    outputs: Mapping[str, str]
+    example: Mapping[str, Any]
+    """A row of inputs."""
+    requirements: Sequence[str]
+
+    def write(self, folder: Path, run_id: str) -> None:
+        """`MLmodel` and what it names: an example of the input, and requirements."""
+        from mlflow.models import Model, ModelSignature
+        from mlflow.pyfunc import add_to_model
+        from mlflow.types import ColSpec, Schema
+        from mlflow.utils.environment import _PythonEnv
+
+        columns: list[Any] = [ColSpec(kind, name, required) for name, (kind, required) in self.inputs.items()]
+        signature = ModelSignature(
+            Schema(columns), Schema([ColSpec(kind, name) for name, kind in self.outputs.items()])
+        )
+        example = {"columns": list(self.example), "data": [list(self.example.values())]}
+        (folder / "input_example.json").write_text(json.dumps(example))
+        (folder / "requirements.txt").write_text("\n".join(self.requirements) + "\n")
+        _PythonEnv.current().to_yaml(str(folder / "python_env.yaml"))
+        described = Model(
+            _FOLDER,
+            run_id,
+            signature=signature,
+            saved_input_example_info={
+                "artifact_path": "input_example.json", "type": "dataframe", "pandas_orient": "split"
+            },
+        )  # fmt: skip
+        add_to_model(described, self.loader, python_env="python_env.yaml")
+        described.save(str(folder / "MLmodel"))
+
+
 def parse(uri: str) -> Reference:
     """`models:/NAME@ALIAS` or `models:/NAME/VERSION`; ValueError for anything else."""
     match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
@@ -110,13 +153,15 @@ class Registry:
         metrics: Mapping[str, float],
         lineage: Mapping[str, str],
         files: Sequence[Path] = (),
+        flavor: Flavor | None = None,
     ) -> Version:
         """Copies a model directory into a run of its own, and makes that the next version of `name`.
 
         `model` is complete and on this machine; `name` and `experiment` are created if absent. `params` are
         nested and become the run's params under dotted names, `metrics` are what was measured. `lineage` maps
         roles to tracking run ids of the model and its ancestors, which are linked where found; `files` are
-        kept under `evaluation`. ValueError where MLflow allows no such name.
+        kept under `evaluation`. With a `flavor` MLflow can load the model itself. ValueError where MLflow
+        allows no such name.
         """
         Reference(name)
         tags = {"stage": "register", **versions(), **git_commit()}
@@ -125,7 +170,7 @@ class Registry:
         records += [record("artifact", path=str(file), folder="evaluation") for file in files]
         if metrics:
             records.append(record("metrics", step=0, values=metrics))
-        with self._asking():
+        with self._asking(), ExitStack() as held:
             run = MlflowRun.open(
                 self.uri,
                 experiment=experiment,
@@ -135,6 +180,10 @@ class Registry:
             )
             status = "FAILED"
             try:
+                if flavor is not None:
+                    described = held.enter_context(TemporaryDirectory(prefix="self-forcing-"))
+                    flavor.write(Path(described), run.run_id)
+                    records.append(record("artifact", path=described, folder=_FOLDER))
                 for each in records:
                     if refused := run.deliver([each]):
                         where = f"the registry at {self.where}"
@@ -293,6 +342,18 @@ class Registry:
                 raise NotRegistered(self._redactor.line(str(error))) from None
             reason = self._redactor.line(root_cause(error)).rstrip(".")
             raise RegistryUnavailable(f"the registry at {self.where} does not answer ({reason}).") from error
+
+
+def find(model: str, uri: str | None) -> tuple[str, str]:
+    """Version and place of a model: of the registry at `uri` for a `models:/…` URI, else "1" and `model`.
+
+    ValueError where the registry has no such model, or does not answer.
+    """
+    if not model.startswith("models:/"):
+        return "1", model
+    registry = Registry(uri)
+    version = registry.resolve(model)
+    return str(version.version), str(registry.fetch(version, CACHE))
 
 
 def _version(version: "ModelVersion") -> Version:

@@ -5,10 +5,13 @@ A part is a frozen dataclass. It knows its fields and not under which name it is
 """
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 
 class Invalid(ValueError):
@@ -55,34 +58,42 @@ def share(config: Any, *names: str) -> None:
             raise Invalid(name, f"is {value}; it must lie between 0 and 1.")
 
 
-def check_local(path: str, name: str) -> None:
-    """Invalid where the setting `name` holds a URL, which a file system would take for a directory."""
-    if "://" in path:
-        raise Invalid(name, f"is {path}; only paths of local and shared file systems work here.")
+def place(text: str, name: str, *, stored: bool) -> str:
+    """The place that the setting `name` holds: `~` is a person's home, file:// a path of this machine.
+
+    Invalid for a URL of another kind, which a file system would take for a directory; `stored` places may
+    also be s3://BUCKET/PREFIX.
+    """
+    if text.startswith("file:"):
+        url = urlsplit(text)
+        if url.netloc not in ("", "localhost"):
+            raise Invalid(name, f"is {text}, a file of another machine; use a path that this one has.")
+        return url2pathname(url.path)
+    if "://" in text and not (stored and text.startswith("s3://")):
+        ways = "a path, or s3://BUCKET/PREFIX" if stored else "a path of a local or shared file system"
+        raise Invalid(name, f"is {text}; use {ways}.")
+    return os.path.expanduser(text)
 
 
-def check_stored(path: str, name: str) -> None:
-    """Invalid where the setting `name` holds a URL of another kind than s3://BUCKET/PREFIX."""
-    if "://" in path and not path.startswith("s3://"):
-        raise Invalid(name, f"is {path}; use a path, or s3://BUCKET/PREFIX.")
+def absolute(text: str) -> str:
+    """A place that means the same in every directory and process."""
+    return text if text.startswith("s3://") else os.path.abspath(text)
 
 
-def local(config: Any, *names: str) -> None:
-    """`check_local` of each named field of `config`; None is no path."""
+def set_places(config: Any, *names: str, stored: Collection[str] = ()) -> None:
+    """Have fields of a frozen dataclass hold their `place`; None is none."""
     for name in names:
         if (value := getattr(config, name)) is not None:
-            check_local(value, name)
+            object.__setattr__(config, name, place(value, name, stored=name in stored))
 
 
 @dataclass(frozen=True)
 class Places:
-    """A part that holds paths of a file system."""
+    """A part that holds places."""
 
     OUTPUTS: ClassVar[tuple[str, ...]] = ()  # settings whose paths lie below `root`
     INPUTS: ClassVar[tuple[str, ...]] = ()  # those whose paths may also lie in the working directory
     STORED: ClassVar[tuple[str, ...]] = ()  # those of both that may be s3:// addresses
 
     def __post_init__(self) -> None:
-        for name in (*self.OUTPUTS, *self.INPUTS):
-            if (value := getattr(self, name)) is not None:
-                (check_stored if name in self.STORED else check_local)(value, name)
+        set_places(self, *self.OUTPUTS, *self.INPUTS, stored=self.STORED)

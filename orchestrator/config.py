@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infra.settings import Places, at_least, local, part
+from infra.settings import Places, at_least, part, set_places
 from infra.tracking import TrackingConfig, tracking_uri
 from model.codec import Codec
 from model.rollout_plan import RolloutConfig
@@ -83,7 +83,7 @@ class RunConfig:
     """MLflow."""
 
     def __post_init__(self) -> None:
-        local(self, "root")
+        set_places(self, "root")
         at_least(self, 0, "seed")
         frames, channels, height, width = self.video.shape
         with part("video"):

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from infra import storage
@@ -75,7 +74,8 @@ def identity(config: RunConfig, stage: Stage) -> dict[str, Any]:
         elif name == _VAE:
             found[name] = f"{_DIGEST}{config.video.codec_digest()}"
         elif name == _NEGATIVE_FILE:
-            found[name] = _DIGEST + hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            with storage.fetched(path) as file:
+                found[name] = _DIGEST + storage.file_digest(file)
         else:
             found[name] = weights_digest(path)
     return found

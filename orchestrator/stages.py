@@ -53,7 +53,7 @@ class AdaptedRole(TrainRole):
 class TeacherRole(RanksConfig, Places):
     """The frozen teacher."""
 
-    INPUTS = ("negative_embedding",)
+    INPUTS = STORED = ("negative_embedding",)
 
     zero_stage: int = 0
     """0 replicates the teacher on each rank, 3 shards it over them."""
@@ -139,7 +139,8 @@ class PretrainConfig(Places):
 class InitializeConfig(MethodConfig, Places):
     """The initial student: a model of the student's size made causal, and perhaps few-step."""
 
-    OUTPUTS, INPUTS, STORED = ("output", "pairs_path"), ("teacher",), ("output", "teacher")
+    OUTPUTS, INPUTS = ("output", "pairs_path"), ("teacher",)
+    STORED = (*OUTPUTS, *INPUTS)
 
     output: str = "outputs/initial"
     """Run directory; the initial student is written to its `model`."""
@@ -321,6 +322,7 @@ class EvaluateConfig(Places):
     """Evaluation of teacher, initial and distilled student, as far as they are there."""
 
     OUTPUTS, INPUTS = ("output",), ("prompts", "features")
+    STORED = (*OUTPUTS, *INPUTS)
 
     output: str = "outputs/evaluation"
     """Where the report is written."""

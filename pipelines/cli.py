@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pkgutil import resolve_name
 from typing import Any
 
@@ -23,8 +24,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, set_parsing_settings  # noqa: E402
 
-from infra.settings import part  # noqa: E402
-from pipelines.command import RESUME, TRACEBACK, Command  # noqa: E402
+from infra.settings import part, place  # noqa: E402
+from pipelines.command import RESUME, TRACEBACK  # noqa: E402
 from pipelines.commands import COMMANDS  # noqa: E402
 from pipelines.recipe import (  # noqa: E402
     PRESETS,
@@ -51,15 +52,13 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
     if command.recipe and arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--config", arguments[0]]
     own, overrides = _checked(name, arguments, kind)
-    if set(own) & set(HELP):  # what each field's docstring says, which takes a second to read
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        options = _parser({name: _command_parser(command, kind)}).parse_args([name, *own])[name]
+        options = _parser(name, helps=bool(set(own) & set(HELP))).parse_args(own)
     except ArgumentError as error:
         raise ValueError(f"{shown(' '.join(str(error).split()), 300).rstrip('.')}.") from None
     for option in command.options:
-        if option.path and options[option.key] is not None:
-            option.check(options[option.key], option.name)
+        if option.path and (value := options[option.key]) is not None:
+            options[option.key] = place(value, option.name, stored=option.stored)
     if command.passes_on:
         options["overrides"] = overrides
     return (compose(kind, options) if kind else None), options
@@ -77,8 +76,8 @@ def compose(kind: Any, values: Any) -> Any:
     return kind(**arguments)
 
 
-def _parser(made: dict[str, ArgumentParser]) -> ArgumentParser:
-    """The parser of all commands; those that are not `made` are only listed."""
+def _overview() -> ArgumentParser:
+    """The commands, listed."""
     parser = ArgumentParser(
         prog="self-forcing",
         description="Train and serve real-time autoregressive video generators by Self Forcing.",
@@ -86,15 +85,19 @@ def _parser(made: dict[str, ArgumentParser]) -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        commands.add_subcommand(
-            name, made.get(name) or ArgumentParser(exit_on_error=False), help=command.help
-        )
+        commands.add_subcommand(name, ArgumentParser(exit_on_error=False), help=command.help)
     return parser
 
 
-def _command_parser(command: Command, kind: type | None) -> ArgumentParser:
-    """A parser of one command. It reads every setting of the config, and shows those of the command."""
-    parser = ArgumentParser(description=f"{command.help[0].upper()}{command.help[1:]}.", exit_on_error=False)
+@cache
+def _parser(name: str, *, helps: bool) -> ArgumentParser:
+    """The parser of one command. It reads every setting of the config, and shows those of the command."""
+    if helps:  # what each field's docstring says, which takes a second to read
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = COMMANDS[name]
+    kind = resolve_name(command.config) if command.config else None
+    description = f"{command.help[0].upper()}{command.help[1:]}."
+    parser = ArgumentParser(prog=f"self-forcing {name}", description=description, exit_on_error=False)
     if kind is not None:
         if command.recipe:
             parser.add_argument("--config", action="config", help="recipe, which may also come first")
@@ -161,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A run outlives the terminal that it was started from; what it starts inherits that.
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if not arguments or arguments[0] in ("-h", "--help"):
-        _parser({}).print_help()
+        _overview().print_help()
         return 0
     name, rest = arguments[0], list(arguments[1:])
     try:

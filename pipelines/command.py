@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from infra.settings import check_local, check_stored
-
 RUN_CONFIG = "orchestrator.config:RunConfig"
 
 
@@ -27,7 +25,7 @@ class Option:
         **how: Any,
     ):
         self.name, self.help, self.path, self.preset = name, help, path or stored, preset
-        self.check = check_stored if stored else check_local
+        self.stored = stored
         positional = not name.startswith("-")
         self.is_required = required or (positional and how.get("nargs") != "?")
         self.is_flag = how.get("action") == "store_true"
@@ -67,5 +65,9 @@ ADDRESS = Option("--address", "Ray cluster; RAY_ADDRESS, or this machine, by def
 RESUME = Option("--resume", "go on from the newest complete checkpoint", action="store_true")
 ALLOW_CHANGE = Option(
     "--allow-change", "setting that --resume may change; give it once for each", action="append", type=str
+)
+REGISTER = (
+    Option("--register", "evaluate the student and make it the next version of this registered model"),
+    Option("--alias", "with --register: have this alias name it, if it passes the gate"),
 )
 ON_RAY = (ADDRESS, RESUME)

@@ -7,7 +7,7 @@ command another option, add an `Option` to its entry and read it from `options`.
 
 from collections.abc import Mapping
 
-from pipelines.command import ADDRESS, ALLOW_CHANGE, ON_RAY, RUN_CONFIG, Command, Option
+from pipelines.command import ADDRESS, ALLOW_CHANGE, ON_RAY, REGISTER, RUN_CONFIG, Command, Option
 from pipelines.tenants import brought
 
 REGISTRY = (
@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Command] = {
         "pipelines.distill:command",
         (*MODELS, "score", "distill", "evaluate", "placement"),
         ALLOW_CHANGE,
+        *REGISTER,
     ),
     "plan": Command(
         "say how much memory a rank of each role of a distillation takes",
@@ -59,23 +60,30 @@ COMMANDS: Mapping[str, Command] = {
         "make a video from a prompt",
         "pipelines.generate:command",
         options=(
-            Option("--model", "directory of a student", stored=True, required=True),
+            Option("--model", "directory of a student, or models:/NAME@ALIAS", stored=True, required=True),
+            Option(
+                "--registry", "tracking URI of the model registry; MLFLOW_TRACKING_URI where it is not given"
+            ),
             Option("--prompt", "what the video shows", required=True),
             Option("--frames", "frames of the video; the trained length by default", type=int | None),
             Option("--seed", "another one makes another video", type=int, default=0),
-            Option("--image", "file of the first frame, for image-to-video", path=True),
+            Option("--image", "file of the first frame, for image-to-video", stored=True),
             Option("--light-decoder", "weights of a TAEHV that decodes in place of the VAE", path=True),
-            Option("--output", "path ending in .mp4 or .gif", path=True, default="outputs/sample.mp4"),
+            Option("--output", "path ending in .mp4 or .gif", stored=True, default="outputs/sample.mp4"),
         ),
     ),
     "evaluate": _stage(
         "measure teacher, initial and distilled student, as far as they are there",
         "pipelines.evaluate:command",
         (*MODELS, "distill", "evaluate", "placement"),
-        Option("--export-vbench", "directory for MP4s under the names that VBench expects", path=True),
+        Option("--export-vbench", "directory for MP4s under the names that VBench expects", stored=True),
     ),
     "run": _stage(
-        "all stages that are not done yet, then evaluate", "pipelines.run:command", None, ALLOW_CHANGE
+        "all stages that are not done yet, then evaluate",
+        "pipelines.run:command",
+        None,
+        ALLOW_CHANGE,
+        *REGISTER,
     ),
     "serve": Command(
         "stream a student to many viewers at once",
@@ -95,11 +103,11 @@ COMMANDS: Mapping[str, Command] = {
         "embed prompts by UMT5 into a data set for training, and the negative prompt beside it",
         "pipelines.embed:command",
         options=(
-            Option("prompts", "file of prompts: .txt with one a line, .jsonl, .csv or .parquet", path=True),
+            Option("prompts", "file of prompts: .txt with one a line, .jsonl, .csv or .parquet", stored=True),
             Option(
                 "--encoder", "folder of UMT5 and its tokenizer, or a pipeline's", path=True, required=True
             ),
-            Option("--output", "directory of the data set", path=True, required=True),
+            Option("--output", "directory of the data set", stored=True, required=True),
             Option("--column", "column of the prompts, but for .txt", default="prompt"),
             Option("--negative", "negative prompt of classifier-free guidance", default=""),
             Option("--text_len", "most tokens that the model reads", type=int, default=512),
@@ -117,8 +125,10 @@ COMMANDS: Mapping[str, Command] = {
         recipe=True,
         options=(
             Option("--videos", "folder of video files, at any depth", stored=True, required=True),
-            Option("--captions", "table with the columns video and caption; NAME.txt beside each", path=True),
-            Option("--output", "directory of the data set", path=True, required=True),
+            Option(
+                "--captions", "table with the columns video and caption; NAME.txt beside each", stored=True
+            ),
+            Option("--output", "directory of the data set", stored=True, required=True),
             Option("--clips", "most clips of one file", type=int, default=100),
             Option("--actors", "actors that decode and encode", type=int, default=1),
             Option("--cpus", "logical CPUs of an actor", type=float, default=1.0),
@@ -144,13 +154,13 @@ COMMANDS: Mapping[str, Command] = {
         options=(
             Option("model", "directory of a model, or of a checkpoint of a distillation", stored=True),
             Option("--format", "diffusers, wan, pt or peft", required=True),
-            Option("--output", "directory that is written", path=True, required=True),
+            Option("--output", "directory that is written", stored=True, required=True),
             Option("--dtype", "fp32 or bf16; what the weights are by default"),
             Option(
                 "--weights", "of a checkpoint: average or current; average by default, where there is one"
             ),
             Option(
-                "--base", "of a checkpoint of adapters: directory of the model that they are of", path=True
+                "--base", "of a checkpoint of adapters: directory of the model that they are of", stored=True
             ),
         ),
     ),
@@ -158,9 +168,9 @@ COMMANDS: Mapping[str, Command] = {
         "make a student the next version of a registered model",
         "pipelines.register:command",
         options=(
-            Option("model", "directory of a student", path=True),
+            Option("model", "directory of a student", stored=True),
             Option("--name", "registered model, made if there is none", required=True),
-            Option("--metrics", "evaluate.output, or its metrics.json, of this student", path=True),
+            Option("--metrics", "evaluate.output, or its metrics.json, of this student", stored=True),
             Option("--alias", "promote the version to this alias, through the same gate"),
             Option("--tracking.experiment", "MLflow experiment of its run", default="self-forcing"),
             *REGISTRY,

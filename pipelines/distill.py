@@ -3,8 +3,8 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from torch import Tensor
@@ -14,7 +14,7 @@ from infra.tracking import Tracker
 from model.codec import enlarge
 from model.rollout_plan import RolloutPlan
 from orchestrator.alarms import Diverging
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
@@ -24,8 +24,9 @@ from orchestrator.worker_group import WorkerGroup
 from pipelines import selection
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_pixels
+from pipelines.register import check_finish, finish
 from pipelines.selection import selecting
-from pipelines.tracked import Ready, on_cluster, opened, tracking
+from pipelines.tracked import Ready, allowed, located, opened, tracking
 from pipelines.watched import Watch
 from workers.data_check import check, check_negative
 from workers.model_directory import ModelCard, ModelDirectory
@@ -227,4 +228,10 @@ def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
     return make
 
 
-command = partial(on_cluster, "distill", make_student)
+def command(config: RunConfig, options: Any) -> None:
+    config = located("distill", config)
+    check_finish(config, options)
+    run = make_student(config, resume=options.resume, allow=allowed(options))
+    with connect(options.address) as cluster:
+        run(cluster)
+        finish(config, options)

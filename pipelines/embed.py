@@ -7,7 +7,6 @@ finds its blocks again and makes the rest; the data set is published when all ar
 import csv
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from infra import storage
+from infra.settings import absolute
 from model.umt5 import Tokenizer, Umt5Encoder, digest
 from orchestrator.cluster import connect
-from pipelines.blocks import make as _make
+from pipelines.blocks import Blocks
 from pipelines.console import say
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 
@@ -38,39 +38,32 @@ def command(_: None, options: Any) -> None:
     for name in ("actors", "text_len"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1.")
-    prompts = read_prompts(Path(options.prompts), options.column)
+    with storage.fetched(options.prompts) as file:
+        prompts = read_prompts(file, options.column)
     encoder = digest(options.encoder)
     identity = {"encoder": encoder, "prompts": _hash(prompts), "negative": options.negative}
-    output = Path(options.output).absolute()
+    output = absolute(options.output)
     if storage.is_complete(output) and storage.read_metadata(output).get("identity") == identity:
         say(f"embed: {output} is there already.")
         return
     _check_lengths([*prompts, options.negative], options)
-    parts = output.with_name(f".{output.name}.blocks")
-    storage.clean(parts)
-    parts.mkdir(parents=True, exist_ok=True)
+    blocks = Blocks(output)
     # The negative prompt is a block of its own, so that only actors load the encoder.
     cut = [prompts[first : first + BLOCK] for first in range(0, len(prompts), BLOCK)]
-    blocks = {
-        parts / f"{_hash([encoder, *block])[:32]}.parquet": block for block in [*cut, [options.negative]]
-    }
-    missing = {str(path): block for path, block in blocks.items() if not path.exists()}
-    there = len(blocks) - len(missing)
-    found = f", {there} of {len(blocks)} blocks are there" if there else ""
-    say(f"embed: {len(prompts)} distinct prompts{found}")
+    named = {f"{_hash([encoder, *block])[:32]}.parquet": block for block in [*cut, [options.negative]]}
+    say(f"embed: {len(prompts)} distinct prompts{blocks.told(named)}")
     with connect(options.address):
         arguments = (str(Path(options.encoder).absolute()), options.text_len, encoder)
-        _make(missing, _Embedder, arguments, options, label="embed", done=there, total=len(blocks))
+        blocks.make(named, _Embedder, arguments, options, label="embed")
     staging = storage.begin(output)
     with storage.writing(staging) as directory:
-        *paths, last = blocks
-        for number, path in enumerate(paths):
-            shutil.copyfile(path, directory / f"{number:05d}.parquet")
-        negative = ParquetDataset(last, ["embedding"]).row(0)["embedding"]
+        *names, last = named
+        negative = ParquetDataset(blocks.at(last), ["embedding"]).row(0)["embedding"]
         save_file({"embedding": negative}, directory / NEGATIVE, {"encoder": encoder})
+    blocks.gather(names, staging)
     storage.publish(staging, output, {"identity": identity})
-    shutil.rmtree(parts)
-    say(f"embed: wrote {output}; the negative prompt is {output / NEGATIVE}.")
+    blocks.discard()
+    say(f"embed: wrote {output}; the negative prompt is {output}/{NEGATIVE}.")
 
 
 def read_prompts(path: Path, column: str) -> list[str]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -91,7 +90,7 @@ def evaluate(
         config, suite, models, jobs, chunk=chunk, trained=trained, resume=resume
     )
     if export is not None:
-        vbench.export(Path(export), {name: videos[name] for name in models}, fps=card.video.fps)
+        vbench.export(export, {name: videos[name] for name in models}, fps=card.video.fps)
     sheet = suite.sheet(next(iter(jobs.values())).prompts)
     report = Report(
         config=config,

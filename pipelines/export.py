@@ -56,7 +56,7 @@ def _write(path: Path, options: Any) -> None:
                 f"{path} has no adapter: it is no model that was trained with one; use another --format."
             )
         adapter = ForeignAdapter(path / "adapter")
-    output = Path(options.output)
+    output = options.output
     with _folder(output) as directory:
         if options.format == "peft":
             save(for_diffusers(adapter), directory / DIFFUSERS_FILE)
@@ -70,14 +70,25 @@ def _write(path: Path, options: Any) -> None:
 
 
 @contextmanager
-def _folder(output: Path) -> Iterator[Path]:
-    """A directory that is whole or not there; ValueError where something is there that it did not make."""
-    if output.exists() and not storage.is_complete(output) and (output.is_file() or any(output.iterdir())):
-        raise ValueError(f"--output: {output} is there already; name a place where nothing is.")
-    staging = storage.begin(output)
+def _folder(output: str) -> Iterator[Path]:
+    """A directory whose files lie at `output` by their own names; ValueError where something of others does.
+
+    Locally it is whole or not there. In S3 the README.md comes last, and nothing is replaced.
+    """
+    taken = ValueError(f"--output: {output} is there already; name a place where nothing is.")
+    if output.startswith("s3://"):
+        if storage.exists(output):
+            raise taken
+        with storage.uploading(output, last="README.md") as directory:
+            yield directory
+        return
+    there = Path(output)
+    if there.exists() and not storage.is_complete(there) and (there.is_file() or any(there.iterdir())):
+        raise taken
+    staging = storage.begin(there)
     with storage.writing(staging) as directory:
         yield directory
-    storage.publish(staging, output, {"export": True})
+    storage.publish(staging, there, {"export": True})
 
 
 def _opened(path: Path, which: Which | None, base: str | None) -> tuple[ModelCard, WeightSource, str]:

@@ -1,10 +1,14 @@
 """`self-forcing generate`: a video from a prompt, of any length."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from infra import storage
+from infra.registry import find
+from infra.tracking import tracking_uri
 from pipelines.console import say
 from pipelines.media import check_output, read_image, write_video
 from workers.generator import Generator
@@ -23,21 +27,30 @@ def command(_: None, options: Any) -> None:
         raise ValueError(f"--frames must be at least 1, not {options.frames}.")
     if options.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {options.seed}.")
-    if options.image is not None and not Path(options.image).is_file():
-        raise ValueError(f"--image: there is no file {options.image}.")
-    generator = Generator(options.model, light_decoder=options.light_decoder)
+    with ExitStack() as held:
+        image = None
+        if options.image is not None:
+            image = held.enter_context(storage.fetched(options.image))
+            if not image.is_file():
+                raise ValueError(f"--image: there is no file {options.image}.")
+        _write(path, image, options)
+
+
+def _write(path: str, image: Path | None, options: Any) -> None:
+    model = find(options.model, tracking_uri(options.registry, "."))[1]
+    generator = Generator(model, light_decoder=options.light_decoder)
     codec, video = generator.shown, generator.card.video
     wanted = codec.frames(video.frames) if options.frames is None else options.frames
     initial: Tensor | None = None
     given = 0
-    if options.image is not None:
+    if image is not None:
         if not generator.card.recipe.get("distill", {}).get("given_frames"):
             raise ValueError(
                 f"--image: the model at {options.model} was not trained to go on from an image; leave it "
                 "out, or name a student that was distilled with distill.given_frames."
             )
-        image = read_image(options.image, codec.shape((1, *video.shape[1:]))[1:])
-        initial = codec.encode(image[None, None])
+        first = read_image(image, codec.shape((1, *video.shape[1:]))[1:])
+        initial = codec.encode(first[None, None])
         given = initial.shape[1]
     length = generator.frames_of_chunks(max(codec.latents(wanted), given + 1), given)
     latents = generator.student([options.prompt], [(options.seed, "generate", 0)], length, initial)

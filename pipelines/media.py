@@ -46,29 +46,36 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def check_output(path: str | Path) -> Path:
-    """The path of a video to be written; ValueError where its ending or its place cannot be."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"the output {path} must end in {' or '.join(SUFFIXES)}.")
+def check_output(location: str) -> str:
+    """The place of a video to be written; ValueError where its ending or its place cannot be."""
+    if not location.endswith(SUFFIXES):
+        raise ValueError(f"the output {location} must end in {' or '.join(SUFFIXES)}.")
+    if location.startswith("s3://"):
+        return location
+    path = Path(location)
     if path.is_dir():
         raise ValueError(f"the output {path} is a directory; name a file.")
     above = next(each for each in path.absolute().parents if each.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         what = f"the output {path} cannot be written"
         raise ValueError(f"{what}: {above} is no directory that can be written to.")
-    return path
+    return location
 
 
-def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
+def write_video(path: str, frames: Tensor, fps: int) -> None:
     """Write frames [T, channels, height, width] in [−1, 1] as MP4 or GIF, whole or not at all."""
     write_pixels(check_output(path), enlarge(to_uint8(frames)), fps)
 
 
 def write_pixels(path: str | Path, pixels: np.ndarray, fps: int) -> None:
     """Write frames uint8 [T, height, width, 3], likewise; `path` may also be in S3."""
+    storage.write_bytes(path, encoded(pixels, fps, ".gif" if str(path).endswith(".gif") else ".mp4"))
+
+
+def encoded(pixels: np.ndarray, fps: int, suffix: str) -> bytes:
+    """Frames uint8 [T, height, width, 3] as the content of a file with this suffix, one of SUFFIXES."""
     content = BytesIO()
-    if str(path).endswith(".gif"):
+    if suffix == ".gif":
         first, *rest = [Image.fromarray(frame) for frame in pixels]
         # A GIF counts hundredths of a second: rounded where each frame ends, so that they add up.
         ends = [round(100 * frame / fps) for frame in range(len(pixels) + 1)]
@@ -82,7 +89,7 @@ def write_pixels(path: str | Path, pixels: np.ndarray, fps: int) -> None:
             for frame in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
-    storage.write_bytes(path, content.getvalue())
+    return content.getvalue()
 
 
 def contact_sheet(path: str | Path, videos: Sequence[np.ndarray]) -> None:

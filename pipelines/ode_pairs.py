@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 from torch import Tensor
@@ -113,6 +114,14 @@ class OdeSampler:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def _write(staging: str, schema: pa.Schema, block: pa.Table) -> dict[str, list[int]]:
+    """A Ray Data task: a block as a shard, named by its first sample and written by the node that has it."""
+    with storage.writing(staging) as directory:
+        name = f"{block['sample'][0].as_py():09d}.parquet"
+        pq.write_table(block.select(schema.names).cast(schema), directory / name)
+    return {"rows": [len(block)]}
+
+
 def missing_pairs(config: RunConfig) -> bool:
     """Whether the pairs that this config asks for are still to be made; ValueError where others lie there."""
     path = config.initialize.pairs_path
@@ -143,17 +152,17 @@ def write_pairs(config: RunConfig) -> None:
     # Rows in order, so that the data set (and the order in which training reads it) is the same every time.
     context.execution_options.preserve_order = True
     role = settings.role
-    with storage.writing(staging) as directory:
-        (
-            ray.data.range(settings.pairs, override_num_blocks=max(1, settings.pairs // (4 * ODE_BATCH)))
-            .map_batches(
-                OdeSampler,
-                fn_constructor_args=(config, role.threads),
-                batch_size=ODE_BATCH,
-                num_cpus=role.cpus,
-                num_gpus=role.gpus,
-                compute=ray.data.ActorPoolStrategy(size=settings.samplers),
-            )
-            .write_parquet(str(directory), schema=schema)
+    (
+        ray.data.range(settings.pairs, override_num_blocks=max(1, settings.pairs // (4 * ODE_BATCH)))
+        .map_batches(
+            OdeSampler,
+            fn_constructor_args=(config, role.threads),
+            batch_size=ODE_BATCH,
+            num_cpus=role.cpus,
+            num_gpus=role.gpus,
+            compute=ray.data.ActorPoolStrategy(size=settings.samplers),
         )
+        .map_batches(partial(_write, staging, schema), batch_size=None, batch_format="pyarrow")
+        .materialize()
+    )
     storage.publish(staging, settings.pairs_path, {"identity": identity})

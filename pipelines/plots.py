@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from infra.storage import Location
 from model.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _figure(width: float, height: float, dpi: int) -> "Figure":
 
 
 def plot_curves(
-    path: Path, panels: Sequence[Panel], *, trained: int, looks: Mapping[str, Look] = LOOKS
+    path: Location, panels: Sequence[Panel], *, trained: int, looks: Mapping[str, Look] = LOOKS
 ) -> None:
     """Metrics by frame with their intervals: a panel for each, two abreast, and a curve for each row."""
     names = list(panels[0].curves)
@@ -87,7 +87,7 @@ def plot_curves(
 
 
 def plot_samples(
-    path: Path,
+    path: Location,
     samples: Mapping[str, Tensor],
     prompts: Sequence[str],
     *,

@@ -6,7 +6,6 @@ again and makes the rest. A file that cannot be read is left out and listed with
 
 import csv
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ import pyarrow.parquet as pq
 import torch
 
 from infra import storage
+from infra.settings import absolute
 from infra.storage import Stored
 from model.text import split_words
 from model.umt5 import Tokenizer, Umt5Encoder, digest
 from orchestrator.cluster import connect
 from orchestrator.config import RunConfig
-from pipelines.blocks import block_name, make
+from pipelines.blocks import Blocks, block_name
 from pipelines.console import say
 from workers.dataset import dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import TextConfig, VideoConfig
@@ -65,44 +65,38 @@ def command(config: RunConfig, options: Any) -> None:
     }
     rows = [(file.location, file.size, captions[file.location]) for file in files]
     identity = {**made_by, "files": block_name(rows)}
-    output = Path(options.output).absolute()
+    output = absolute(options.output)
     if storage.is_complete(output) and storage.read_metadata(output).get("identity") == identity:
         say(f"prepare-videos: {output} is there already.")
         return
-    parts = output.with_name(f".{output.name}.blocks")
-    storage.clean(parts)
-    parts.mkdir(parents=True, exist_ok=True)
+    blocks = Blocks(output)
     cut = [rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK)]
-    blocks = {parts / block_name(made_by, block): block for block in cut}
-    missing = {
-        str(path): [json.dumps(row) for row in block] for path, block in blocks.items() if not path.exists()
-    }
-    there = len(blocks) - len(missing)
-    already = f", {there} of {len(blocks)} shards are there" if there else ""
+    named = {block_name(made_by, block): [json.dumps(row) for row in block] for block in cut}
+    already = blocks.told(named)
     say(f"prepare-videos: {len(files)} files, clips of {frames} × {height} × {width}{already}")
     with connect(options.address):
         arguments = (video, text, config.student.text_len, shape, options.clips)
-        make(missing, _Maker, arguments, options, label="prepare-videos", done=there, total=len(blocks))
-    _publish(list(blocks), output, identity)
-    shutil.rmtree(parts)
+        blocks.make(named, _Maker, arguments, options, label="prepare-videos")
+    _publish(blocks, list(named), output, identity)
+    blocks.discard()
 
 
-def _publish(paths: Sequence[Path], output: Path, identity: Mapping[str, Any]) -> None:
+def _publish(blocks: Blocks, names: Sequence[str], output: str, identity: Mapping[str, Any]) -> None:
     left_out: list[dict[str, str]] = []
-    staging, rows = storage.begin(output), 0
+    rows = 0
+    for metadata in blocks.footers(names):
+        rows += metadata.num_rows
+        left_out += json.loads(metadata.metadata[LEFT_OUT])
+    if not rows:
+        raise ValueError(f"none of the videos could be read: {_told(left_out)}.")
+    staging = storage.begin(output)
     with storage.writing(staging) as directory:
-        for number, path in enumerate(paths):
-            metadata = pq.read_metadata(path)
-            rows += metadata.num_rows
-            left_out += json.loads(metadata.metadata[LEFT_OUT])
-            shutil.copyfile(path, directory / f"{number:05d}.parquet")
-        if not rows:
-            raise ValueError(f"none of the videos could be read: {_told(left_out)}.")
         (directory / DAMAGED).write_text("".join(f"{json.dumps(each)}\n" for each in left_out))
+    blocks.gather(names, staging)
     storage.publish(staging, output, {"identity": identity})
     say(f"prepare-videos: wrote {rows} clips into {output}.")
     if left_out:
-        where = output / DAMAGED
+        where = f"{output}/{DAMAGED}"
         say(f"prepare-videos: left out {len(left_out)} files, listed in {where}: {_told(left_out)}.")
 
 
@@ -125,12 +119,13 @@ def captions_of(
         for file in files:
             text = beside.get(f"{file.location.rpartition('.')[0]}.txt")
             if text is not None:
-                with text.open() as opened:
-                    read[file.location] = " ".join(bytes(opened.read()).decode("utf-8", "replace").split())
+                with text.open() as words:
+                    read[file.location] = " ".join(bytes(words.read()).decode("utf-8", "replace").split())
         where = "give each a text file of its name, or name a table with --captions"
     else:
         base = files[0].location[: len(files[0].location) - len(_below(files[0], videos))]
-        rows = _rows(Path(table))
+        with storage.fetched(table) as opened:
+            rows = _rows(opened, table)
         read = {f"{base}{row['video']}": " ".join(str(row["caption"] or "").split()) for row in rows}
         where = f"{table} must have a caption of each in the columns video and caption"
     without = [_below(file, videos) for file in files if not read.get(file.location)]
@@ -146,16 +141,16 @@ def _below(file: Stored, videos: str) -> str:
     return file.location.removeprefix(root).lstrip("/")
 
 
-def _rows(table: Path) -> list[dict[str, Any]]:
+def _rows(file: Path, table: str) -> list[dict[str, Any]]:
     try:
-        match table.suffix:
+        match file.suffix:
             case ".jsonl":
-                rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+                rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
             case ".csv":
-                with open(table, newline="", encoding="utf-8") as file:
-                    rows = list(csv.DictReader(file))
+                with open(file, newline="", encoding="utf-8") as opened:
+                    rows = list(csv.DictReader(opened))
             case ".parquet":
-                rows = pq.read_table(table).to_pylist()
+                rows = pq.read_table(file).to_pylist()
             case _:
                 raise ValueError("use .jsonl, .csv or .parquet")
         if any(not {"video", "caption"} <= row.keys() for row in rows):

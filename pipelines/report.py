@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -74,13 +73,12 @@ class Report:
 
 def write_report(report: Report, tracker: Tracker | None) -> None:
     """Write tables, then pictures, to `evaluate.output`, and record them and the curves with the tracker."""
-    output = Path(report.config.evaluate.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = report.config.evaluate.output
     # The tracker's address may hold a password, and is no part of what was measured.
     settings = report.config.portable()
-    storage.write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    storage.write_text(output / "metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
-    storage.write_text(output / "report.md", _markdown(report))
+    storage.write_text(f"{output}/config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    storage.write_text(f"{output}/metrics.json", json.dumps(_json(report), indent=1, allow_nan=False))
+    storage.write_text(f"{output}/report.md", _markdown(report))
     pictures = write_pictures(report, output)
     if tracker is None:
         return
@@ -92,24 +90,24 @@ def write_report(report: Report, tracker: Tracker | None) -> None:
             scalars = {f"{metric}_{span}": estimate for metric, estimate in getattr(row, span).items()}
             tracker.metrics(0, _tracked(name, scalars))
     for file in (*pictures, "config.yaml", "report.md", "metrics.json"):
-        tracker.artifact(output / file, "evaluation")
+        tracker.artifact(storage.on_disk(f"{output}/{file}"), "evaluation")
 
 
-def write_pictures(report: Report, output: Path) -> list[str]:
+def write_pictures(report: Report, output: str) -> list[str]:
     """Draw curves and the contact sheet, say what could not be drawn, and return the names of what could."""
     drawn, pictures = [], report.pictures()
     for picture in (*pictures, SHEET):
         try:
             if picture == SHEET:
                 shown = (report.samples, report.sample_prompts)
-                plot_samples(output / picture, *shown, trained=report.trained, chunk=report.chunk)
+                plot_samples(f"{output}/{picture}", *shown, trained=report.trained, chunk=report.chunk)
             else:
                 panels = []
                 for name in pictures[picture]:
                     metric = report.suite.metrics[name]
                     curves = {row: found.by_frame[name] for row, found in report.rows.items()}
                     panels.append(Panel(metric.words, curves, share=metric.share))
-                plot_curves(output / picture, panels, trained=report.trained)
+                plot_curves(f"{output}/{picture}", panels, trained=report.trained)
         except Exception as error:  # numbers are written; trouble with a picture must not end the run
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             where = f"{output}/metrics.json"

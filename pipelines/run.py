@@ -12,6 +12,7 @@ from pipelines.evaluate import make_report
 from pipelines.initialize import make_initial
 from pipelines.prepare import prepare
 from pipelines.pretrain import make_teacher
+from pipelines.register import check_finish, finish
 from pipelines.tracked import allowed, is_done, located
 
 
@@ -19,6 +20,7 @@ def command(config: RunConfig, options: Any) -> None:
     config, allow = located("run", config), allowed(options)
     suites.find(config.evaluate.suite)  # a wrong one would end the run when all else is done
     selection.check_settings(config)
+    check_finish(config, options, prompts=False)
     prepare(config)
     stages: tuple[tuple[Stage, str, Any], ...] = (
         ("pretrain", config.distill.teacher, make_teacher),
@@ -31,4 +33,6 @@ def command(config: RunConfig, options: Any) -> None:
                 say(f"{stage}: {model} is there already")
             else:
                 make(config, resume=True, allow=allow)(cluster)
-        make_report(config, resume=True)
+        if options.register is None:
+            make_report(config, resume=True)
+        finish(config, options)

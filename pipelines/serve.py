@@ -9,14 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
-from infra.settings import check_stored
+from infra.settings import absolute
 from infra.storage import Files
 from infra.tracking import tracking_uri
 from orchestrator.cluster import Cluster, connect
@@ -44,14 +43,12 @@ def command(config: ServeConfig, options: Any) -> None:
     if config.registered:
         config = replace(config, registry=tracking_uri(config.registry, "."))
     else:
-        check_stored(config.model, "model")
-        if not config.model.startswith("s3://"):
-            config = replace(config, model=str(Path(config.model).absolute()))
+        config = replace(config, model=absolute(config.model))
     source, _ = check(locate(config)[1])
     for sentence in never_trained(source.card):
         say(f"serve: {sentence}")
     if config.light_decoder is not None:
-        config = replace(config, light_decoder=str(Path(config.light_decoder).absolute()))
+        config = replace(config, light_decoder=absolute(config.light_decoder))
     showable(source.card.video.shown_by(config.light_decoder), source.path)
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local" and not ray.is_initialized():

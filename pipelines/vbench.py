@@ -6,7 +6,6 @@ VBench, 2024; its prompts/README.md), so a prompt is written as it is, or refuse
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pipelines.console import say
 from pipelines.media import write_video
@@ -34,7 +33,7 @@ def check(prompts: Sequence[str], videos: int) -> None:
             )
 
 
-def export(folder: Path, videos: Mapping[str, Videos], *, fps: int) -> None:
+def export(folder: str, videos: Mapping[str, Videos], *, fps: int) -> None:
     """Write the first five videos of each prompt of each model to `folder/MODEL`."""
     for model, made in videos.items():
         if made.pixels is None:
@@ -42,6 +41,6 @@ def export(folder: Path, videos: Mapping[str, Videos], *, fps: int) -> None:
         counts: Counter[str] = Counter()
         for prompt, pixels in zip(made.prompts, made.pixels, strict=True):
             if (index := counts[prompt]) < SAMPLES:
-                write_video(folder / model / f"{prompt}-{index}.mp4", pixels.float() / 127.5 - 1, fps)
+                write_video(f"{folder}/{model}/{prompt}-{index}.mp4", pixels.float() / 127.5 - 1, fps)
             counts[prompt] += 1
     say(f"evaluate: videos for VBench are in {folder}, for each model a directory to name as --videos_path")

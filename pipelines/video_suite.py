@@ -3,8 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, ClassVar
 
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infra import storage
 from model import video_metrics
 from model.codec import to_bytes
 from model.metrics import Estimate, kernel_distance
@@ -145,9 +144,10 @@ class Video(Suite):
         settings, skip, found = config.evaluate, config.data.skip_damaged, []
         if settings.prompts is not None:
             try:
-                lines = map(str.strip, Path(settings.prompts).read_text().splitlines())
+                with storage.fetched(settings.prompts) as file:
+                    lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
                 found = list(filter(None, lines))
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"evaluate.prompts cannot be read as a text file: {error}.") from None
         else:
             for path in (config.data.held_out, config.data.train):
@@ -242,7 +242,10 @@ class Video(Suite):
 
     def basis(self, config: RunConfig) -> dict[str, str]:
         path = config.evaluate.features
-        return {"features": "none" if path is None else sha256(Path(path).read_bytes()).hexdigest()[:16]}
+        if path is None:
+            return {"features": "none"}
+        with storage.fetched(path) as file:
+            return {"features": storage.file_digest(file)[:16]}
 
 
 def _columns(path: str, skip_damaged: bool) -> list[str]:
@@ -276,7 +279,8 @@ def _as_long_as(reference: Tensor, length: int) -> Tensor:
 def _features(path: str, frames: Tensor) -> Tensor:
     """A network's features `[N, F, D]` of frames `[N, F, channels, H, W]`; ValueError where it gives none."""
     try:
-        network = torch.jit.load(path, map_location="cpu").eval()
+        with storage.fetched(path) as file:
+            network = torch.jit.load(str(file), map_location="cpu").eval()
         features = torch.cat([network(part) for part in frames.flatten(0, 1).split(256)])
     except (RuntimeError, ValueError, OSError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

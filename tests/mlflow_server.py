@@ -29,8 +29,10 @@ def free_port() -> int:
 class Server:
     """A real MLflow server that can be killed and started again with the same address and data."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        """`options` of `mlflow server` are more than, or in place of, the usual ones."""
         self.folder, self.port = folder, free_port()
+        self.options, self.environment = options, environment
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen | None = None
 
@@ -38,11 +40,12 @@ class Server:
         self.folder.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        command += self.options or ["--artifacts-destination", str(self.folder / "artifacts")]
         environment = {
             **os.environ,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            **self.environment,
         }
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(

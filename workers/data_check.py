@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors import SafetensorError, safe_open
 
+from infra import storage
 from infra.storage import Stored
 from model.text import split_words
 from model.transformer import TransformerConfig
@@ -68,9 +69,9 @@ def check_negative(prompt: str, file: str | None, sizes: TransformerConfig, enco
         return
     where = f"{setting}.negative_embedding at {file}"
     try:
-        with safe_open(file, "pt") as opened:
-            embedding, told = opened.get_tensor("embedding"), opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
+        with storage.fetched(file) as here, safe_open(here, "pt") as opened:
+            embedding, told = opened.get_tensor("embedding").clone(), opened.metadata() or {}
+    except (OSError, SafetensorError, storage.StorageError) as error:
         raise ValueError(f"{where} is no safetensors file with the tensor `embedding`: {error}.") from None
     _check_encoder(where, told.get("encoder"), encoder)
     tokens, width = embedding.shape if embedding.ndim == 2 else (0, 0)

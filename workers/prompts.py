@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from infra import storage
 from model.text import pad
 from workers.actor import Stats, Worker
 from workers.batch import Batch
@@ -31,7 +32,8 @@ class Prompts:
     def negative(self, prompt: str, file: str | None) -> Tensor:
         """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
         if file is not None:
-            return pad(load_file(file)["embedding"], self._text_len)
+            with storage.fetched(file) as here:
+                return pad(load_file(here)["embedding"].clone(), self._text_len)
         if self._encoder is None:
             raise ValueError(
                 "prompts come embedded, so distill.roles.teacher.negative_embedding must name the negative "

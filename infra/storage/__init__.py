@@ -30,15 +30,17 @@ from infra.storage.local import (
     Location,
     StorageError,
     local,
-    write_directory,
 )
 from infra.storage.manifest import file_digest, files_digest
 from infra.storage.single import (
+    copy_file,
     exists,
+    fetched,
     folders,
     on_disk,
     read_bytes,
     scratch,
+    uploading,
     write_bytes,
     write_file,
     write_text,

@@ -67,24 +67,6 @@ def write_local_file(path: Location) -> Iterator[Path]:
 
 
 @contextmanager
-def write_directory(path: Location) -> Iterator[Path]:
-    """An empty directory that becomes `path`, which must not exist, when the block is left; gone if it fails.
-
-    For data sets, which others read; what is ours alone has a manifest (`begin`). StorageError as above.
-    """
-    target = local(path)
-    with explained(target):
-        aside = new_aside(target)
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-            os.rename(aside, target)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-
-@contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """`write_local_file`, with the errors of the operating system as they are."""
     try:

@@ -39,7 +39,7 @@ from botocore.exceptions import (
 from infra.storage.local import FOREIGN_LEFTOVER_S, Location, StorageError, explained
 from infra.storage.manifest import MANIFEST, check_manifest, file_digest, new_manifest
 
-ATTEMPTS = 14
+ATTEMPTS = 16
 """Times that a request is sent, which takes 73 to 145 seconds where none is answered."""
 LONGEST_WAIT_S = 20.0
 PART_BYTES = 2**26
@@ -155,7 +155,7 @@ def _retried(attempts: int, response: Any, caught_exception: BaseException | Non
 
 def _wait(attempts: int) -> float:
     """Seconds before a request is sent again: exponential backoff, of which half is jitter."""
-    return min(LONGEST_WAIT_S, 0.1 * 2**attempts) * random.uniform(0.5, 1)
+    return min(LONGEST_WAIT_S, 0.025 * 2**attempts) * random.uniform(0.5, 1)
 
 
 def _body(client: Any, asked: Mapping[str, str]) -> bytes:
@@ -257,6 +257,24 @@ def download(place: Place, file: Path) -> None:
         client.download_file(place.bucket, place.key, str(file), Config=_transfer)
 
 
+def copy(source: Place, target: Place, sha256: str | None = None) -> None:
+    """Copy an object within the store, with the SHA-256 beside it, which that of one in parts would lose."""
+    with asking(source) as client:
+        if sha256 is None:
+            sha256 = _digest(client, source)
+        client.copy(
+            {"Bucket": source.bucket, "Key": source.key},
+            target.bucket,
+            target.key,
+            ExtraArgs={"Metadata": {"sha256": sha256}, "MetadataDirective": "REPLACE"},
+            Config=_transfer,
+        )
+
+
+def _digest(client: Any, place: Place) -> str:
+    return client.head_object(Bucket=place.bucket, Key=place.key)["Metadata"]["sha256"]
+
+
 def delete(place: Place, names: list[str]) -> None:
     """Objects below a place, a page at a time; one that is gone is as good."""
     for first in range(0, len(names), PAGE):
@@ -280,6 +298,15 @@ def files(place: Place) -> tuple[Place, dict[str, int]]:
         return place, found
     folder = read_manifest(place)["folder"]
     return place / folder, keys(place / folder)
+
+
+def within(place: Place) -> Place:
+    """Where a file of a published directory lies; `place` itself where its parent is none."""
+    content = get(place.parent / MANIFEST)
+    if content is None:
+        return place
+    folder = check_manifest(content, str(place.parent))["folder"]
+    return place.parent / folder / place.key.rpartition("/")[2]
 
 
 def read_manifest(place: Place) -> dict[str, Any]:
@@ -313,14 +340,15 @@ def begin(place: Place) -> str:
 
 
 @contextmanager
-def writing(staging: Place) -> Iterator[Path]:
-    """A local directory, whose files are in `staging` once the block is left."""
+def writing(staging: Place, last: str | None = None) -> Iterator[Path]:
+    """A local directory, whose files are in `staging` once the block is left, the `last` one after others."""
     with tempfile.TemporaryDirectory(prefix="self-forcing-") as folder:
         directory = Path(folder)
         with explained(directory):
             yield directory
-        files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
-        each(lambda file: upload(file, staging / file.relative_to(directory).as_posix()), files)
+        names = [file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()]
+        for batch in ([name for name in names if name != last], [name for name in names if name == last]):
+            each(lambda name: upload(directory / name, staging / name), batch)
 
 
 def publish(staging: Place, place: Place, metadata: Mapping[str, Any]) -> None:
@@ -330,8 +358,7 @@ def publish(staging: Place, place: Place, metadata: Mapping[str, Any]) -> None:
 
         def digest(name: str) -> str:
             with asking(staging / name) as client:
-                found = client.head_object(Bucket=staging.bucket, Key=(staging / name).key)
-            return found["Metadata"]["sha256"]
+                return _digest(client, staging / name)
 
         hashes = dict(zip(sizes, each(digest, sizes), strict=True))
         files = {name: {"sha256": hashes[name], "size": size} for name, size in sorted(sizes.items())}
@@ -390,12 +417,8 @@ def move(source: Place, place: Place) -> None:
     staging = at(begin(place))
     assert staging is not None
 
-    def copy(name: str) -> None:
-        old, new = source / manifest["folder"] / name, staging / name
-        with asking(old) as client:
-            client.copy({"Bucket": old.bucket, "Key": old.key}, new.bucket, new.key, Config=_transfer)
-
-    each(copy, manifest["files"])
+    files, folder = manifest["files"], source / manifest["folder"]
+    each(lambda name: copy(folder / name, staging / name, files[name]["sha256"]), files)
     publish(staging, place, manifest["metadata"])
     remove(source)
 

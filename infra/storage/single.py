@@ -1,13 +1,15 @@
 """Single files and folders of a place, in a file system or an object store."""
 
 import hashlib
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from infra.storage import cache, s3
-from infra.storage.local import Location, local, write_local_file
+from infra.storage.local import Location, StorageError, local, write_local_file
 
 
 @contextmanager
@@ -39,11 +41,61 @@ def write_bytes(path: Location, content: bytes) -> None:
 
 
 def read_bytes(path: Location) -> bytes | None:
-    """A file's content, None where there is none; OSError or StorageError where it cannot be read."""
+    """A file's content, None where there is none; OSError or StorageError where it cannot be read.
+
+    In S3 it may also be a file of a published directory, by its name there.
+    """
     if (there := s3.at(path)) is not None:
-        return s3.get(there)
+        return s3.get(there) or s3.get(s3.within(there))
     target = local(path)
     return target.read_bytes() if target.exists() else None
+
+
+@contextmanager
+def fetched(path: Location) -> Iterator[Path]:
+    """A file or directory of others as one of this node, in S3 a copy for as long as the block lasts.
+
+    StorageError where it cannot be had; what is not there locally is for the caller to find out.
+    """
+    if (there := s3.at(path)) is None:
+        yield local(path)
+        return
+    base, sizes = s3.files(there)
+    with tempfile.TemporaryDirectory(prefix="self-forcing-") as folder:
+        copy = Path(folder) / there.key.rpartition("/")[2]
+        if not sizes:
+            s3.download(s3.within(there), copy)
+        for name in sizes:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            s3.download(base / name, copy / name)
+        yield copy
+
+
+@contextmanager
+def uploading(path: Location, *, last: str) -> Iterator[Path]:
+    """A local directory whose files lie at `path`, which is in S3, by their own names once the block is left.
+
+    For other tools, which know no manifest: the file `last` comes after the others, and says that all is
+    there. StorageError where `path` is no place in S3, or the store refuses.
+    """
+    there = s3.at(path)
+    if there is None:
+        raise StorageError(f"{path} is no place in S3.")
+    with s3.writing(there, last) as directory:
+        yield directory
+
+
+def copy_file(file: Location, staging: Location, name: str) -> None:
+    """Have a stored file be part of `staging` too, of the same kind of place; its content is not moved."""
+    if (there := s3.at(file)) is not None:
+        target = s3.at(staging)
+        assert target is not None, "both are in one place"
+        s3.copy(there, target / name)
+        return
+    try:
+        os.link(local(file), local(staging) / name)
+    except OSError:  # a file system without links
+        shutil.copyfile(local(file), local(staging) / name)
 
 
 def exists(path: Location) -> bool:

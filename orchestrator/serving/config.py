@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from infra.settings import at_least, positive
+from infra.settings import at_least, positive, set_places
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class AccessConfig:
     """Requests that one token may make of a replica, on average; a tenth of them may come at once."""
 
     def __post_init__(self) -> None:
+        set_places(self, "tokens")
         for name in ("streams", "requests_per_minute"):
             if getattr(self, name) < 1:
                 raise ValueError(f"access.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -40,6 +41,7 @@ class VideosConfig:
     """Videos of one token that may wait or be made at once."""
 
     def __post_init__(self) -> None:
+        set_places(self, "storage", stored=("storage",))
         for name in ("expire_s", "longest_frames", "unfinished"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"videos.{name} is {getattr(self, name)}; it must be positive.")
@@ -102,6 +104,9 @@ class ServeConfig:
     videos: VideosConfig = field(default_factory=VideosConfig)
 
     def __post_init__(self) -> None:
+        set_places(self, "light_decoder")
+        if not self.registered:
+            set_places(self, "model", stored=("model",))
         at_least(self, 1, "slots", "replicas")
         at_least(self, 0, "queue")
         positive(self, "start_s", "reconnect_s", "pause_s", "refresh_s", "drain_s")

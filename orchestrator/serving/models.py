@@ -4,18 +4,16 @@ import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from ray.serve.handle import DeploymentHandle
 
-from infra.registry import Registry
+from infra.registry import CACHE, Registry, find
 from orchestrator.serving.config import ServeConfig
 from orchestrator.serving.engine import Engine
 from orchestrator.serving.prompt_encoder import SharedEncoder
 from workers.model_directory import ModelDirectory
 from workers.streamer import Streamer
 
-CACHE = Path("~/.cache/self-forcing/models").expanduser()
 _log = logging.getLogger("ray.serve")
 
 
@@ -39,11 +37,7 @@ class Served:
 
 def locate(config: ServeConfig) -> tuple[str, str]:
     """Version and directory of the model that is to be served now; ValueError where there is none."""
-    if not config.registered:
-        return "1", config.model
-    registry = Registry(config.registry)
-    version = registry.resolve(config.model)
-    return str(version.version), str(registry.fetch(version, CACHE))
+    return find(config.model, config.registry)
 
 
 def load(path: str, slots: int, encoder: DeploymentHandle | None = None) -> Streamer:

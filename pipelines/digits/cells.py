@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from infra.settings import check_local
+from infra.settings import place
 from orchestrator.config import RunConfig
 from pipelines.cli import parse
 from pipelines.recipe import EXPERIMENTS, beside, check_names, read_yaml, settings, shipped
@@ -63,8 +63,8 @@ def open_experiment(name: str) -> Experiment:
         ) from None
     if not experiment.seeds:
         raise ValueError(f"{path} is not an experiment: seeds is empty; name one at least.")
-    check_local(experiment.results, "results")
-    return replace(experiment, recipe=str(beside(experiment.recipe, path)))
+    results = place(experiment.results, "results", stored=False)
+    return replace(experiment, recipe=str(beside(experiment.recipe, path)), results=results)
 
 
 def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -80,10 +80,10 @@ def as_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def config_of(experiment: Experiment, cell: Cell | None, seed: int, overrides: Sequence[str]) -> RunConfig:
     """The resolved config of one cell, or of what all of them share; checked as any command's."""
-    place = f"outputs/{experiment.name}"
-    where = f"{place}/references" if cell is None else f"{place}/{cell.name}/{seed}"
+    folder = f"outputs/{experiment.name}"
+    where = f"{folder}/references" if cell is None else f"{folder}/{cell.name}/{seed}"
     arguments = [experiment.recipe, *as_options(experiment.settings)]
-    arguments += [f"--initialize.output={place}/initial", f"--distill.student={place}/initial/model"]
+    arguments += [f"--initialize.output={folder}/initial", f"--distill.student={folder}/initial/model"]
     arguments.append(f"--tracking.experiment={experiment.name}")
     if cell is not None:
         arguments += [*as_options(cell.settings), f"--{cell.stage}.output={where}"]

@@ -20,7 +20,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from infra import storage
-from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
+from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, is_there, tensor_fields
 
 Direction = Literal["left", "right", "up", "down"]
 Split = Literal["train", "held_out"]
@@ -139,7 +139,6 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
     for name, value, least in (("videos", videos, 1), ("frames", frames, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    path = Path(path)
     schema = dataset_schema(
         [
             pa.field("prompt", pa.string(), nullable=False),
@@ -154,13 +153,14 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
             **{"videos": videos, "frames": frames, "seed": seed, "split": split},
         },
     )
-    if path.exists():
+    if is_there(path):
         with suppress(ValueError):  # what cannot be read is another one, too
             if ParquetDataset(path, []).schema.metadata == schema.metadata:
                 return
         raise ValueError(f"{path} exists and is another data set; delete it or choose another path")
 
-    with storage.write_directory(path) as aside:
+    staging = storage.begin(path)
+    with storage.writing(staging) as aside:
         shard_count = -(-videos // (_ROWS_PER_GROUP * _GROUPS_PER_SHARD))
         blocks = sample_videos(videos=videos, frames=frames, seed=seed, split=split)
         for shard in range(shard_count):
@@ -175,6 +175,7 @@ def write_dataset(path: str | Path, *, videos: int, frames: int, seed: int, spli
             ) as writer:
                 for block in islice(blocks, _GROUPS_PER_SHARD):
                     writer.write_table(_table(*block, schema), row_group_size=_ROWS_PER_GROUP)
+    storage.publish(staging, path, {})
 
 
 def _table(

@@ -129,48 +129,6 @@ def test_what_counts_from_0_cannot_be_negative(refused: Refused, setting: str) -
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [
-        "root", "initialize.pairs_path", "evaluate.output", "evaluate.prompts", "evaluate.features",
-        "distill.roles.teacher.negative_embedding",
-    ],
-)  # fmt: skip
-def test_a_url_is_no_path(refused: Refused, setting: str) -> None:
-    said = refused("run", TINY_RECIPE, f"--{setting}=s3://bucket/x")
-    assert said == f"{setting} is s3://bucket/x; only paths of local and shared file systems work here."
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "data.train", "data.held_out", "data.real", "pretrain.output", "initialize.output",
-        "initialize.teacher", "distill.output", "distill.teacher", "distill.student", "distill.critic",
-    ],
-)  # fmt: skip
-def test_of_stores_s3_is_known(refused: Refused, setting: str) -> None:
-    said = refused("run", TINY_RECIPE, f"--{setting}=gs://bucket/x")
-    assert said == f"{setting} is gs://bucket/x; use a path, or s3://BUCKET/PREFIX."
-    assert cli.parse("run", [str(TINY_RECIPE), f"--{setting}=s3://bucket/x"])[0].located()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("generate", "--model", "m", "--prompt", "p", "--output", "s3://b/x.mp4"),
-        ("generate", "--model", "m", "--prompt", "p", "--image", "gs://b/x.png"),
-        ("register", "s3://b/m", "--name", "n"),
-        ("register", "m", "--name", "n", "--metrics", "s3://b/m"),
-        ("promote", "n", "1", "--root", "s3://b"),
-        ("serve", "--model", "m", "--certificate", "s3://b/c.pem"),
-        ("evaluate", "quickstart", "--export-vbench", "s3://b/x"),
-    ],
-)
-def test_a_url_is_no_path_of_an_option(refused: Refused, words: tuple[str, ...]) -> None:
-    said = refused(*words)
-    assert "only paths of local and shared file systems work here." in said and "://b" in said
-
-
-@pytest.mark.parametrize(
     ("words", "says"),
     [
         (("generate", "quickstart", "--video.fps", "4"), "there is no setting video.fps; the nearest is"),

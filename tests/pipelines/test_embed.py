@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from model.umt5 import Umt5Encoder
 from pipelines import cli, embed
+from pipelines.blocks import Blocks
 from pipelines.embed import read_prompts
 from tests.fixtures import PROMPTS
 from tests.wan import SIZES, write_umt5
@@ -42,20 +43,23 @@ def test_a_run_that_was_killed_makes_only_the_rest(
         "embed", str(file), f"--encoder={encoder}", f"--output={output}", "--text_len=32",
         "--negative=blurred", "--cpus=0.5",
     ]  # fmt: skip
-    make = embed._make
+    make = Blocks.make
     monkeypatch.setattr(
-        embed, "_make", lambda missing, *rest, **how: make(dict([*missing.items()][:2]), *rest, **how)
+        Blocks, "make", lambda self, named, *rest, **how: make(self, dict([*named.items()][:2]), *rest, **how)
     )
-    with pytest.raises(FileNotFoundError):  # as if it had been killed after two blocks
+    with pytest.raises(ValueError, match="does not exist"):  # as if it had been killed after two blocks
         embed.command(None, cli.parse("embed", arguments[1:])[1])
     assert not output.exists()
     assert len(list(output.parent.glob(".prompts.blocks/*.parquet"))) == 2
 
     asked: list[int] = []
     monkeypatch.setattr(
-        embed,
-        "_make",
-        lambda missing, *rest, **how: (asked.append(len(missing)), make(missing, *rest, **how)),
+        Blocks,
+        "make",
+        lambda self, named, *rest, **how: (
+            asked.append(len(named.keys() - self._there.keys())),
+            make(self, named, *rest, **how),
+        ),
     )
     assert cli.main(arguments) == 0
     said = " ".join(capfd.readouterr().out.split())

@@ -42,7 +42,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of_tiny(root: Path, videos: object, output: Path, *more: str) -> list[str]:
+def of_tiny(root: Path, videos: object, output: object, *more: str) -> list[str]:
     return [
         "prepare-videos", str(TINY_RECIPE), f"--root={root}", f"--videos={videos}", f"--output={output}",
         "--cpus=0.5", *more,
@@ -89,7 +89,7 @@ def test_a_folder_of_videos_is_trained_on(
     ).unlink()
     capfd.readouterr()
     assert cli.main(of_tiny(tmp_path, videos, tmp_path / "again")) == 0
-    assert "2 of 3 shards are there" in " ".join(capfd.readouterr().out.split())
+    assert "2 of 3 blocks are there" in " ".join(capfd.readouterr().out.split())
     for file in sorted(videos.rglob("*.*")):
         s3.upload(file, s3.Place("bucket", f"my videos/{file.relative_to(videos)}"))
     table = [f"--captions={tmp_path}/captions.csv"]
@@ -97,9 +97,10 @@ def test_a_folder_of_videos_is_trained_on(
     (tmp_path / "captions.csv").write_text(
         "\n".join(["video,caption", *lines, "damaged.mov,a", "short.MP4,b", "none.mp4,c"])
     )
-    assert cli.main(of_tiny(tmp_path, "s3://bucket/my videos", tmp_path / "s3", *table)) == 0
-    for other in ("again", "s3"):
-        found = ParquetDataset(tmp_path / other, ["prompt", "video"])
+    assert cli.main(of_tiny(tmp_path, "s3://bucket/my videos", "s3://bucket/made of them", *table)) == 0
+    assert not [name for name in s3.children(s3.Place("bucket", "")) if name.startswith(".")]
+    for other in (tmp_path / "again", "s3://bucket/made of them"):
+        found = ParquetDataset(other, ["prompt", "video"])
         for number, row in enumerate(rows):
             assert found.row(number)["prompt"] == row["prompt"]
             assert torch.equal(found.row(number)["video"], row["video"])

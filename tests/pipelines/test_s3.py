@@ -18,6 +18,7 @@ from pipelines import cli, distill
 from tests.fixtures import TINY_RECIPE, furnished, write_real
 from tests.orchestrator.serving.conftest import CONFIG, deploy, serve_url, student  # noqa: F401 (fixtures)
 from tests.s3_server import S3Server
+from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
 
 pytestmark = pytest.mark.slow
@@ -33,11 +34,15 @@ def server(ray_cluster: object, s3_server: S3Server) -> Iterator[S3Server]:
 
 def copy_up(path: Path, location: str) -> None:
     """A directory as it is, as another tool would copy it."""
-    place = s3.at(location)
-    assert place is not None
     for file in sorted(path.rglob("*")):
         if file.is_file():
-            s3.upload(file, place / file.relative_to(path).as_posix())
+            s3.upload(file, place(location) / file.relative_to(path).as_posix())
+
+
+def place(location: str) -> s3.Place:
+    found = s3.at(location)
+    assert found is not None
+    return found
 
 
 def copy_model(path: str, location: str) -> None:
@@ -135,8 +140,8 @@ def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_while
     try:
         for command in ("pretrain", "initialize", "distill"):
             own = [
-                f"--{name}={BASE}/{place}"
-                for name, place in places.items()
+                f"--{name}={BASE}/{lies}"
+                for name, lies in places.items()
                 if name.startswith((command, "data"))
             ]
             assert cli.main([command, *settings, *own]) == 0, command
@@ -169,12 +174,51 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_stored_but_does_not_end_w
     assert newest == f"{config.distill.output}/checkpoints/0000004"
 
 
-def test_pairs_stay_on_a_file_system(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    asked = [
-        "initialize",
-        str(TINY_RECIPE),
-        f"--root={tmp_path}",
-        "--initialize.pairs_path=s3://bucket/pairs",
-    ]
-    assert cli.main(asked) == 2
-    assert "only paths of local and shared file systems work here" in capfd.readouterr().err
+def test_pairs_evaluation_exports_and_versions_lie_in_s3(
+    server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = furnished(tmp_path)
+    write_real(tmp_path / "videos", config)
+    copy_up(tmp_path / "videos", f"{BASE}/videos")
+    copy_up(Path(config.data.train), f"{BASE}/prompts")
+    copy_model(config.distill.teacher, f"{BASE}/teacher")
+    settings = [str(TINY_RECIPE), f"--root={tmp_path}"]
+    server.fails = 0.2
+    places = {
+        "data.train": "prompts", "initialize.teacher": "teacher", "initialize.pairs_path": "pairs",
+        "initialize.output": "initial",
+    }  # fmt: skip
+    asked = [f"--{name}={BASE}/{lies}" for name, lies in places.items()]
+    assert cli.main(["initialize", *settings, *asked]) == 0
+    assert "8 ODE pairs" in " ".join(capfd.readouterr().out.split())
+    elsewhere = [f"--initialize.teacher={BASE}/teacher", f"--data.train={BASE}/prompts"]
+    assert cli.main(["initialize", *settings, *elsewhere]) == 0  # the same on a file system
+    ours, local = ParquetDataset(f"{BASE}/pairs", ["trajectory"]), tmp_path / "outputs/data/ode_pairs"
+    theirs = ParquetDataset(local, ["trajectory"])
+    for number in range(8):
+        assert torch.equal(ours.row(number)["trajectory"], theirs.row(number)["trajectory"])
+
+    s3.put(s3.Place("bucket", "tiny run/words.txt"), b"a six drifting left\na two drifting up\n")
+    measured = [
+        f"--distill.teacher={BASE}/teacher", f"--distill.student={BASE}/initial/model",
+        f"--data.held_out={BASE}/videos", f"--evaluate.prompts={BASE}/words.txt", "--evaluate.suite=video",
+        f"--evaluate.output={BASE}/report", "--evaluate.videos=10", f"--export-vbench={BASE}/vbench",
+    ]  # fmt: skip
+    assert cli.main(["evaluate", *settings, *measured]) == 0
+    assert {"report.md", "metrics.json", "contact_sheet.png"} <= s3.keys(place(f"{BASE}/report")).keys()
+    assert "initial/a two drifting up-4.mp4" in s3.keys(place(f"{BASE}/vbench"))
+    capfd.readouterr()
+    assert cli.main(["evaluate", *settings, *measured, "--resume"]) == 0
+    assert " ".join(capfd.readouterr().out.split()).count("are there already") == 2
+
+    words = ["export", f"{BASE}/initial/model", "--format=wan", f"--output={BASE}/for others"]
+    assert cli.main(words) == 0
+    assert {"config.json", "README.md"} <= s3.keys(place(f"{BASE}/for others")).keys()
+    assert cli.main(words) == 2 and "is there already" in capfd.readouterr().err
+    uri = f"--tracking.uri=sqlite:///{tmp_path}/registry.db"
+    metrics = f"--metrics={BASE}/report"
+    assert cli.main(["register", f"{BASE}/initial/model", "--name=stored", metrics, uri]) == 0
+    video = f"{BASE}/samples/a six.mp4"
+    model = ["--model=models:/stored/1", f"--registry=sqlite:///{tmp_path}/registry.db"]
+    assert cli.main(["generate", *model, "--prompt=a six drifting left", f"--output={video}"]) == 0
+    assert storage.read_bytes(video)

@@ -112,7 +112,7 @@ def test_an_experiment_that_is_none_is_named(tmp_path: Path, capfd: pytest.Captu
         ({"settings": [1]}, "settings"),
         ({"recipe": [1]}, 'Parser key "experiment.recipe"'),
         ({"recipe": "none"}, f"there is no recipe 'none' beside {wrong}"),
-        ({"results": "s3://bucket/a"}, "results is s3://bucket/a; only paths of"),
+        ({"results": "s3://bucket/a"}, "results is s3://bucket/a; use a path of"),
         ({"seed": 1}, f"there is no setting seed (in {wrong}); the nearest is seeds."),
     ):
         wrong.write_text(yaml.safe_dump(whole | change))

@@ -69,7 +69,7 @@ def test_written_data_is_reproducible_whole_and_read_as_any_other(tmp_path: Path
     wanted = dict(videos=9000, frames=3, seed=5, split="train")
     write_dataset(tmp_path / "one", **wanted)
     write_dataset(tmp_path / "two", **wanted)
-    shards = sorted(file.name for file in (tmp_path / "one").iterdir())
+    shards = sorted(file.name for file in (tmp_path / "one").glob("*.parquet"))
     assert shards == ["00000-of-00002.parquet", "00001-of-00002.parquet"]
     assert all((tmp_path / "one" / s).read_bytes() == (tmp_path / "two" / s).read_bytes() for s in shards)
 

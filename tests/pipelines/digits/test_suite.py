@@ -154,7 +154,7 @@ def test_tiny_models_are_measured_reported_and_not_generated_twice(
     assert (
         len(metrics["verdicts"]) == 8 and metrics["rows"]["real"]["overall"]["digit_accuracy"]["value"] > 0.95
     )
-    values, how = measured(output / "metrics.json", Path(paths[2]))
+    values, how = measured(output / "metrics.json", paths[2])
     assert values["digit_accuracy_beyond"] == report.rows["distilled"].beyond["digit_accuracy"].value.item()
     assert values.keys() == SUITE.compared.keys()
     assert json.loads(how.pop("suite")) == metrics["suite"] and how == {"seed": 0, "videos": 80, "frames": 6}
