@@ -115,9 +115,9 @@ def _check_tensors(data: ParquetDataset, name: str, where: str, wanted: Wanted, 
     def refuse(row: str, found: Any) -> None:
         raise ValueError(f"{where} holds {what} of {found} ({row}), and {said} is expected ({asked}).")
 
-    for shard, table in data.scan([f"{name}_shape", f"{name}_dtype"]):
+    for shard, table, lacking in data.scan([f"{name}_shape", f"{name}_dtype"], name):
         shapes, dtypes = table[f"{name}_shape"], table[f"{name}_dtype"]
-        for row in data.nulls(shard, name) + _where(pc.or_(shapes.is_null(), dtypes.is_null())):
+        for row in lacking + _where(pc.or_(shapes.is_null(), dtypes.is_null())):
             raise ValueError(f"{where} has no {name} in {_row(shard, row)}; every row needs one.")
         for row in _where(pc.invert(pc.is_in(dtypes, pa.array(types)))):
             what = f"{where} stores {name} as {dtypes[row]} ({_row(shard, row)})"
@@ -137,7 +137,7 @@ def _check_tensors(data: ParquetDataset, name: str, where: str, wanted: Wanted, 
 
 def _check_text(data: ParquetDataset, name: str, where: str, text_len: int | None) -> None:
     """ValueError unless every row has a text, of at most `text_len` words."""
-    for shard, table in data.scan([name]):
+    for shard, table, _ in data.scan([name], name):
         texts = table[name]
         if pa.types.is_dictionary(texts.type):
             texts = texts.cast(texts.type.value_type)

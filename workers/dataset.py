@@ -15,8 +15,9 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,10 @@ _DTYPES = {
 
 _READERS = 16
 """Shards that are looked at at once."""
+_READERS_AHEAD = 4
+"""Row groups that are read at once."""
+_FOOTERS = 64
+"""Shards whose footers are kept, as one of few row groups is some kilobytes and one of many megabytes."""
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -108,21 +113,21 @@ def _pieces(shard: Stored) -> list[bytes]:
 
 
 @dataclass(frozen=True)
-class _RowGroup:
-    shard: int
-    index: int
-    first_row: int
-    rows: int
-    size: int
+class _Footer:
+    """What is kept of a shard's: a data set of a million rows may have as many row groups."""
+
+    schema: pa.Schema
+    rows: np.ndarray
+    sizes: np.ndarray  # bytes of each row group's columns, before they are compressed
 
 
 class ParquetDataset:
     """Rows of a directory of Parquet shards, by index or in an endless shuffled order.
 
     Everything that can be checked without reading the data is checked at once, and a mistake is a
-    `ValueError` of one sentence naming the file. Row groups are memory-mapped and decoded on demand; at most
-    about twice `shuffle_bytes` stay decoded. A row is a dict of the requested `columns`: `str`, `int` and
-    `float` values, and torch tensors.
+    `ValueError` of one sentence naming the file. Row groups are read and decoded on demand, several at a
+    time; at most about twice `shuffle_bytes` stay decoded. Of what is not read there is 40 bytes a row group
+    in memory. A row is a dict of the requested `columns`: `str`, `int` and `float` values, and torch tensors.
     """
 
     def __init__(
@@ -139,10 +144,10 @@ class ParquetDataset:
         self.columns = tuple(columns)
         self._shards = _find_shards(path)
         self._shuffle_bytes = shuffle_bytes
-        self._groups: list[_RowGroup] = []
-        self._length = 0
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cache: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._cached_bytes = 0
+        self._reader = ThreadPoolExecutor(_READERS_AHEAD, thread_name_prefix="row groups")
+        self._metadata = lru_cache(_FOOTERS)(self._read_metadata)
         self._epoch: tuple[tuple[int, int], list[np.ndarray], list[int]] | None = None
         self._window: tuple[tuple[int, int, int], np.ndarray] | None = None
 
@@ -155,23 +160,30 @@ class ParquetDataset:
         self.skipped = found - len(self._shards)
         """Damaged shards that were left out."""
         footers = _each(_read_footer, self._shards)
-        self._metadata = [metadata for metadata, _ in footers]
-        first, self.schema = self._shards[0], footers[0][1]  # with every column, and what a writer recorded
+        first, self.schema = (
+            self._shards[0],
+            footers[0].schema,
+        )  # with every column, and what a writer recorded
         self._tensors, self._stored = _stored_columns(first, self.schema, self.columns)
-        for shard, (file, (metadata, own)) in enumerate(zip(self._shards, footers, strict=True)):
-            _stored_columns(file, own, self.columns)
+        for file, footer in zip(self._shards, footers, strict=True):
+            if footer.schema.equals(self.schema):
+                continue
+            _stored_columns(file, footer.schema, self.columns)
             for name in self._stored:
-                if own.field(name).type != self.schema.field(name).type:
+                if footer.schema.field(name).type != self.schema.field(name).type:
                     raise ValueError(f"column {name!r} of {file} differs from that of {first}")
-            for index in range(metadata.num_row_groups):
-                group = metadata.row_group(index)
-                if group.num_rows:
-                    place = (shard, index, self._length)
-                    self._groups.append(_RowGroup(*place, group.num_rows, group.total_byte_size))
-                self._length += group.num_rows
+        rows = np.concatenate([footer.rows for footer in footers])
+        counts = [len(footer.rows) for footer in footers]
+        filled = rows > 0
+        # Of each row group that has rows: its shard, its index there, its rows, its first row, its size.
+        self._shard_of = np.repeat(np.arange(len(footers)), counts)[filled]
+        self._index_of = np.concatenate([np.arange(count) for count in counts])[filled]
+        self._rows_of = rows[filled]
+        self._first_rows = np.cumsum(self._rows_of) - self._rows_of
+        self._size_of = np.concatenate([footer.sizes for footer in footers])[filled]
+        self._length = int(rows.sum())
         if self._length == 0:
             raise ValueError(f"the data set {path} holds no rows")
-        self._first_rows = [group.first_row for group in self._groups]
 
     def __len__(self) -> int:
         return self._length
@@ -180,9 +192,9 @@ class ParquetDataset:
         """Row `index` (0 ≤ index < len) in the order in which the shards store it."""
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of a data set of {self._length}")
-        group = bisect.bisect_right(self._first_rows, index) - 1
-        table, offset = self._table(group), index - self._first_rows[group]
-        shard = self._shards[self._groups[group].shard]
+        group = self._group(index)
+        table, offset = self._table(group), index - int(self._first_rows[group])
+        shard = self._shards[self._shard_of[group]]
         row: Row = {}
         for name in self.columns:
             value = table[name][offset].as_py()
@@ -199,28 +211,23 @@ class ParquetDataset:
             row[name] = value
         return row
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Stored, pa.Table]]:
-        """Each shard and its columns of these names, as they are stored; nothing else is read."""
-        for file in self._shards:
+    def scan(self, columns: Sequence[str], whole: str) -> Iterator[tuple[Stored, pa.Table, list[int]]]:
+        """Each shard, and its columns of these names as they are stored; nothing else is read.
+
+        Last is the first row of each row group that lacks values of the column `whole`, by its statistics.
+        Shards are read several at a time, and come in their order.
+        """
+
+        def read(file: Stored) -> tuple[Stored, pa.Table, list[int]]:
             try:
                 with file.open() as opened:
-                    table = pq.read_table(opened, columns=list(columns))
-                yield file, table
+                    shard = pq.ParquetFile(opened)
+                    return file, shard.read(columns=list(columns)), _nulls(shard.metadata, whole)
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(_damaged(file, error)) from error
 
-    def nulls(self, shard: Stored, column: str) -> list[int]:
-        """The first row of each row group of `shard` that lacks values of `column`, by its statistics."""
-        metadata, found = self._metadata[self._shards.index(shard)], []
-        first = 0
-        for index in range(metadata.num_row_groups):
-            group = metadata.row_group(index)
-            for each in map(group.column, range(group.num_columns)):
-                counted = each.statistics is not None and each.statistics.has_null_count
-                if each.path_in_schema == column and counted and each.statistics.null_count:
-                    found.append(first)
-            first += group.num_rows
-        return found
+        for first in range(0, len(self._shards), _READERS):
+            yield from _each(read, self._shards[first : first + _READERS])
 
     def batch(self, position: int, size: int, seed: int) -> list[Row]:
         """Samples `position … position + size − 1` of the endless order of `seed`.
@@ -228,7 +235,19 @@ class ParquetDataset:
         Sample `p` belongs to epoch `p // len(self)`; every epoch visits each row once, in an order drawn from
         `(seed, epoch)` alone. R ranks share a batch by each asking for its own part of the positions.
         """
-        return [self.row(self._shuffled(sample, seed)) for sample in range(position, position + size)]
+        indices = [self._shuffled(sample, seed) for sample in range(position, position + size)]
+        for group in dict.fromkeys(map(self._group, indices)):
+            self._ask(group)
+        return [self.row(index) for index in indices]
+
+    def ahead(self, position: int, size: int, seed: int) -> None:
+        """Begin to read what `batch` will be asked for, beside whatever else goes on."""
+        for sample in range(position, position + size):
+            self._ask(self._group(self._shuffled(sample, seed)))
+
+    def _group(self, index: int) -> int:
+        """The row group of a row."""
+        return int(np.searchsorted(self._first_rows, index, side="right")) - 1
 
     def _shuffled(self, position: int, seed: int) -> int:
         """The row at `position`: row groups in random order, cut into windows that are shuffled row by row.
@@ -239,46 +258,62 @@ class ParquetDataset:
         epoch, place = divmod(position, self._length)
         if self._epoch is None or self._epoch[0] != (seed, epoch):
             windows = self._draw_windows(np.random.default_rng([seed, epoch]))
-            sizes = (sum(self._groups[group].rows for group in window) for window in windows)
+            sizes = (int(self._rows_of[window].sum()) for window in windows)
             self._epoch = ((seed, epoch), windows, [0, *accumulate(sizes)])
         _, windows, starts = self._epoch
         window = bisect.bisect_right(starts, place) - 1
         if self._window is None or self._window[0] != (seed, epoch, window):
-            groups = [self._groups[group] for group in windows[window]]
-            rows = np.concatenate([np.arange(g.first_row, g.first_row + g.rows) for g in groups])
+            firsts, counts = self._first_rows[windows[window]], self._rows_of[windows[window]]
+            rows = np.concatenate(
+                [np.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+            )
             shuffled = np.random.default_rng([seed, epoch, window]).permutation(rows)
             self._window = ((seed, epoch, window), shuffled)
         return int(self._window[1][place - starts[window]])
 
     def _draw_windows(self, generator: np.random.Generator) -> list[np.ndarray]:
         """All row groups in random order, cut into windows of at most `shuffle_bytes`, or of one group."""
-        order = generator.permutation(len(self._groups))
+        order = generator.permutation(len(self._first_rows))
         cuts, filled = [], 0
-        for place, group in enumerate(order):
-            filled += self._groups[group].size
+        for place, size in enumerate(self._size_of[order].tolist()):
+            filled += size
             if place and filled > self._shuffle_bytes:
                 cuts.append(place)
-                filled = self._groups[group].size
+                filled = size
         return np.split(order, cuts)
 
-    def _table(self, group: int) -> pa.Table:
-        """The decoded row group, from memory if it was used lately."""
+    def _ask(self, group: int) -> "Future[pa.Table]":
+        """The row group's table, as it is or will be read."""
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        shard, index = self._groups[group].shard, self._groups[group].index
-        options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
-        try:
-            with self._shards[shard].open() as opened:
-                file = pq.ParquetFile(opened, metadata=self._metadata[shard], **options)
-                table = file.read_row_group(index, columns=self._stored, use_threads=False).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(_damaged(self._shards[shard], error)) from error
-        self._cache[group] = table
-        self._cached_bytes += table.nbytes
+        self._cache[group] = asked = self._reader.submit(self._read, group)
+        self._cached_bytes += int(self._size_of[group])
         while self._cached_bytes > 2 * self._shuffle_bytes and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return table
+            dropped, table = self._cache.popitem(last=False)
+            table.cancel()
+            self._cached_bytes -= int(self._size_of[dropped])
+        return asked
+
+    def _table(self, group: int) -> pa.Table:
+        """The decoded row group, from memory if it was used lately."""
+        try:
+            return self._ask(group).result()
+        except (OSError, pa.ArrowException) as error:
+            if self._cache.pop(group, None) is not None:
+                self._cached_bytes -= int(self._size_of[group])
+            raise ValueError(_damaged(self._shards[self._shard_of[group]], error)) from error
+
+    def _read(self, group: int) -> pa.Table:
+        shard, index = int(self._shard_of[group]), int(self._index_of[group])
+        options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
+        with self._shards[shard].open() as opened:
+            file = pq.ParquetFile(opened, metadata=self._metadata(shard), **options)
+            return file.read_row_group(index, columns=self._stored, use_threads=False).combine_chunks()
+
+    def _read_metadata(self, shard: int) -> pq.FileMetaData:
+        with self._shards[shard].open() as opened:
+            return pq.read_metadata(opened)
 
 
 def is_there(path: str | Path) -> bool:
@@ -313,7 +348,20 @@ def _is_whole(file: Stored) -> bool:
     return True
 
 
-def _read_footer(file: Stored) -> tuple[pq.FileMetaData, pa.Schema]:
+def _nulls(metadata: pq.FileMetaData, column: str) -> list[int]:
+    """The first row of each row group that lacks values of `column`, by its statistics."""
+    found, first = [], 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        for each in map(group.column, range(group.num_columns)):
+            counted = each.statistics is not None and each.statistics.has_null_count
+            if each.path_in_schema == column and counted and each.statistics.null_count:
+                found.append(first)
+        first += group.num_rows
+    return found
+
+
+def _read_footer(file: Stored) -> _Footer:
     try:
         with file.open() as opened:
             metadata = pq.read_metadata(opened)
@@ -324,7 +372,9 @@ def _read_footer(file: Stored) -> tuple[pq.FileMetaData, pa.Schema]:
     if version != FORMAT_VERSION:
         what = f"{file} has data format version {version}"
         raise ValueError(f"{what}; this release reads version {FORMAT_VERSION}")
-    return metadata, schema
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    rows, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+    return _Footer(schema, np.array(rows, np.int64), np.array(sizes, np.int64))
 
 
 def _stored_columns(

@@ -114,13 +114,13 @@ def test_numbers_that_are_not_finite_are_named_when_the_row_is_read(tmp_path: Pa
 def test_the_content_of_videos_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "data", [GOOD], GOOD, count=100)
     columns: list[str] = []
-    read = pq.read_table
+    read = pq.ParquetFile.read
 
-    def noted(file: Path, **settings: Any) -> pa.Table:
+    def noted(file: pq.ParquetFile, **settings: Any) -> pa.Table:
         columns.extend(settings["columns"])
         return read(file, **settings)
 
-    monkeypatch.setattr(pq, "read_table", noted)
+    monkeypatch.setattr(pq.ParquetFile, "read", noted)
     check("data.train", path, TEXT, SIZES, video=PIXELS)
     assert set(columns) == {"prompt", "video_shape", "video_dtype"}
 
