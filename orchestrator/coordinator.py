@@ -20,7 +20,7 @@ from model.watch import for_a_band, pooled
 from orchestrator.config import RunConfig
 from orchestrator.update_plan import Purpose, UpdatePlan
 from orchestrator.worker_group import Request, WorkerGroup
-from workers.batch import Batch
+from workers.batch import Batch, Read
 
 Metrics = dict[str, float]
 Asked = tuple[Batch, list[Request]]
@@ -42,7 +42,7 @@ class Coordinator:
 
     config: RunConfig
     groups: Mapping[str, WorkerGroup]
-    """`student`, `critic`, `prompts`, and `teacher` where the objective reads what it makes."""
+    """`student`, `critic`, and `teacher` where the objective reads what it makes."""
     since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
     ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
 
@@ -104,12 +104,12 @@ class Coordinator:
                 predictions |= answer
                 requests.append(request)
             if names := [name for name in scorer.makes if f"data_{name}" in objective.reads]:
-                data, read = self.data(self.plan.position(iteration, "student", part), made.samples)
+                data = self.data(self.plan.position(iteration, "student", part), made.samples)
                 # At the same timesteps: else what tells data from videos would be how noisy they are.
                 plan = self.plan.score(iteration, "score-data", like="score")
                 request, answer = scorer.scatter("score", plan, data, makes=names)
                 predictions |= answer.prefixed("data_")
-                requests += [read, request]
+                requests.append(request)
         return predictions, requests
 
     def pull_back(self, cotangents: Batch) -> Asked:
@@ -130,9 +130,8 @@ class Coordinator:
             made, rolled_out = self.rollout(iteration, "critic", part)
             requests += rolled_out
             if self.config.distill.discriminator.taps:
-                data, read = self.data(self.plan.position(iteration, "critic", part), made.samples)
+                data = self.data(self.plan.position(iteration, "critic", part), made.samples)
                 made |= data.prefixed("data_")
-                requests.append(read)
             parts.append(made)
         batch, plan = Batch.joined(parts), self.plan.score(iteration, "critic-score")
         size = len(batch) // self.config.distill.roles.critic.engine.accumulation
@@ -154,26 +153,26 @@ class Coordinator:
         if (iteration, purpose, part) in self.ahead:
             return self.ahead.pop((iteration, purpose, part))
         samples = list(range(part * self.plan.size, (part + 1) * self.plan.size))
-        inputs, read = self.inputs(self.plan.position(iteration, purpose, part), samples)
+        inputs = self.inputs(self.plan.position(iteration, purpose, part), samples)
         verb, plan = self.plan.videos(iteration, purpose, part)
         request, videos = self.student.scatter(verb, plan, inputs, makes=("video",))
-        return videos | inputs.select("context"), [read, request]
+        return videos | inputs.select("context"), [request]
 
-    def inputs(self, position: int, samples: list[int]) -> tuple[Batch, Request]:
+    def inputs(self, position: int, samples: list[int]) -> Batch:
         """What the student makes videos from: `context`, and `data_video` where it starts from those."""
         if self.config.distill.starts_from_data:
-            data, read = self.data(position, samples)
-            return data.select("context") | data.select("video").prefixed("data_"), read
-        read, contexts = self.groups["prompts"].scatter(
-            "prompts", position, Batch(samples), makes=("context",)
-        )
-        return contexts, read
+            data = self.data(position, samples)
+            return data.select("context") | data.select("video").prefixed("data_")
+        places = range(position, position + len(samples))
+        return Batch(samples, {"context": [Read("train", "context", place) for place in places]})
 
-    def data(self, position: int, samples: list[int]) -> tuple[Batch, Request]:
-        """`video` and `context` of the data."""
-        prompts, makes = self.groups["prompts"], ("video", "context")
-        read, data = prompts.scatter("videos", position, Batch(samples), makes=makes)
-        return data, read
+    def data(self, position: int, samples: list[int]) -> Batch:
+        """`video` and `context` of the data, which whoever needs them reads."""
+        places = range(position, position + len(samples))
+        videos, contexts = (
+            [Read("real", column, place) for place in places] for column in ("video", "context")
+        )
+        return Batch(samples, {"video": videos, "context": contexts})
 
     def wait(self, requests: Iterable[Request], timer: "Timer", *, iteration: int, purpose: Purpose) -> None:
         """Wait for requests in the order in which they were made, so that the first failure is told."""

@@ -9,28 +9,23 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from infra import storage
 from model.watch import Reference
 from orchestrator.cluster import release
 from orchestrator.config import RunConfig
 from orchestrator.placement import Options, place
-from orchestrator.run_state import RunState
 from orchestrator.stages import AdaptedRole, RanksConfig
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Worker
 from workers.critic import CriticWorker
-from workers.prompts import PromptWorker
+from workers.prompts import TrainingData
 from workers.student import StudentWorker
 from workers.teacher import TeacherWorker
 
 WORKERS: dict[str, type[Worker]] = {
-    "prompts": PromptWorker,
     "student": StudentWorker,
     "teacher": TeacherWorker,
     "critic": CriticWorker,
 }
-LEARNING = ("student", "critic")
-"""Roles whose state a checkpoint holds."""
 
 
 def ranks_of(config: RunConfig) -> dict[str, RanksConfig]:
@@ -43,6 +38,14 @@ def ranks_of(config: RunConfig) -> dict[str, RanksConfig]:
 def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What the workers of each role are made with, beside their rank."""
     distill, roles = config.distill, config.distill.roles
+    data = TrainingData(
+        config.data.train,
+        config.data.real,
+        config.seed,
+        distill.student,
+        distill.batch,
+        skip_damaged=config.data.skip_damaged,
+    )
 
     def learning(role: AdaptedRole) -> dict[str, Any]:
         return {
@@ -52,15 +55,9 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
         }
 
     return {
-        "prompts": {
-            "path": config.data.train,
-            "seed": config.seed,
-            "model": distill.student,
-            "real": config.data.real,
-            "skip_damaged": config.data.skip_damaged,
-        },
         "student": {
             "model": distill.student,
+            "data": data,
             "rollout": config.rollout,
             "objective": distill.objective,
             "score": config.score,
@@ -69,13 +66,17 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
         },
         "teacher": {
             "model": distill.teacher,
+            "data": data,
             "score": config.score,
             "zero_stage": roles.teacher.zero_stage,
             "dtype": roles.teacher.dtype,
             "guidance": roles.teacher.guidance,
+            "negative_prompt": roles.teacher.negative_prompt,
+            "negative_embedding": roles.teacher.negative_embedding,
         },
         "critic": {
             "model": distill.critic or distill.teacher,
+            "data": data,
             "score": config.score,
             "discriminator": distill.discriminator,
             "relativistic": "data_logits" in distill.objective.reads,
@@ -102,26 +103,12 @@ class Roles:
 
     def start(self, *roles: str) -> None:
         """Build the models of some groups, side by side, and give each what it needs of the others."""
-        starting = []
-        for role in roles:
-            group = self.groups[role]
-            # Prompts have no model in training, so no process group.
-            starting.append((group, group.broadcast("open") if role == "prompts" else group.start()))
+        starting = [(self.groups[role], self.groups[role].start()) for role in roles]
         for group, references in starting:
             group.wait(references)
-        if "teacher" in roles:
-            self.guide()
         if "student" in roles:
             student = self.groups["student"]
             student.wait(student.broadcast("refer", self.reference))
-
-    def guide(self) -> None:
-        """Hand the negative prompt's embedding to the teacher, once."""
-        settings, teacher = self.config.distill.roles.teacher, self.groups["teacher"]
-        (negative,) = self.groups["prompts"].broadcast(
-            "negative", settings.negative_prompt, settings.negative_embedding
-        )
-        teacher.wait(teacher.broadcast("guide", negative))
 
     def stop(self, role: str) -> None:
         """End a group's actors, those that are lost included."""
@@ -141,8 +128,6 @@ class Roles:
     def _actors(self, role: str) -> list[ActorHandle]:
         make: Any = ray.remote(self.workers[role])
         options, settings = self.options[role], settings_of(self.config)[role]
-        if role == "prompts":
-            return [make.options(**option).remote(**settings) for option in options]
         ranks = ranks_of(self.config)[role]
         return [
             make.options(**option).remote(rank=rank, ranks=ranks.ranks, threads=ranks.threads, **settings)
@@ -157,7 +142,7 @@ def placed_roles(config: RunConfig, *, grows: bool, reference: Reference | None 
     `grows` is whether more nodes may come (see `place`).
     """
     placed, options = place(ranks_of(config), config.placement, grows=grows)
-    roles = Roles(config, {"prompts": [{"num_cpus": 0}], **options}, reference=reference)
+    roles = Roles(config, options, reference=reference)
     try:
         roles.make()
         yield roles
@@ -165,18 +150,3 @@ def placed_roles(config: RunConfig, *, grows: bool, reference: Reference | None 
         for role in roles.groups:
             roles.stop(role)
         release(placed)
-
-
-def save(state: RunState, done: int, position: int, groups: Mapping[str, WorkerGroup]) -> None:
-    """Publish the checkpoint after `done` updates: every rank of a role that learns writes its part."""
-    staging = storage.begin(state.path(done))
-    pending = [(groups[role], groups[role].broadcast("save", staging, role)) for role in LEARNING]
-    for group, references in pending:
-        group.wait(references)
-    state.publish(staging, done, position)
-
-
-def load(path: str, groups: Mapping[str, WorkerGroup]) -> None:
-    """Every rank of a role that learns reads its part of a checkpoint."""
-    for role in LEARNING:
-        groups[role].wait(groups[role].broadcast("load", path, role))

@@ -30,8 +30,8 @@ _PARTS: Mapping[Stage, tuple[str, ...]] = {
 }
 # fmt: off
 _NO_NUMBERS = frozenset((
-    "output", "pairs_path", "checkpoint_every", "keep", "sample_every", "overlap", "samplers", "cpus", "fps",
-    "activation_checkpointing",
+    "output", "pairs_path", "checkpoint_every", "keep", "keep_every", "sample_every", "overlap", "samplers",
+    "cpus", "fps", "activation_checkpointing",
 ))
 """Last names of settings that say where things lie, and how a stage goes about its work."""
 _NEGATIVE = "distill.roles.teacher.negative_prompt"
@@ -127,6 +127,9 @@ class RunState:
     output: str
     identity: Identity
     keep: int
+    """Newest checkpoints that stay, beside"""
+    keep_every: int = 0
+    """those after a multiple of so many updates."""
     checkpoint: str | None = None
     """The newest sound one, to be loaded first; none at the start."""
     done: int = 0
@@ -161,7 +164,11 @@ class RunState:
             "run_id": self.run_id,
         }
         storage.publish(staging, self.path(done), metadata)
-        storage.prune(f"{self.output}/checkpoints", keep=self.keep)
+        storage.prune(
+            f"{self.output}/checkpoints",
+            keep=self.keep,
+            spare=lambda name: self.keep_every > 0 and int(name) % self.keep_every == 0,
+        )
 
     def stop(
         self, what: str, *, since: int, until: int, rates: Sequence[str], aside: str = "not-finite"
@@ -214,7 +221,9 @@ def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[s
     checkpoints = f"{output}/checkpoints"
     for place in (output, checkpoints, f"{output}/samples"):
         storage.clean(place)
-    state = RunState(stage, output, identity(config, stage), getattr(own, "keep", 2))
+    state = RunState(
+        stage, output, identity(config, stage), getattr(own, "keep", 2), getattr(own, "keep_every", 0)
+    )
     if not resume:
         if storage.newest_complete(checkpoints):
             raise ValueError(f"{output} already holds checkpoints; continue with --resume, or {or_else}.")

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from infra.tracking import Tracker
 from orchestrator.config import RunConfig
 from orchestrator.run_state import RunState
 from orchestrator.stages import InitializeConfig, PretrainConfig
-from workers.engine import TrainEngine, init_process_group
+from workers.engine import Snapshot, TrainEngine, init_process_group
 
 REPORT_EVERY = 10
 TIMEOUT_S = 600.0
@@ -72,17 +73,19 @@ def train(
     *,
     tracker: Tracker,
     progress: Callable[[int], AbstractContextManager[Report]],
+    say: Callable[[str], None],
 ) -> str:
     """Train on the connected cluster until the last update, and return the model directory's path.
 
-    `progress` is told how many updates are done already, and gives what to report the others to.
+    `progress` is told how many updates are done already, and gives what to report the others to; `say` takes
+    what a person should know.
 
     Raises FloatingPointError where the loss, or the gradients of many updates in a row, are not finite.
     """
     settings: Settings = getattr(config, state.stage)
     reports = Queue(actor_options={"num_cpus": 0})
     with progress(state.done) as report:
-        reader = threading.Thread(target=_read_reports, args=(reports, report, tracker), daemon=True)
+        reader = threading.Thread(target=_read_reports, args=(reports, report, tracker, say), daemon=True)
         reader.start()
         trainer = TorchTrainer(
             _loop,
@@ -123,8 +126,11 @@ def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
     return error
 
 
-def _read_reports(reports: Queue, report: Report, tracker: Tracker) -> None:
+def _read_reports(reports: Queue, report: Report, tracker: Tracker, say: Callable[[str], None]) -> None:
     while (said := reports.get()) is not None:
+        if isinstance(said, str):
+            say(said)
+            continue
         update, values = said
         dropped = values["dropped_updates"]
         report(update, {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})})
@@ -162,6 +168,7 @@ def _loop(config: Mapping[str, Any]) -> None:
     parts = ranks * settings.role.engine.accumulation
     size = settings.batch // parts
     dropped = in_a_row = 0
+    checkpoints = _Checkpoints(state, config["reports"])
     for update in range(state.done, settings.updates):
         position = state.position + (update - state.done) * settings.batch
         total = torch.zeros((), dtype=torch.float64)
@@ -174,13 +181,14 @@ def _loop(config: Mapping[str, Any]) -> None:
             dist.all_reduce(total)
         value = total.item()
         if not math.isfinite(value):
-            raise _stopped(state, f"the loss of update {update} is not finite", update - in_a_row, update)
+            what = f"the loss of update {update} is not finite"
+            raise _stopped(checkpoints, what, update - in_a_row, update)
         result = engine.step()
         dropped += not result.stepped
         in_a_row = 0 if result.stepped else in_a_row + 1
         if in_a_row == DROPPED_AT_MOST:
             what = f"the gradients of {in_a_row} updates in a row, up to {update}, are not finite"
-            raise _stopped(state, what, update + 1 - in_a_row, update)
+            raise _stopped(checkpoints, what, update + 1 - in_a_row, update)
         done = update + 1
         if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.updates):
             config["reports"].put(
@@ -194,25 +202,99 @@ def _loop(config: Mapping[str, Any]) -> None:
                     },
                 )
             )
+        checkpoints.warn(checkpoints.look())
         if done % settings.checkpoint_every == 0 or done == settings.updates:
-            _save(state, engine, done, position + settings.batch)
+            checkpoints.warn(checkpoints.look(wait=True))
+            try:
+                checkpoints.begin(engine, done, position + settings.batch)
+            except FloatingPointError as error:
+                raise _stopped(checkpoints, f"{error} after update {done - 1}", done, done) from None
+    if problem := checkpoints.look(wait=True):
+        raise storage.StorageError(problem)
     task.export(engine, state.model)
 
 
-def _save(state: RunState, engine: TrainEngine, done: int, position: int) -> None:
-    staging = share(storage.begin(state.path(done)) if dist.get_rank() == 0 else None)
+class _Checkpoints:
+    """Checkpoints that every rank writes its part of beside training; all methods are for all ranks at once.
+
+    A store that fails is said, and training goes on to the next checkpoint.
+    """
+
+    def __init__(self, state: RunState, reports: Queue):
+        self.state, self.reports = state, reports
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._publishing = False
+
+    def begin(self, engine: TrainEngine, done: int, position: int) -> None:
+        """Begin one, where none is being written; waits for copies, and for the store to answer once.
+
+        FloatingPointError, on every rank and with nothing begun, where what was learned is not finite.
+        """
+        self.done, self._position, self._publishing = done, position, False
+        snapshot, path = engine.snapshot(), self.state.path(done)
+        staging = refused = None
+        if dist.get_rank() == 0:
+            try:
+                staging = storage.begin(path)
+            except storage.StorageError as error:
+                refused = str(error)
+        self._staging, refused = share((staging, refused))
+        if refused is not None:
+            self._writing = Future()
+            self._writing.set_exception(storage.StorageError(refused))
+        else:
+            self._writing = self._thread.submit(_write, self._staging, snapshot)
+
+    def look(self, *, wait: bool = False) -> str | None:
+        """Publish what all ranks have written by now; with `wait` it does not return before. Why what was
+        begun could not be stored."""
+        while self._writing is not None:
+            told: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, _problem(self._writing, wait=wait))
+            if None in told:  # still being written
+                return None
+            if problem := next(filter(None, told), None):
+                self._writing = None
+                return problem
+            if self._publishing:
+                self._writing = None
+            else:
+                self._publishing = True
+                publish = self.state.publish if dist.get_rank() == 0 else _nothing
+                self._writing = self._thread.submit(publish, self._staging, self.done, self._position)
+        return None
+
+    def warn(self, problem: str | None) -> None:
+        if problem is not None and dist.get_rank() == 0:
+            what = f"no checkpoint after update {self.done - 1}, the next will be tried"
+            self.reports.put(f"{self.state.stage}: WARNING: {what}: {problem}")
+
+
+def _write(staging: str, snapshot: Snapshot) -> None:
     with storage.writing(staging) as directory:
-        try:
-            engine.save(directory)
-        except FloatingPointError as error:
-            raise _stopped(state, f"{error} after update {done - 1}", done, done) from None
-    dist.barrier()
-    if dist.get_rank() == 0:
-        state.publish(staging, done, position)
+        snapshot.write(directory)
 
 
-def _stopped(state: RunState, what: str, since: int, until: int) -> FloatingPointError:
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _problem(writing: "Future[None]", *, wait: bool) -> str | None:
+    """Why it failed, "" where it did not, None where it still goes on."""
+    if not wait and not writing.done():
+        return None
+    try:
+        writing.result()
+    except storage.StorageError as error:
+        return str(error)
+    return ""
+
+
+def _stopped(checkpoints: _Checkpoints, what: str, since: int, until: int) -> FloatingPointError:
     """The same error on every rank; called on all of them."""
+    checkpoints.warn(checkpoints.look(wait=True))  # it may hold what led there, and is then moved aside
+    state = checkpoints.state
     rates, error = [f"{state.stage}.role.engine.learning_rate"], None
     if dist.get_rank() == 0:
         error = str(state.stop(f"{state.stage}: {what}", since=since, until=until, rates=rates))

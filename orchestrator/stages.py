@@ -279,6 +279,8 @@ class DistillConfig(Places):
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept; the newest complete one always is."""
+    keep_every: int = 0
+    """Checkpoints after a multiple of so many iterations are kept beside those; 0 keeps none for that."""
     sample_every: int = 100
     """Iterations between sample videos; 0 makes none."""
 
@@ -297,7 +299,7 @@ class DistillConfig(Places):
             )
         if self.exit_groups > 1 and self.inputs != "rollout":
             raise Invalid("exit_groups", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
-        at_least(self, 0, "given_frames", "sample_every")
+        at_least(self, 0, "given_frames", "sample_every", "keep_every")
         for name, role in (("student", self.roles.student), ("critic", self.roles.critic)):
             schedule = role.engine.schedule
             if schedule.kind != "constant" and schedule.updates is None:

@@ -1,7 +1,7 @@
 """`self-forcing distill`: Self Forcing with a student, a teacher and a critic, each a group of Ray actors."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from infra.tracking import Tracker
 from model.codec import enlarge
 from model.rollout_plan import RolloutPlan
 from orchestrator.alarms import Diverging
+from orchestrator.checkpoints import Checkpoints, load
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
-from orchestrator.roles import load, placed_roles, save
+from orchestrator.roles import placed_roles
 from orchestrator.run_state import RunState
-from orchestrator.worker_group import WorkerGroup
 from pipelines import selection
 from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_pixels
@@ -83,6 +83,7 @@ def distill(
             tracker,
             grows=grows,
         ) as states,
+        Checkpoints(state, roles.groups) as checkpoints,
     ):
         roles.start(*roles.groups)
         for role, group in roles.groups.items():
@@ -97,60 +98,70 @@ def distill(
             with Display("distill", settings.iterations, done=done) as display:
                 for done, metrics in updates:
                     display.update(done, shown(metrics))
-                    tracker.metrics(done, {**metrics, **watch.look(done, metrics)})
+                    stored = survived(checkpoints, checkpoints.look)
+                    tracker.metrics(done, {**metrics, **watch.look(done, metrics), **stored})
                     last = states.after(done) or done == settings.iterations
                     if done % settings.checkpoint_every == 0 or last:
                         position = coordinator.plan.position(done, "student", 0)
-                        tracker.metrics(done, checkpointed(state, done, position, roles.groups, last=last))
+                        tracker.metrics(done, checkpointed(checkpoints, done, position))
                         watch.write()
                     if settings.sample_every and (done % settings.sample_every == 0 or last):
                         for file in sample(config, coordinator, done):
                             tracker.artifact(file, "samples")
                     if last:
                         break
-        except NotFinite as error:
-            # A student that has just stepped is found out by the critic, which learns from its videos; else
-            # the critic has learned last.
-            likely = ("student", "critic") if error.since > error.iteration else ("critic", "student")
-            since, until = error.since, error.iteration
-            raise state.stop(str(error), since=since, until=until, rates=rates(*likely)) from error
-        except Diverging as error:
-            # The first such update made its videos with the weights that it began with.
-            raise state.stop(
-                f"distill: {error}",
-                since=error.since - 1,
-                until=done,
-                rates=rates("student", "critic"),
-                aside="diverging",
-            ) from error
-        except FloatingPointError as error:  # in what was learned, while it was saved
-            what = f"{error} after iteration {done - 1}"
-            raise state.stop(what, since=done, until=done, rates=rates("student", "critic")) from error
+        except (FloatingPointError, Diverging) as error:
+            survived(checkpoints, checkpoints.end)  # it may hold what led there, and is then moved aside
+            raise ended_by(error, state, done) from error
         finally:
             for file in watch.write():
                 tracker.artifact(file, "watch")
         if states.ended(done) and done < settings.iterations:
             patience, by = settings.selection.patience, settings.selection.by
             say(f"distill: stopped after iteration {done}, {patience} measurements without a better {by}")
+        tracker.metrics(done, checkpoints.end())
         return states.publish(done)
 
 
-def checkpointed(
-    state: RunState, done: int, position: int, groups: Mapping[str, WorkerGroup], *, last: bool
-) -> dict[str, float]:
-    """Save a checkpoint; the seconds for which training waited for it.
+def ended_by(error: Exception, state: RunState, done: int) -> Exception:
+    """The error that ends the run, from one that came up after `done` iterations."""
+    match error:
+        case NotFinite():
+            # A student that has just stepped is found out by the critic, which learns from its videos; else
+            # the critic has learned last.
+            likely = ("student", "critic") if error.since > error.iteration else ("critic", "student")
+            return state.stop(str(error), since=error.since, until=error.iteration, rates=rates(*likely))
+        case Diverging():
+            # The first such update made its videos with the weights that it began with.
+            return state.stop(
+                f"distill: {error}",
+                since=error.since - 1,
+                until=done,
+                rates=rates("student", "critic"),
+                aside="diverging",
+            )
+        case _:  # in what was learned, while it was copied
+            what = f"{error} after iteration {done - 1}"
+            return state.stop(what, since=done, until=done, rates=rates("student", "critic"))
 
-    One that cannot be stored is said, and training goes on to the next; of the last one it is an error.
-    """
+
+def checkpointed(checkpoints: Checkpoints, done: int, position: int) -> dict[str, float]:
+    """Begin a checkpoint, once the one before is stored; what was measured of either."""
     began = time.perf_counter()
+    before = survived(checkpoints, checkpoints.end)
+    checkpoints.begin(done, position)
+    return {**before, "seconds/checkpoint": time.perf_counter() - began}
+
+
+def survived(checkpoints: Checkpoints, wait: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What `wait` measures; a checkpoint that cannot be stored is said, and training goes on to the next."""
+    done = checkpoints.pending
     try:
-        save(state, done, position, groups)
+        return wait()
     except storage.StorageError as error:
-        if last:
-            raise
+        assert done is not None
         say(f"distill: WARNING: no checkpoint after iteration {done - 1}, the next will be tried: {error}")
         return {}
-    return {"seconds/checkpoint": time.perf_counter() - began}
 
 
 def rates(*roles: str) -> list[str]:
@@ -172,7 +183,7 @@ def sample(config: RunConfig, coordinator: Coordinator, done: int) -> list[Path]
     ranks, frames = len(coordinator.student.actors), []
     size = max(min(coordinator.plan.size, SAMPLES) // ranks, 1) * ranks
     for first in range(0, SAMPLES, size):
-        inputs, _ = coordinator.inputs(first, list(range(first, first + size)))
+        inputs = coordinator.inputs(first, list(range(first, first + size)))
         given = config.distill.given_frames
         plan = RolloutPlan.full(config.rollout, config.video.frames, seed=config.seed, given_frames=given)
         _, filmed = coordinator.student.scatter("film", plan, inputs, makes=("frames",))

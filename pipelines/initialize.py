@@ -154,6 +154,7 @@ def make_initial(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
                 Initialize(config, {**parents, "initial_student": tracker.run_id}),
                 tracker=tracker,
                 progress=partial(progress, state.stage, config.initialize.updates),
+                say=say,
             )
             summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
 

@@ -157,6 +157,7 @@ def make_teacher(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
                 Pretrain(config, tracker.run_id),
                 tracker=tracker,
                 progress=partial(progress, state.stage, config.pretrain.updates),
+                say=say,
             )
             summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
 

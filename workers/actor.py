@@ -7,14 +7,17 @@ where nothing is), and `Stats` are the only thing that the coordinator reads.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from infra import storage
-from workers.batch import Batch
-from workers.engine import TrainEngine, free_port, init_process_group
+from workers.batch import Batch, Read
+from workers.engine import Snapshot, TrainEngine, free_port, init_process_group
+from workers.prompts import TrainingData
 
 Stats = dict[str, float]
 """What a verb measured, `seconds` among it, and on a GPU `memory`: the most GiB that tensors took there."""
@@ -25,6 +28,9 @@ class Worker:
 
     makes: ClassVar[tuple[str, ...]] = ()
     """Predictions of a noisy video that it can be asked for; those of one of the data are called `data_…`."""
+
+    data: TrainingData
+    """What it reads of the data itself, of those that are asked to."""
 
     @property
     def device(self) -> torch.device:
@@ -43,23 +49,30 @@ class Worker:
         samples: list[int],
         columns: Sequence[str],
         makes: Sequence[str],
-        *tensors: Tensor,
+        *tensors: Tensor | Read,
     ) -> Any:
         """The worker's half of `WorkerGroup.scatter`: the verb's `Stats`, then what it made of `makes`,
         sample by sample.
 
-        `tensors` are one a sample, column after column of `columns`. Without `makes` the `Stats` come bare,
-        as Ray wants an answer of one value.
+        `tensors` are one a sample, column after column of `columns`; what is to be read is read here.
+        Without `makes` the `Stats` come bare, as Ray wants an answer of one value.
         """
         began, gpu = time.perf_counter(), self.device.type == "cuda"
         if gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        stats, made = getattr(self, verb)(plan, Batch.stacked(samples, columns, tensors, self.device))
+        batch = Batch.stacked(samples, columns, self._whole(tensors), self.device)
+        stats, made = getattr(self, verb)(plan, batch)
         tensors_made = made.unstacked(makes)
         stats["seconds"] = time.perf_counter() - began
         if gpu:
             stats["memory"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return (stats, *tensors_made) if makes else stats
+
+    def _whole(self, tensors: Sequence[Tensor | Read]) -> list[Tensor]:
+        """The tensors, with what is to be read in its place."""
+        wanted = [each for each in tensors if isinstance(each, Read)]
+        read = iter(self.data.read(wanted) if wanted else ())
+        return [next(read) if isinstance(each, Read) else each for each in tensors]
 
 
 class Rank(Worker, ABC):
@@ -94,15 +107,43 @@ class Rank(Worker, ABC):
         """Make the model; its process group is there."""
 
 
+@cache
+def _writer() -> ThreadPoolExecutor:
+    """The thread of this process that writes checkpoints."""
+    return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+
 class TrainedRank(Rank):
     """One rank of a model in training."""
 
     engine: TrainEngine
+    _kept: Snapshot | None
+    _writing: "Future[None]"
 
-    def save(self, staging: str, role: str) -> None:
-        """Write this rank's part of the training state below `role` in a checkpoint's staging location."""
-        with storage.writing(staging) as directory:
-            self.engine.save(directory / role)
+    def snapshot(self) -> None:
+        """Copy this rank's part of the training state to host memory; on all ranks at once."""
+        self._kept = self.engine.snapshot()
+
+    def write(self, staging: str, role: str) -> None:
+        """Begin to write what `snapshot` kept, below `role` in a checkpoint's staging location.
+
+        That goes on beside other calls, on a thread of its own; `written` says when it is done.
+        """
+        kept, self._kept = self._kept, None
+        assert kept is not None, "snapshot comes first"
+
+        def write() -> None:
+            with storage.writing(staging) as directory:
+                kept.write(directory / role)
+
+        self._writing = _writer().submit(write)
+
+    def written(self) -> bool:
+        """Whether what `write` began is written; StorageError where it cannot be."""
+        if not self._writing.done():
+            return False
+        self._writing.result()
+        return True
 
     def load(self, checkpoint: str, role: str) -> None:
         """Read what `save` wrote."""

@@ -2,10 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Source = Literal["train", "real"]
+"""Data sets: of prompts, and of videos with their prompts."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What stands for a sample's tensor that its reader has to read from the data: nobody sends it."""
+
+    data: Source
+    column: Literal["context", "video"]
+    position: int  # in the data set's seeded order
 
 
 @dataclass(frozen=True)
@@ -13,8 +25,8 @@ class Batch:
     """Samples and what is known of each: `video` and `context` of the student's, `data_video` and
     `data_context` of the data, predictions, gradients.
 
-    A column is a tensor [B, …] in a worker. Outside it is a list of references, one a sample, so that groups
-    of different sizes share them out differently without reading them.
+    A column is a tensor [B, …] in a worker. Outside it is a list of references, one a sample, or of what is
+    to be read from the data, so that groups of different sizes share them out differently without looking.
     """
 
     samples: list[int] = field(default_factory=list)
@@ -50,7 +62,7 @@ class Batch:
 
     @staticmethod
     def stacked(
-        samples: list[int], names: Sequence[str], tensors: tuple[Tensor, ...], device: torch.device
+        samples: list[int], names: Sequence[str], tensors: Sequence[Tensor], device: torch.device
     ) -> "Batch":
         """Columns [B, …] of tensors one a sample, column after column.
 
@@ -58,7 +70,7 @@ class Batch:
         """
         size = len(samples)
         columns = {
-            name: torch.stack(tensors[index * size : (index + 1) * size]).to(device)
+            name: torch.stack(list(tensors[index * size : (index + 1) * size])).to(device)
             for index, name in enumerate(names)
         }
         return Batch(samples, columns)

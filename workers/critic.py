@@ -17,6 +17,7 @@ from workers import build
 from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
 from workers.engine import EngineConfig
+from workers.prompts import TrainingData
 from workers.scorer import Predictions, Scorer
 
 
@@ -32,6 +33,7 @@ class CriticWorker(Scorer, TrainedRank):
         ranks: int,
         threads: int,
         model: str,
+        data: TrainingData,
         score: ScoreConfig,
         discriminator: DiscriminatorConfig,
         relativistic: bool,
@@ -39,7 +41,7 @@ class CriticWorker(Scorer, TrainedRank):
         activation_checkpointing: bool,
         adapters: AdapterConfig,
     ):
-        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
+        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, data=data, score=score)
         self.discriminator, self.relativistic = discriminator, relativistic
         self.engine_config, self.activation_checkpointing = engine, activation_checkpointing
         self.adapters = adapters

@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,12 +145,17 @@ class TrainEngine:
         return self._zero.gradients()
 
     def save(self, directory: str | Path) -> None:
-        """Write this rank's slices (weights, moments, EMA) and the version; returns when all have.
+        """Write a `snapshot`; returns when all ranks have."""
+        self.snapshot().write(directory)
+        dist.barrier()
 
-        `FloatingPointError`, on every rank and with nothing written, if some rank's numbers are not finite.
+    def snapshot(self) -> "Snapshot":
+        """This rank's slices (weights, moments, EMA) and the version, copied to host memory; collective.
+
+        `FloatingPointError`, on every rank, if some rank's numbers are not finite.
         """
         if self._pending:
-            raise RuntimeError("save was called between a backward and its step")
+            raise RuntimeError("a snapshot was asked for between a backward and its step")
         entries: dict[str, dict[str, Any]] = {}
         for name, piece in self._trained.items():
             entry = {"start": piece.start, "value": _copy(piece.value)}
@@ -166,9 +171,7 @@ class TrainEngine:
             "version": self.version,
             "parameters": entries,
         }
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        torch.save(record, _path(directory))
-        dist.barrier()
+        return Snapshot(record, _path("").name)
 
     def load(self, directory: str | Path) -> None:
         """Continue from `save`, to the bit. `ValueError` if files are missing, damaged or of another run's
@@ -297,6 +300,19 @@ def _check_names(expected: Iterable[str], found: Iterable[str], what: str) -> No
         lists = {"lack": missing, "have unknown": unknown}
         parts = [f"{verb} {', '.join(names[:4])} ({len(names)})" for verb, names in lists.items() if names]
         raise ValueError(f"the names in {what} are not the model's: they {' and '.join(parts)}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's training state as it was, to be written while training goes on."""
+
+    record: Mapping[str, Any]
+    name: str
+
+    def write(self, directory: str | Path) -> None:
+        """Write the file of this rank; `TrainEngine.load` reads it."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        torch.save(dict(self.record), Path(directory) / self.name)
 
 
 def _check_finite(entries: dict[str, dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """Prompts as embeddings, and videos of the data as latents."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,8 +11,7 @@ from torch import Tensor
 
 from infra import storage
 from model.text import pad
-from workers.actor import Stats, Worker
-from workers.batch import Batch
+from workers.batch import Read, Source
 from workers.dataset import ParquetDataset, Row
 from workers.model_directory import ModelDirectory, VideoConfig
 
@@ -42,45 +43,61 @@ class Prompts:
         return self.embed([prompt])[0]
 
 
-class PromptWorker(Worker):
-    """An actor that reads prompts and hands out their embeddings, and videos of the data."""
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a distillation, of which every rank reads what it was asked to.
 
-    def __init__(
-        self, path: str, seed: int, model: str, real: str | None = None, *, skip_damaged: bool = False
-    ):
-        """`model` names the directory whose encoder embeds prompts, unless the data sets hold an `embedding`
-        column; `real` is a data set of videos, if any are asked for."""
-        self._path, self._real_path, self._skip_damaged = path, real, skip_damaged
-        self._seed, self._model = seed, model
+    Data sets and the encoder are opened when they are first used, in the process that uses them.
+    """
 
-    def open(self) -> None:
-        """Load the encoder and look at the data sets; ValueError where something is missing or damaged."""
-        source, skip = ModelDirectory(self._model, verified=True), self._skip_damaged
-        self._prompts = Prompts(source)
-        column = self._prompts.column
-        self._data = ParquetDataset(self._path, [column], skip_damaged=skip)
-        self._real = None
-        if self._real_path is not None:
-            self._real = LatentDataset(self._real_path, source.card.video, column, skip_damaged=skip)
+    path: str
+    """Data set of prompts."""
+    real: str | None
+    """Data set of videos, if any are asked for."""
+    seed: int
+    model: str
+    """Directory of the model whose encoder embeds prompts, unless they come embedded."""
+    batch: int
+    """Samples of a batch: after one of them, that of the next batch is read ahead."""
+    skip_damaged: bool = False
 
-    def prompts(self, position: int, batch: Batch) -> tuple[Stats, Batch]:
-        """The `context` [text_len, text_dim] of a prompt for each sample, from `position` of the seeded
-        order."""
-        rows = self._data.batch(position, len(batch), self._seed)
-        contexts = self._prompts.embed([row[self._prompts.column] for row in rows])
-        return {}, Batch(batch.samples, {"context": torch.stack(contexts)})
+    def read(self, wanted: Sequence[Read]) -> list[Tensor]:
+        """`context` [text_len, text_dim] or `video` [F, C, H, W] of each, in the seeded order of its data
+        set; ValueError where something is missing or damaged."""
+        places = dict.fromkeys((each.data, each.position) for each in wanted)
+        for data, position in places:
+            self._of(data).ahead(position, 1, self.seed)
+        rows = {place: self._of(place[0]).batch(place[1], 1, self.seed) for place in places}
+        for data, position in places:
+            self._of(data).ahead(position + self.batch, 1, self.seed)
+        return [self._made(each, *rows[each.data, each.position]) for each in wanted]
 
-    def videos(self, position: int, batch: Batch) -> tuple[Stats, Batch]:
-        """The `video` [F, C, H, W] and `context` of as many videos of the data, likewise."""
-        if self._real is None:
+    def _made(self, wanted: Read, row: Row) -> Tensor:
+        if wanted.column == "video":
+            return self._videos.latents([row])[0]
+        return self.prompts.embed([row[self.prompts.column]])[0]
+
+    def _of(self, data: Source) -> ParquetDataset:
+        return self._prompts if data == "train" else self._videos.data
+
+    @cached_property
+    def _source(self) -> ModelDirectory:
+        return ModelDirectory(self.model, verified=True)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return Prompts(self._source)
+
+    @cached_property
+    def _prompts(self) -> ParquetDataset:
+        return ParquetDataset(self.path, [self.prompts.column], skip_damaged=self.skip_damaged)
+
+    @cached_property
+    def _videos(self) -> "LatentDataset":
+        if self.real is None:
             raise ValueError("there are no real videos: data.real must name a data set of them.")
-        latents, prompts = self._real.batch(position, len(batch), self._seed)
-        contexts = self._prompts.embed(prompts)
-        return {}, Batch(batch.samples, {"video": torch.stack(latents), "context": torch.stack(contexts)})
-
-    def negative(self, prompt: str, file: str | None) -> Tensor:
-        """Embedding of the negative prompt: of its text, or from `file` where prompts come embedded."""
-        return self._prompts.negative(prompt, file)
+        video = self._source.card.video
+        return LatentDataset(self.real, video, self.prompts.column, skip_damaged=self.skip_damaged)
 
 
 class LatentDataset:
@@ -91,16 +108,17 @@ class LatentDataset:
         self._prompts = prompts
         self._codec = video.make_codec() if video.column == "video" else None
         self._video = video.column
-        self._data = ParquetDataset(path, [prompts, self._video], skip_damaged=skip_damaged)
+        self.data = ParquetDataset(path, [prompts, self._video], skip_damaged=skip_damaged)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.data)
 
     def batch(self, position: int, size: int, seed: int) -> tuple[list[Tensor], list[Any]]:
         """Latents and values of the prompts' column of samples `position …`, in the seeded order."""
-        rows = self._data.batch(position, size, seed)
-        return self._latents(rows), [row[self._prompts] for row in rows]
+        rows = self.data.batch(position, size, seed)
+        return self.latents(rows), [row[self._prompts] for row in rows]
 
-    def _latents(self, rows: list[Row]) -> list[Tensor]:
+    def latents(self, rows: Sequence[Row]) -> list[Tensor]:
+        """The latents of rows of `data`."""
         videos = torch.stack([row[self._video] for row in rows])
         return [latent.clone() for latent in (videos if self._codec is None else self._codec.encode(videos))]

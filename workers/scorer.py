@@ -12,6 +12,7 @@ from model.score import ScoreConfig, ScorePlan
 from workers.actor import Rank, Stats
 from workers.batch import Batch
 from workers.model_directory import ModelDirectory
+from workers.prompts import TrainingData
 
 Predictions = dict[str, Tensor]
 """By the names that the scorer `makes`: x0 [B, F, C, H, W], logits [B, classes]."""
@@ -29,9 +30,11 @@ class _Graph:
 class Scorer(Rank):
     """One rank that answers with predictions of a noisy video, and pulls gradients back through them."""
 
-    def __init__(self, *, rank: int, ranks: int, threads: int, model: str, score: ScoreConfig):
+    def __init__(
+        self, *, rank: int, ranks: int, threads: int, model: str, data: TrainingData, score: ScoreConfig
+    ):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
-        self.source = ModelDirectory(model, verified=True)
+        self.source, self.data = ModelDirectory(model, verified=True), data
         self.config = score
         self.schedule = FlowSchedule(score.shift)
         self._graph: _Graph | None = None

@@ -23,6 +23,7 @@ from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
 from workers.engine import EngineConfig
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
+from workers.prompts import TrainingData
 from workers.step_watch import StepWatch
 
 
@@ -45,6 +46,7 @@ class StudentWorker(TrainedRank):
         ranks: int,
         threads: int,
         model: str,
+        data: TrainingData,
         rollout: RolloutConfig,
         objective: ObjectiveConfig,
         score: ScoreConfig,
@@ -54,7 +56,7 @@ class StudentWorker(TrainedRank):
         adapters: AdapterConfig,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads)
-        self.source = ModelDirectory(model, verified=True)
+        self.source, self.data = ModelDirectory(model, verified=True), data
         self.config = rollout
         self.objective, self.score = objective, score
         self.directions = directions

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from model.score import ScoreConfig, guided_x0
 from workers import build
+from workers.prompts import TrainingData
 from workers.scorer import Predictions, Scorer
 
 
@@ -21,20 +22,22 @@ class TeacherWorker(Scorer):
         ranks: int,
         threads: int,
         model: str,
+        data: TrainingData,
         score: ScoreConfig,
         zero_stage: int,
         dtype: Literal["fp32", "bf16"],
         guidance: float,
+        negative_prompt: str,
+        negative_embedding: str | None,
     ):
-        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, score=score)
+        super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, data=data, score=score)
         self.zero_stage, self.dtype, self.guidance = zero_stage, dtype, guidance
+        self.negative_prompt = negative_prompt, negative_embedding
 
     def build(self) -> None:
         self.engine = build.frozen(self.source, zero_stage=self.zero_stage, dtype=self.dtype)
-
-    def guide(self, negative: Tensor) -> None:
-        """Take the embedding [text_len, text_dim] of the negative prompt, to guide scores away from."""
-        self.negative = negative.to(self.engine.device)
+        # What scores are guided away from, [text_len, text_dim].
+        self.negative = self.data.prompts.negative(*self.negative_prompt).to(self.engine.device)
 
     def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
         """`real`: the guided x0."""

@@ -16,7 +16,7 @@ system, or s3://BUCKET/PREFIX, which `s3` and `cache` answer. This module does n
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -212,15 +212,16 @@ def move(source: Location, path: Location) -> None:
             remove(replaced)
 
 
-def prune(parent: Location, *, keep: int) -> list[str]:
+def prune(parent: Location, *, keep: int, spare: Callable[[str], bool] = lambda name: False) -> list[str]:
     """Removes all but the `keep` newest complete children of `parent`; returns those, oldest first.
 
-    Children that are not complete are left for a person to look at. ValueError for a `keep` below 1.
+    Children whose name is to be spared stay, and those that are not complete are left for a person to look
+    at. ValueError for a `keep` below 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, so that the newest complete one stays; got {keep}.")
-    removed = [child for _, child in _complete_children(parent)[:-keep]]
-    return [str(child) for child in removed if _prune(child)]
+    older = [str(child) for _, child in _complete_children(parent)[:-keep]]
+    return [child for child in older if not spare(child.rpartition("/")[2]) and _prune(child)]
 
 
 def discard(path: Location) -> bool:

@@ -131,6 +131,7 @@ def test_prune_keeps_the_newest_by_order_of_publishing(tmp_path: Path) -> None:
     (tmp_path / "not-ours").mkdir()
     (tmp_path / "update-20" / "b.bin").unlink()  # damaged: neither newest nor counted, and left alone
     assert storage.newest_complete(tmp_path) == str(tmp_path / "update-100")
+    assert storage.prune(tmp_path, keep=2, spare=lambda name: name == "update-10") == []
     assert storage.prune(tmp_path, keep=2) == [str(tmp_path / "update-10")]
     assert storage.prune(tmp_path, keep=1) == [str(tmp_path / "update-9")]
     assert sorted(os.listdir(tmp_path)) == ["not-ours", "update-100", "update-20"]

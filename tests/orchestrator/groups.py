@@ -19,7 +19,6 @@ from orchestrator.roles import Roles, ranks_of, settings_of
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Rank, Worker
 from workers.critic import CriticWorker
-from workers.prompts import PromptWorker
 from workers.student import StudentWorker
 from workers.teacher import TeacherWorker
 
@@ -76,15 +75,6 @@ class ReusableCritic(_Reusable, CriticWorker):
     pass
 
 
-class ReusablePrompts(PromptWorker):
-    def __init__(self) -> None:
-        pass
-
-    def become(self, settings: dict[str, Any]) -> None:
-        PromptWorker.__init__(self, **settings)
-        self.open()
-
-
 KINDS: dict[str, type[Worker]] = {
     "student": ReusableStudent,
     "teacher": ReusableTeacher,
@@ -96,8 +86,6 @@ class Groups:
     """Groups of one and of two ranks of every role."""
 
     def __init__(self) -> None:
-        prompts = ray.remote(ReusablePrompts).options(num_cpus=0).remote()
-        self.prompts = WorkerGroup("prompts", [prompts])
         self.made = {
             (role, ranks): WorkerGroup(
                 role,
@@ -114,25 +102,19 @@ class Groups:
             group.wait(group.start(timeout_s=120))
 
     def close(self) -> None:
-        for group in (self.prompts, *self.made.values()):
+        for group in self.made.values():
             for actor in group.actors:
                 ray.kill(actor)
 
     def roles(self, config: RunConfig) -> Roles:
         """Freshly built roles; their predecessors are gone."""
         ranks, settings = ranks_of(config), settings_of(config)
-        groups = {
-            "prompts": self.prompts,
-            **{role: self.made[role, each.ranks] for role, each in ranks.items()},
-        }
+        groups = {role: self.made[role, each.ranks] for role, each in ranks.items()}
         options = {role: [{"num_cpus": 0}] * len(group.actors) for role, group in groups.items()}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}
         for role, group in groups.items():
             group.wait(pending[role])
-        roles = Roles(config, options, workers=KINDS, groups=groups)
-        if "teacher" in groups:
-            roles.guide()
-        return roles
+        return Roles(config, options, workers=KINDS, groups=groups)
 
     def coordinator(self, config: RunConfig) -> Coordinator:
         return Coordinator(config, self.roles(config).groups)

@@ -46,7 +46,7 @@ class Asked:
 
 def noted(config: RunConfig, **makes: tuple[str, ...]) -> tuple[Coordinator, list[str]]:
     said: list[str] = []
-    groups = {role: Notes(role, said, makes.get(role, ())) for role in ("prompts", "student", *makes)}
+    groups = {role: Notes(role, said, makes.get(role, ())) for role in ("student", *makes)}
     return Coordinator(config, groups), said
 
 
@@ -63,13 +63,11 @@ def test_one_update_in_the_order_of_the_algorithm(config: RunConfig) -> None:
     iterations = coordinator.run(0)
     next(iterations)
     assert said == [
-        "prompts.prompts() → context",
         "student.rollout(context) → video",
         "teacher.score(video,context) → real",
         "critic.score(video,context) → fake",
         "student.judge(real,fake)",
         "student.pullback()",
-        "wait prompts.prompts",
         "wait student.rollout",
         "wait teacher.score",
         "wait critic.score",
@@ -77,13 +75,10 @@ def test_one_update_in_the_order_of_the_algorithm(config: RunConfig) -> None:
         "wait student.pullback",
         "student.step()",
         "wait student.step",
-        "prompts.prompts() → context",
         "student.rollout(context) → video",
         "critic.update(video,context)",
         # The next iteration's, before anybody waits for the critic.
-        "prompts.prompts() → context",
         "student.rollout(context) → video",
-        "wait prompts.prompts",
         "wait student.rollout",
         "wait critic.update",
     ]
@@ -91,7 +86,6 @@ def test_one_update_in_the_order_of_the_algorithm(config: RunConfig) -> None:
     assert [done for done, _ in iterations] == [2]
     assert said == [
         "critic.update(video,context)",
-        "wait prompts.prompts",
         "wait student.rollout",
         "wait critic.update",
     ]
@@ -107,9 +101,8 @@ def test_a_new_leaf_is_asked_for_by_its_name_and_gradient_finds_its_way_back(
     assert not config.distill.needs_teacher
     coordinator, said = noted(config, critic=("fake", "logits", "depth"))
     next(coordinator.run(0))
-    assert said[2 : said.index("wait prompts.prompts")] == [
+    assert said[1 : said.index("wait student.rollout")] == [
         "critic.score(video,context) → depth",
-        "prompts.videos() → video,context",
         "critic.score(video,context) → depth",
         "student.judge(depth,data_depth) → depth",
         "critic.pullback(depth) → gradient",

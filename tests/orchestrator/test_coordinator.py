@@ -14,8 +14,8 @@ from ray import ObjectRef
 from ray._private import tensor_serialization_utils
 
 from infra import storage
+from orchestrator.checkpoints import Checkpoints, load
 from orchestrator.coordinator import Coordinator
-from orchestrator.roles import load, save
 from orchestrator.run_state import RunState
 from orchestrator.worker_group import Request
 from pipelines.distill import card_of, check_models, sample
@@ -23,7 +23,7 @@ from pipelines.media import SHEET_HEIGHT
 from pipelines.selection import write_student
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, measured, weights_of
-from workers.batch import Batch
+from workers.batch import Batch, Read
 from workers.model_directory import ModelDirectory
 
 pytestmark = pytest.mark.slow
@@ -74,10 +74,11 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
     state = RunState("distill", str(tmp_path), {}, keep=2)
     with no_tensor_may_arrive():
         for done, metrics in coordinator.run(0):
-            assert all(isinstance(leaf, int | str | ObjectRef) for leaf in leaves(coordinator.ahead))
+            assert all(isinstance(leaf, int | str | ObjectRef | Read) for leaf in leaves(coordinator.ahead))
             assert len(coordinator.ahead) == (done < 4)
             assert all(type(value) is float for value in metrics.values())
-            save(state, done, 0, coordinator.groups)
+            with Checkpoints(state, coordinator.groups) as checkpoints:
+                checkpoints.begin(done, 0)
         found = storage.newest_complete(f"{tmp_path}/checkpoints")
         assert found is not None and storage.read_metadata(found)["done"] == 4
         load(found, coordinator.groups)
@@ -87,10 +88,10 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
 
         # The guard works: fetching what the coordinator only refers to trips it.
         made, _ = coordinator.rollout(4, "critic", 0)
-        for reference in (made["video"][0], made["context"][0]):
-            with pytest.raises(Exception) as caught:
-                ray.get(reference)
-            assert "TensorArrived" in repr(caught.value) + str(caught.value)
+        with pytest.raises(Exception) as caught:
+            ray.get(made["video"][0])
+        assert "TensorArrived" in repr(caught.value) + str(caught.value)
+        assert made["context"][0] == Read("train", "context", coordinator.plan.position(4, "critic", 0))
     with av.open(files[0]) as container:
         assert len(list(container.decode(video=0))) == config.video.frames
         assert container.streams.video[0].average_rate == config.video.fps
@@ -115,7 +116,8 @@ def test_a_group_that_lost_a_rank_is_made_anew_and_goes_on_with_the_same_numbers
     for done, metrics in Coordinator(config, roles.groups).run(0):
         expected.append(measured(metrics))
         if done == 2:
-            save(state, done, 0, roles.groups)
+            with Checkpoints(state, roles.groups) as checkpoints:
+                checkpoints.begin(done, 0)
     weights = {role: weights_of(group) for role, group in trained.items()}
 
     held, lost = roles.groups["critic"], roles.groups["critic"].actors[1]

@@ -8,7 +8,7 @@ import torch
 
 from infra import storage
 from model.adapters import AdapterConfig
-from orchestrator.roles import save
+from orchestrator.checkpoints import Checkpoints
 from orchestrator.run_state import open_run
 from pipelines import cli
 from tests.fixtures import furnished
@@ -38,7 +38,8 @@ def test_a_checkpoint_is_exported_whole(
     coordinator = groups.coordinator(config)
     for done, _ in coordinator.run(0):
         last = done
-    save(state, last, 8, coordinator.groups)
+    with Checkpoints(state, coordinator.groups) as checkpoints:
+        checkpoints.begin(last, 8)
     path, base = state.path(last), [f"--base={config.distill.student}"] if rank else []
     source = ModelDirectory(config.distill.student)
     for which, ema in (("average", True), ("current", False)):

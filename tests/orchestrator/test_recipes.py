@@ -11,9 +11,9 @@ from model.backbone import WeightSource
 from model.discriminator import ClassificationBranch
 from model.objectives.gan import DiscriminatorConfig
 from model.transformer import TransformerConfig
+from orchestrator.checkpoints import Checkpoints, load
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.roles import load, save
 from orchestrator.run_state import RunState
 from orchestrator.worker_group import WorkerGroup
 from pipelines import cli
@@ -108,7 +108,8 @@ def test_two_student_updates_change_every_weight_and_resume_to_the_same(
     for done, metrics in coordinator.run(0):
         losses += [metrics["student/loss"]] if "student/loss" in metrics else []
         if done == saved:
-            save(state, done, 0, coordinator.groups)
+            with Checkpoints(state, coordinator.groups) as checkpoints:
+                checkpoints.begin(done, 0)
         if len(losses) == 2:
             break
     assert done == distill.student_every + 1

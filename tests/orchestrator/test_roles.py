@@ -36,5 +36,4 @@ def test_a_teacher_that_nobody_reads_need_not_fit() -> None:
 def test_workers_take_their_settings() -> None:
     config = config_of(TINY_RECIPE)
     for role, settings in settings_of(config).items():
-        own = {} if role == "prompts" else {"rank": 0, "ranks": 1, "threads": 1}
-        signature(WORKERS[role].__init__).bind(None, **own, **settings)
+        signature(WORKERS[role].__init__).bind(None, rank=0, ranks=1, threads=1, **settings)

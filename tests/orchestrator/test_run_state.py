@@ -71,6 +71,15 @@ def refusal(
     yield refused
 
 
+def test_the_newest_checkpoints_stay_and_those_of_a_cadence(root: Path) -> None:
+    config = parsed(root, "--distill.keep=2", "--distill.keep_every=4")
+    state = open_run(config, "distill", resume=False)
+    for done in range(2, 16, 2):
+        checkpointed(state, done=done, position=0)
+    kept = sorted(int(path.name) for path in (root / "outputs/distilled/checkpoints").iterdir())
+    assert kept == [4, 8, 12, 14]
+
+
 @pytest.mark.parametrize("stage", TRAINING)
 def test_what_decides_no_number_never_refuses(root: Path, stage: run_state.Stage) -> None:
     state = open_run(parsed(root, *data_of(stage)), stage, resume=False)

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,9 @@ import torch
 
 from infra import storage
 from infra.storage import cache, s3
-from orchestrator.run_state import RunState
+from orchestrator.checkpoints import Checkpoints
 from orchestrator.serving.client import Client
-from orchestrator.worker_group import WorkerGroup
-from pipelines import cli, distill
+from pipelines import cli
 from tests.fixtures import TINY_RECIPE, furnished, write_real
 from tests.orchestrator.serving.conftest import CONFIG, deploy, serve_url, student  # noqa: F401 (fixtures)
 from tests.s3_server import S3Server
@@ -156,16 +155,16 @@ def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_while
 def test_training_goes_on_where_a_checkpoint_cannot_be_stored_but_does_not_end_well_without_the_last(
     ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config, save = furnished(tmp_path), distill.save
+    config, write = furnished(tmp_path), Checkpoints._write
 
-    def fails(state: RunState, done: int, position: int, groups: Mapping[str, WorkerGroup]) -> None:
-        if done != 4:
-            # Where the file system refuses, it does so in the ranks.
-            state = replace(state, output=f"{tmp_path}/prompts.txt")
-        save(state, done, position, groups)
+    def fails(self: Checkpoints, done: int, position: int) -> float:
+        if done == 4:
+            return write(self, done, position)
+        state = replace(self.state, output=f"{tmp_path}/prompts.txt")
+        return write(replace(self, state=state), done, position)
 
     (tmp_path / "prompts.txt").write_text("a file")
-    monkeypatch.setattr(distill, "save", fails)
+    monkeypatch.setattr(Checkpoints, "_write", fails)
     assert cli.main(["distill", str(TINY_RECIPE), f"--root={tmp_path}"]) == 2
     said, error = (" ".join(text.split()) for text in capfd.readouterr())
     assert said.count("WARNING: no checkpoint after iteration 1, the next will be tried:") == 1

@@ -12,6 +12,7 @@ from model.adapters import AdapterConfig
 from model.rollout_plan import RolloutPlan
 from model.score import ScorePlan
 from orchestrator.config import RunConfig
+from orchestrator.roles import settings_of
 from orchestrator.worker_group import WorkerGroup
 from tests.fixtures import furnished
 from workers.batch import Batch
@@ -49,6 +50,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         "student",
         SteppableStudent,
         model=config.distill.student,
+        data=settings_of(config)["student"]["data"],
         rollout=config.rollout,
         objective=config.distill.objective,
         score=config.score,
@@ -61,6 +63,7 @@ def roles(ray_cluster: object, config: RunConfig) -> Iterator[tuple[WorkerGroup,
         "critic",
         CriticWorker,
         model=config.distill.teacher,
+        data=settings_of(config)["critic"]["data"],
         score=config.score,
         discriminator=config.distill.discriminator,
         relativistic=False,
