@@ -81,11 +81,15 @@ class Only:
         single_model.join = lambda: (0, 1)
 
     def run(self, settings: PretrainConfig, state: RunState, task: Line) -> list[tuple[int, int]]:
-        reports = SimpleNamespace(put=lambda _: None)
+        self.said: list[str] = []
+        reports = SimpleNamespace(put=lambda told: self.said.append(told) if isinstance(told, str) else None)
         single_model._loop(
             {"settings": settings, "seed": 0, "state": state, "task": task, "reports": reports}
         )
         return task.seen
+
+    def warnings(self) -> list[str]:
+        return self.said
 
 
 def weights(checkpoint: str) -> dict[str, Tensor]:
@@ -117,4 +121,12 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
         f"--allow-change {rate} --resume ({state.path(5)} led there and is kept in {tmp_path}/not-finite)."
     ) in str(stopped.value)
     assert not storage.is_complete(state.path(5)) and storage.is_complete(state.path(4))
+
+    # What cannot be stored is said, and training goes on; without the last checkpoint it does not end well.
+    (tmp_path / "file").write_text("no directory")
+    broken = RunState("pretrain", f"{tmp_path}/file", {}, keep=9)
+    with pytest.raises(storage.StorageError, match=r"file/checkpoints/0000004 cannot be written"):
+        ray.get(rank.run.remote(replace(settings, checkpoint_every=2), broken, Line()))
+    (warned,) = ray.get(rank.warnings.remote())
+    assert warned.startswith("pretrain: WARNING: no checkpoint after update 1, the next will be tried: ")
     ray.kill(rank)

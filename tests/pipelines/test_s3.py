@@ -1,11 +1,14 @@
 """A lineage whose data sets, models and checkpoints lie in S3, while the store fails now and then."""
 
+import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -14,9 +17,11 @@ from infra.storage import cache, s3
 from orchestrator.checkpoints import Checkpoints
 from orchestrator.serving.client import Client
 from pipelines import cli
-from tests.fixtures import TINY_RECIPE, furnished, write_real
+from tests.fixtures import PROMPTS, TINY_RECIPE, furnished, write_model, write_real
 from tests.orchestrator.serving.conftest import CONFIG, deploy, serve_url, student  # noqa: F401 (fixtures)
 from tests.s3_server import S3Server
+from tests.wan import write_pipeline
+from tests.workers.test_video_files import write
 from workers.dataset import ParquetDataset
 from workers.model_directory import ModelDirectory
 
@@ -112,44 +117,98 @@ def test_what_is_wrong_with_a_place_is_said_before_anything_starts(
 
 
 @pytest.mark.by_hand
-def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_while(
+def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_minute(
     server: S3Server,
     deploy: Callable,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    config = furnished(tmp_path)
-    write_real(tmp_path / "videos", config)
-    copy_up(tmp_path / "videos", f"{BASE}/videos")
-    places = {
-        "data.train": "videos", "pretrain.output": "teacher", "initialize.teacher": "teacher/model",
-        "initialize.output": "initial", "distill.teacher": "teacher/model",
-        "distill.student": "initial/model", "distill.output": "run",
+    """Videos, latents and embeddings, pairs, checkpoints, resume, export, evaluation, version, stream.
+
+    Run with `-s` it tells what each stage took, and how often the store was asked and failed.
+    """
+    pipeline = write_pipeline(tmp_path / "pipeline")
+    (tmp_path / "raw").mkdir()
+    for number, prompt in enumerate(PROMPTS[:3]):
+        clip = write(tmp_path / f"raw/{number}.mp4", [i / 8 for i in range(30)], size=(48, 64))
+        clip.with_suffix(".txt").write_text(prompt)
+    copy_up(tmp_path / "raw", f"{BASE}/raw videos")
+    s3.put(place(f"{BASE}/prompts.txt"), "\n".join(PROMPTS[:4]).encode())
+    recipe = {
+        "base": str(TINY_RECIPE), "teacher": {"text_len": 32}, "student": {"text_len": 32},
+        "rollout": {"chunk": 1, "window": 3},
+        "video": {
+            "frames": 3, "height": 4, "width": 6, "codec": "wan_vae", "vae": str(pipeline), "fps": 8,
+            "pixel_mean": 0, "pixel_std": 1,
+        },
+        "text": {"encoder": "umt5", "path": str(pipeline)},
+        "data": {"train": f"{BASE}/data", "held_out": f"{BASE}/data"},
+        "initialize": {
+            "teacher": f"{BASE}/teacher", "pairs_path": f"{BASE}/pairs", "output": f"{BASE}/initial",
+        },
+        "distill": {
+            "teacher": f"{BASE}/teacher", "student": f"{BASE}/initial/model", "output": f"{BASE}/run",
+            "roles": {"teacher": {"negative_embedding": f"{BASE}/prompts/negative.safetensors"}},
+        },
+        "evaluate": {
+            "suite": "video", "videos": 8, "frames": 6, "output": f"{BASE}/report",
+            "prompts": f"{BASE}/prompts.txt",
+        },
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
     }  # fmt: skip
-    settings = [str(TINY_RECIPE), f"--root={tmp_path}"]
-    outage = threading.Event()
+    (tmp_path / "my.yaml").write_text(json.dumps(recipe))
+    mine, outages = [f"{tmp_path}/my.yaml", f"--root={tmp_path}"], 0
+    config, _ = cli.parse("run", mine)
+    write_model(tmp_path / "teacher", config.teacher, seed=1, video=config.video, text=config.text)
+    copy_model(f"{tmp_path}/teacher", f"{BASE}/teacher")
+
+    def emptied() -> None:
+        for entry in cache.root().iterdir():
+            if entry.is_dir():
+                storage.discard(entry)
 
     def goes_down() -> None:
-        while not outage.wait(40):
-            server.down = True
-            outage.wait(30)
-            server.down = False
+        nonlocal outages
+        time.sleep(3)
+        server.down, outages = True, outages + 1
+        time.sleep(60)
+        server.down = False
+
+    def run(*words: str, outage: bool = False) -> None:
+        began, asked = time.perf_counter(), server.asked.total()
+        if outage:
+            threading.Thread(target=goes_down, daemon=True).start()
+        assert cli.main(list(words)) == 0, words
+        seconds = time.perf_counter() - began
+        print(f"{words[0]}: {seconds:.0f} s, {server.asked.total() - asked} requests, {outages} outages")
 
     server.fails = 0.3
-    threading.Thread(target=goes_down, daemon=True).start()
-    try:
-        for command in ("pretrain", "initialize", "distill"):
-            own = [
-                f"--{name}={BASE}/{lies}"
-                for name, lies in places.items()
-                if name.startswith((command, "data"))
-            ]
-            assert cli.main([command, *settings, *own]) == 0, command
-    finally:
-        outage.set()
-        server.fails, server.down = 0.0, False
-    from_s3 = deploy("from-s3", replace(CONFIG, model=f"{BASE}/run/model"))
-    with from_s3 as url, Client(url).stream("a six drifting left", seed=1, frames=6) as frames:
-        assert len(list(frames)) == 6
+    run("embed", f"{BASE}/prompts.txt", f"--encoder={pipeline}", f"--output={BASE}/prompts", "--text_len=32",
+        "--negative=blurred", "--cpus=0.5")  # fmt: skip
+    run("prepare-videos", *mine, f"--videos={BASE}/raw videos", f"--output={BASE}/data", "--cpus=0.5")
+    run("initialize", *mine, outage=True)
+    emptied()
+    run("distill", *mine, "--distill.iterations=4")
+    emptied()
+    run("distill", *mine, "--resume", outage=True)
+    emptied()
+    run("export", f"{BASE}/run/model", "--format=diffusers", f"--output={BASE}/for others")
+    run("evaluate", *mine)
+    emptied()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    words = (f"--metrics={BASE}/report", "--name=lineage", "--alias=serving", f"--tracking.uri={uri}")
+    run("register", f"{BASE}/run/model", *words)
+    print(f"asked {server.asked.total()} times; down for a minute {outages} times; 30 % of all failed")
+    server.fails = 0.0
+
+    video = tmp_path / "played.mp4"
+    words = ("--model=models:/lineage@serving", f"--registry={uri}", f"--prompt={PROMPTS[0]}")
+    run("generate", *words, "--frames=9", f"--output={video}")
+    with av.open(str(video)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9
+        assert container.streams.video[0].average_rate == 8
+    served = replace(CONFIG, model="models:/lineage@serving", registry=uri)
+    with deploy("lineage", served) as url, Client(url).stream(PROMPTS[0], seed=1, frames=5) as frames:
+        assert len(list(frames)) == 5
 
 
 def test_training_goes_on_where_a_checkpoint_cannot_be_stored_but_does_not_end_well_without_the_last(
