@@ -124,12 +124,19 @@ COMMANDS: Mapping[str, Command] = {
         ("root", "video", "text", "student"),
         recipe=True,
         options=(
-            Option("--videos", "folder of video files, at any depth", stored=True, required=True),
+            Option(
+                "--videos",
+                "folder of video files or tars of them at any depth, a tar, or a table of places (.parquet, "
+                ".csv or .jsonl with the columns video and caption)",
+                stored=True,
+                required=True,
+            ),
             Option(
                 "--captions", "table with the columns video and caption; NAME.txt beside each", stored=True
             ),
             Option("--output", "directory of the data set", stored=True, required=True),
             Option("--clips", "most clips of one file", type=int, default=100),
+            Option("--scenes", "cut clips so that each lies within one shot", action="store_true"),
             Option("--actors", "actors that decode and encode", type=int, default=1),
             Option("--cpus", "logical CPUs of an actor", type=float, default=1.0),
             Option("--gpus", "GPUs of an actor", type=float, default=0.0),

@@ -46,8 +46,9 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def check_output(location: str) -> str:
+def check_output(place: str | Path) -> str:
     """The place of a video to be written; ValueError where its ending or its place cannot be."""
+    location = str(place)
     if not location.endswith(SUFFIXES):
         raise ValueError(f"the output {location} must end in {' or '.join(SUFFIXES)}.")
     if location.startswith("s3://"):
@@ -62,7 +63,7 @@ def check_output(location: str) -> str:
     return location
 
 
-def write_video(path: str, frames: Tensor, fps: int) -> None:
+def write_video(path: str | Path, frames: Tensor, fps: int) -> None:
     """Write frames [T, channels, height, width] in [−1, 1] as MP4 or GIF, whole or not at all."""
     write_pixels(check_output(path), enlarge(to_uint8(frames)), fps)
 

@@ -7,6 +7,9 @@ again and makes the rest. A file that cannot be read is left out and listed with
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from workers.model_directory import TextConfig, VideoConfig
 from workers.video_files import ClipShape, clips
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
+TABLES = (".jsonl", ".csv", ".parquet")
+READERS = 16
 BLOCK = 16
 """Files of a shard: a clip of 21 latent frames of 480 × 832 is 4.2 MB."""
 DAMAGED, LEFT_OUT = "damaged.jsonl", b"self_forcing_left_out"
@@ -48,14 +53,16 @@ def command(config: RunConfig, options: Any) -> None:
         setting = "video.codec none" if codec is None else "text.encoder embedded"
         raise ValueError(f"{setting} makes nothing of videos and captions; use the one that training uses.")
     frames, channels, height, width = codec.shape(video.shape)
-    shape = ClipShape(frames, channels, height, width, video.fps)
-    found = storage.stored_below(options.videos)
-    if found is None:
-        raise ValueError(f"--videos: there is nothing at {options.videos}.")
-    files = [file for file in found if file.name.lower().endswith(SUFFIXES)]
-    if not files:
-        raise ValueError(f"--videos: there is no video at {options.videos}; known are {', '.join(SUFFIXES)}.")
-    captions = captions_of(files, found, options.videos, options.captions)
+    if options.scenes and find_spec("scenedetect") is None:
+        raise ValueError("--scenes needs PySceneDetect; install it with pip install 'self-forcing[scenes]'.")
+    shape = ClipShape(frames, channels, height, width, video.fps, options.scenes)
+    if options.videos.endswith(TABLES):
+        if options.captions is not None:
+            raise ValueError("--captions: the table of --videos has them; leave it out.")
+        captions = listed(options.videos)
+    else:
+        captions = found_below(options.videos, options.captions)
+    files = list(captions)
     _check_lengths(captions, text, config.student.text_len)
     made_by = {
         "codec": video.codec_digest() or video.codec,
@@ -63,7 +70,7 @@ def command(config: RunConfig, options: Any) -> None:
         "shape": vars(shape),
         "clips": options.clips,
     }
-    rows = [(file.location, file.size, captions[file.location]) for file in files]
+    rows = [(*astuple(file), captions[file]) for file in files]
     identity = {**made_by, "files": block_name(rows)}
     output = absolute(options.output)
     if storage.is_complete(output) and storage.read_metadata(output).get("identity") == identity:
@@ -105,43 +112,82 @@ def _told(left_out: Sequence[Mapping[str, str]]) -> str:
     return first + (f" … ({len(left_out)} in all)" if len(left_out) > SHOWN else "")
 
 
-def captions_of(
-    files: Sequence[Stored], found: Sequence[Stored], videos: str, table: str | None
-) -> dict[str, str]:
-    """Location → caption of each file: from `table` (.jsonl, .csv or .parquet with the columns `video`, a
-    path from the folder, and `caption`), or from the text file beside each video, among the files `found`.
+def listed(table: str) -> dict[Stored, str]:
+    """Files → captions of a table whose column `video` has paths (from its folder, or absolute) or s3://
+    addresses; ValueError where one is not there, or has no caption."""
+    with storage.fetched(table) as opened:
+        rows = _rows(opened, table, "--videos")
+    above = absolute(table).rpartition("/")[0]
+    places = [str(row["video"]) for row in rows]
+    wholes = [place if place.startswith(("/", "s3://")) else f"{above}/{place}" for place in places]
+    with ThreadPoolExecutor(READERS) as pool:
+        files = list(pool.map(storage.stored_file, wholes))
+    absent = [place for place, file in zip(places, files, strict=True) if file is None]
+    if absent:
+        raise ValueError(f"{len(absent)} of {len(files)} videos of {table} are not there, first {absent[0]}.")
+    there = [file for file in files if file is not None]
+    captions = [" ".join(str(row["caption"] or "").split()) for row in rows]
+    return _captioned(dict(zip(there, captions, strict=True)), f"{table} must have one of each")
 
-    ValueError where a video has none; names the first, and says how many.
+
+def found_below(videos: str, table: str | None) -> dict[Stored, str]:
+    """Files → captions of all videos below a folder, in tars there, or in the tar at `videos` itself.
+
+    Captions are in `table` (with the columns `video`, a path from the folder, and `caption`), or in the file
+    beside each video: its name with .txt, or .json with the key `caption`. ValueError where a video has none.
     """
+    found = storage.stored_below(videos)
+    if found is None and (one := storage.stored_file(videos)) is not None:
+        found = [one]
+    if found is None:
+        raise ValueError(f"--videos: there is nothing at {videos}.")
+    try:
+        for archive in [file for file in found if file.name.endswith(".tar")]:
+            found += archive.members()
+    except ValueError as error:
+        raise ValueError(f"--videos: {error}; write it again, or leave it out.") from None
+    files = [file for file in found if file.name.lower().endswith(SUFFIXES)]
+    if not files:
+        raise ValueError(f"--videos: there is no video at {videos}; known are {', '.join(SUFFIXES)}.")
     if table is None:
-        beside = {file.location: file for file in found if file.name.endswith(".txt")}
-        read = {}
-        for file in files:
-            text = beside.get(f"{file.location.rpartition('.')[0]}.txt")
-            if text is not None:
-                with text.open() as words:
-                    read[file.location] = " ".join(bytes(words.read()).decode("utf-8", "replace").split())
-        where = "give each a text file of its name, or name a table with --captions"
-    else:
-        base = files[0].location[: len(files[0].location) - len(_below(files[0], videos))]
-        with storage.fetched(table) as opened:
-            rows = _rows(opened, table)
-        read = {f"{base}{row['video']}": " ".join(str(row["caption"] or "").split()) for row in rows}
-        where = f"{table} must have a caption of each in the columns video and caption"
-    without = [_below(file, videos) for file in files if not read.get(file.location)]
+        beside = {str(file): file for file in found if file.name.endswith((".txt", ".json"))}
+
+        def read(file: Stored) -> str:
+            stem = str(file).rpartition(".")[0]
+            words = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
+            return "" if words is None else _caption(words)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            captions = dict(zip(files, pool.map(read, files), strict=True))
+        return _captioned(captions, "give each a text file of its name, or name a table with --captions")
+    with storage.fetched(table) as opened:
+        rows = {str(row["video"]): row["caption"] for row in _rows(opened, table, "--captions")}
+    root = absolute(videos).rstrip("/")
+    names = {file: str(file).removeprefix(root).lstrip("/") for file in files}
+    captions = {file: " ".join(str(rows.get(name) or "").split()) for file, name in names.items()}
+    return _captioned(captions, f"{table} must have a caption of each in the columns video and caption")
+
+
+def _caption(file: Stored) -> str:
+    with file.open() as opened:
+        text = bytes(opened.read()).decode("utf-8", "replace")
+    if file.name.endswith(".json"):
+        try:
+            text = str(json.loads(text).get("caption") or "")
+        except (ValueError, AttributeError):
+            text = ""
+    return " ".join(text.split())
+
+
+def _captioned(captions: dict[Stored, str], where: str) -> dict[Stored, str]:
+    without = [str(file) for file, caption in captions.items() if not caption]
     if without:
-        raise ValueError(
-            f"{len(without)} of {len(files)} videos have no caption, first {without[0]}; {where}."
-        )
-    return {file.location: read[file.location] for file in files}
+        count = f"{len(without)} of {len(captions)} videos have no caption"
+        raise ValueError(f"{count}, first {without[0]}; {where}.")
+    return captions
 
 
-def _below(file: Stored, videos: str) -> str:
-    root = videos.rstrip("/") if videos.startswith("s3://") else str(Path(videos).absolute())
-    return file.location.removeprefix(root).lstrip("/")
-
-
-def _rows(file: Path, table: str) -> list[dict[str, Any]]:
+def _rows(file: Path, table: str, option: str) -> list[dict[str, Any]]:
     try:
         match file.suffix:
             case ".jsonl":
@@ -156,20 +202,20 @@ def _rows(file: Path, table: str) -> list[dict[str, Any]]:
         if any(not {"video", "caption"} <= row.keys() for row in rows):
             raise ValueError("it lacks the columns video and caption in some row")
     except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
-        raise ValueError(f"--captions: {table} cannot be read: {str(error).rstrip('.')}.") from None
+        raise ValueError(f"{option}: {table} cannot be read: {str(error).rstrip('.')}.") from None
     return rows
 
 
-def _check_lengths(captions: Mapping[str, str], text: TextConfig, text_len: int) -> None:
+def _check_lengths(captions: Mapping[Stored, str], text: TextConfig, text_len: int) -> None:
     tokenizer = None if text.path is None else Tokenizer(text.path, text_len)
-    for location, caption in captions.items():
+    for file, caption in captions.items():
         try:
             if tokenizer is not None:
                 tokenizer.tokens(caption)
             elif (words := len(split_words(caption))) > text_len:
                 raise ValueError(f"it has {words} words, more than the {text_len} that the model reads")
         except ValueError as error:
-            raise ValueError(f"the caption of {location}: {str(error).rstrip('.')}.") from None
+            raise ValueError(f"the caption of {file}: {str(error).rstrip('.')}.") from None
 
 
 class _Maker:
@@ -190,17 +236,18 @@ class _Maker:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         left_out = []
         with storage.write_file(row["path"]) as path, pq.ParquetWriter(path, self.schema) as writer:
-            for location, size, caption in map(json.loads, row["block"]):
+            for *place, caption in map(json.loads, row["block"]):
+                file = Stored(*place)
                 words: dict[str, Any] = {"prompt": caption}
                 if self.encoder is not None:
                     words |= encode_tensor("embedding", self.encoder.embed([caption])[0].bfloat16())
                 try:
-                    for clip in clips(Stored(location, size), self.shape, self.most):
+                    for clip in clips(file, self.shape, self.most):
                         columns = words | encode_tensor(self.column, self._stored(clip))
                         # A row group each: memory does not grow with the length of a video.
                         writer.write_table(pa.Table.from_pylist([columns], schema=self.schema))
                 except ValueError as error:
-                    left_out.append({"video": location, "why": str(error)})
+                    left_out.append({"video": str(file), "why": str(error)})
             writer.add_key_value_metadata({LEFT_OUT: json.dumps(left_out).encode()})
         return {"left_out": len(left_out)}
 

@@ -19,6 +19,12 @@ class ClipShape:
     height: int
     width: int
     fps: float
+    scenes: bool = False
+    """Whether a clip lies within one shot, as PySceneDetect sees them."""
+
+
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer functions by their numbers in ITU-T H.273."""
 
 
 def clips(file: Stored, shape: ClipShape, most: int) -> Iterator[np.ndarray]:
@@ -28,14 +34,21 @@ def clips(file: Stored, shape: ClipShape, most: int) -> Iterator[np.ndarray]:
     as the file says, scaled to cover the clip and cut in the middle. What is left over at the end is dropped.
 
     Raises:
-        ValueError: the file has no video, is damaged before the first clip is whole, or is too short.
+        ValueError: the file has no video, is HDR, is damaged before the first clip is whole, or is too short.
     """
-    found, clip = 0, []
+    clip: list[np.ndarray] = []
+    found = 0
     try:
+        cuts = _cuts(file) if shape.scenes else []
         with file.open() as opened, av.open(opened) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
-            for pixels in _timed(container, shape):
+            transfer = HDR.get(container.streams.video[0].codec_context.color_trc)
+            if transfer is not None:
+                raise ValueError(f"it is HDR ({transfer}), which needs tone mapping; convert it to SDR")
+            for number, pixels in enumerate(_timed(container, shape)):
+                while cuts and number / shape.fps > cuts[0] - 1e-6:
+                    cuts, clip = cuts[1:], []
                 clip.append(pixels)
                 if len(clip) == shape.frames:
                     yield np.stack(clip)
@@ -47,8 +60,24 @@ def clips(file: Stored, shape: ClipShape, most: int) -> Iterator[np.ndarray]:
             raise ValueError(f"it is damaged or no video ({str(error).splitlines()[0]})") from None
     if not found:
         raise ValueError(
-            f"it has {len(clip)} frames at {shape.fps:g} a second, and {shape.frames} make a clip"
+            f"it has {len(clip)} frames at {shape.fps:g} a second"
+            f"{' in its last shot' if shape.scenes else ''}, and {shape.frames} make a clip"
         )
+
+
+def _cuts(file: Stored) -> list[float]:
+    """Seconds from the first frame at which a shot begins, but the first; by PySceneDetect's content
+    detector."""
+    from scenedetect import ContentDetector, SceneManager
+    from scenedetect.backends import VideoStreamAv
+
+    with file.open() as opened:
+        manager = SceneManager()
+        manager.add_detector(ContentDetector(min_scene_len=1))  # a clip must not cross any cut
+        # It would have PyAV print what FFmpeg says, in this process from then on.
+        manager.detect_scenes(VideoStreamAv(opened, suppress_output=True))
+    starts = [start.seconds for start, _ in manager.get_scene_list()]
+    return [start - starts[0] for start in starts[1:]]
 
 
 def _timed(container: Any, shape: ClipShape) -> Iterator[np.ndarray]:

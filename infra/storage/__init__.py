@@ -45,4 +45,4 @@ from infra.storage.single import (
     write_file,
     write_text,
 )
-from infra.storage.stored import Stored, stored, stored_below
+from infra.storage.stored import Stored, stored, stored_below, stored_file

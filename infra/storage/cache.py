@@ -55,13 +55,13 @@ def _held(place: s3.Place, manifest: dict[str, Any]) -> Iterator[Path]:
     with explained(target):
         root().mkdir(parents=True, exist_ok=True)
     with open(f"{target}.lock", "w") as lock:
-        while True:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if target.is_dir():
-                break
-            fcntl.flock(lock, fcntl.LOCK_EX)  # gives the other up first, so that another may be faster
-            if not target.is_dir():
-                _download(place, manifest, target)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if not target.is_dir():
+            # A lock of its own: whoever still reads a copy that was taken away keeps nobody from another.
+            with open(f"{target}.download", "w") as download:
+                fcntl.flock(download, fcntl.LOCK_EX)
+                if not target.is_dir():
+                    _download(place, manifest, target)
         os.utime(target)
         yield target
 

@@ -224,6 +224,17 @@ def get(place: Place) -> bytes | None:
             raise
 
 
+def size(place: Place) -> int | None:
+    """Bytes of an object; None where there is none."""
+    with asking(place) as client:
+        try:
+            return client.head_object(Bucket=place.bucket, Key=place.key)["ContentLength"]
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in _ABSENT:
+                return None
+            raise
+
+
 def get_range(place: Place, start: int, stop: int) -> bytes:
     """Bytes `start … stop − 1` of an object; OSError where they are not there any more."""
     try:

@@ -1,6 +1,7 @@
 """Files that are read in place, from a file system or an object store, a part at a time."""
 
 import io
+import tarfile
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,17 +12,20 @@ from infra.storage.local import Location, local
 
 @dataclass(frozen=True, order=True)
 class Stored:
-    """A file that others wrote."""
+    """A file that others wrote, or a member of an archive of theirs."""
 
     location: str
     size: int
+    start: int = 0  # where it begins in the file at `location`
+    member: str = ""
+    """Its name in the archive, if it is in one."""
 
     @property
     def name(self) -> str:
-        return self.location.rpartition("/")[2]
+        return (self.member or self.location).rpartition("/")[2]
 
     def __str__(self) -> str:
-        return self.location
+        return f"{self.location}/{self.member}" if self.member else self.location
 
     def open(self) -> pa.NativeFile:
         """A file to read that can seek: mapped into memory, or asked of the store range by range.
@@ -29,8 +33,34 @@ class Stored:
         OSError where it is gone or cannot be reached.
         """
         if (there := s3.at(self.location)) is not None:
-            return pa.PythonFile(_Ranges(there, self.size), mode="r")
-        return pa.memory_map(self.location)
+            return pa.PythonFile(_Ranges(there, self.size, self.start), mode="r")
+        whole = pa.memory_map(self.location)
+        if not self.member:
+            return whole
+        whole.seek(self.start)
+        return pa.BufferReader(whole.read_buffer(self.size))
+
+    def members(self) -> list["Stored"]:
+        """The files in it, where it is a tar that is not compressed; ValueError where it is none, or ends
+        early. Headers alone are read."""
+        try:
+            with self.open() as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
+                return [
+                    Stored(self.location, each.size, each.offset_data, each.name)
+                    for each in archive
+                    if each.isfile()
+                ]
+        except tarfile.TarError as error:
+            raise ValueError(f"{self} is no whole tar ({error})") from None
+
+
+def stored_file(location: Location) -> Stored | None:
+    """The file at a place; None where there is none."""
+    if (there := s3.at(location)) is not None:
+        size = s3.size(there)
+        return None if size is None else Stored(str(there), size)
+    place = local(location)
+    return Stored(str(place), place.stat().st_size) if place.is_file() else None
 
 
 def stored(location: Location, suffix: str) -> list[Stored] | None:
@@ -76,8 +106,8 @@ def stored_below(location: Location) -> list[Stored] | None:
 class _Ranges(io.RawIOBase):
     """An object, read by ranges."""
 
-    def __init__(self, place: s3.Place, size: int):
-        self.place, self.total, self.at = place, size, 0
+    def __init__(self, place: s3.Place, size: int, start: int):
+        self.place, self.total, self.start, self.at = place, size, start, 0
 
     def readable(self) -> bool:
         return True
@@ -97,6 +127,7 @@ class _Ranges(io.RawIOBase):
 
     def read(self, count: int | None = -1) -> bytes:
         stop = self.total if count is None or count < 0 else min(self.at + count, self.total)
-        content = s3.get_range(self.place, self.at, stop) if stop > self.at else b""
+        first, last = self.start + self.at, self.start + stop
+        content = s3.get_range(self.place, first, last) if last > first else b""
         self.at += len(content)
         return content

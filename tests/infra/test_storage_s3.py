@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -292,6 +293,14 @@ def test_what_is_replaced_while_it_is_read_is_read_as_it_is_now(monkeypatch: pyt
     monkeypatch.setattr(s3, "fetch", slow)
     with storage.reading(RUN) as directory:
         assert (directory / "nested" / "0.bin").read_text() == "after" and len(fetched) == 2
+
+
+def test_a_copy_that_is_taken_away_while_it_is_read_is_fetched_anew(server: S3Server) -> None:
+    publish_one(RUN, "content")
+    with storage.reading(RUN) as first:
+        shutil.rmtree(first)
+        with storage.reading(RUN) as again:
+            assert (again / "nested" / "0.bin").read_text() == "content"
 
 
 def test_what_was_not_read_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """`prepare-videos`: files of videos become a data set that training reads."""
 
 import importlib.util
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -111,6 +113,52 @@ def test_a_folder_of_videos_is_trained_on(
             assert torch.equal(found.row(number)["video"], row["video"])
     pretrain = [f"--root={tmp_path}", f"--data.train={output}", f"--pretrain.output={tmp_path}/teacher"]
     assert cli.main(["pretrain", str(TINY_RECIPE), *pretrain]) == 0
+
+
+def test_tars_and_tables_give_what_a_folder_gives(
+    videos: Path, ray_cluster: object, s3_server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = [videos / f"deep/{number}.mp4" for number in range(3)]
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:  # as WebDataset has them
+        for number, file in enumerate(files):
+            archive.add(file, f"{number:04d}.mp4")
+            told = json.dumps({"caption": CAPTIONS[number]}).encode()
+            member = tarfile.TarInfo(f"{number:04d}.json")
+            member.size = len(told)
+            archive.addfile(member, io.BytesIO(told))
+    s3.upload(tmp_path / "shard-0.tar", s3.Place("bucket", "my tars/shard-0.tar"))
+    s3.upload(files[1], s3.Place("bucket", "elsewhere/one.mp4"))
+    places = [str(files[0]), "s3://bucket/elsewhere/one.mp4", "deep/2.mp4"]
+    rows = [{"video": each, "caption": words} for each, words in zip(places, CAPTIONS, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), videos / "list.parquet")
+    asked = {
+        "folder": videos / "deep",
+        "tar": tmp_path / "shard-0.tar",
+        "tars in S3": "s3://bucket/my tars",
+        "table": videos / "list.parquet",
+    }
+    made = {}
+    for name, place in asked.items():
+        assert cli.main(of_tiny(tmp_path, place, tmp_path / name)) == 0, capfd.readouterr().err
+        data = ParquetDataset(tmp_path / name, ["prompt", "video"])
+        made[name] = [data.row(number) for number in range(len(data))]
+    (videos / "list.parquet").unlink()
+    assert len(made["folder"]) == 6
+    for rows in made.values():
+        for row, expected in zip(rows, made["folder"], strict=True):
+            assert row["prompt"] == expected["prompt"] and torch.equal(row["video"], expected["video"])
+
+    whole = (tmp_path / "shard-0.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    assert cli.main(of_tiny(tmp_path, tmp_path / "cut.tar", tmp_path / "cut")) == 2
+    assert "cut.tar is no whole tar" in capfd.readouterr().err
+    pq.write_table(pa.Table.from_pylist(rows_of(places, "none.mp4")), tmp_path / "list.parquet")
+    assert cli.main(of_tiny(tmp_path, tmp_path / "list.parquet", tmp_path / "absent")) == 2
+    assert "1 of 3 videos of" in (said := capfd.readouterr().err) and "first none.mp4" in said
+
+
+def rows_of(places: list[str], last: str) -> list[dict[str, str]]:
+    return [{"video": each, "caption": "a six"} for each in [*places[:2], last]]
 
 
 def test_latents_and_embeddings_are_those_of_the_recipes_vae_and_encoder(

@@ -117,6 +117,7 @@ def test_what_is_wrong_with_a_place_is_said_before_anything_starts(
 
 
 @pytest.mark.by_hand
+@pytest.mark.timeout(1800)
 def test_a_whole_lineage_goes_through_a_store_that_fails_and_is_down_for_a_minute(
     server: S3Server,
     deploy: Callable,  # noqa: F811

@@ -149,3 +149,32 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(ValueError, match="it has no video stream"):
         of(tmp_path / "sound.mp4")
+
+
+def test_a_clip_lies_within_one_shot_where_that_is_asked_for(tmp_path: Path) -> None:
+    def draw(number: int) -> Any:
+        colour = [(200, 40, 40), (40, 60, 200)][number >= 10]
+        return np.tile(np.array(colour, np.uint8), (64, 96, 1))
+
+    file = write(tmp_path / "cut.mp4", [i / 8 for i in range(24)], draw=draw)
+    whole, within = (ClipShape(8, 3, 16, 16, 8, scenes) for scenes in (False, True))
+    stored = Stored(str(file), file.stat().st_size)
+    reds = [clip[:, 0].mean((1, 2)) for clip in clips(stored, whole, 9)]
+    assert len(reds) == 3 and reds[1].max() - reds[1].min() > 100  # over the cut
+    reds = [clip[:, 0].mean((1, 2)) for clip in clips(stored, within, 9)]
+    assert len(reds) == 2 and all(each.max() - each.min() < 10 for each in reds)
+    assert reds[0].mean() > 150 > 100 > reds[1].mean()
+
+
+def test_hdr_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "hdr.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx265", rate=8, options={"x265-params": "log-level=none"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p10le"
+        stream.codec_context.color_trc = 16
+        for _ in range(8):
+            frame = av.VideoFrame(96, 64, "yuv420p10le")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match=r"it is HDR \(PQ\), which needs tone mapping; convert it to SDR"):
+        list(clips(Stored(str(path), path.stat().st_size), ClipShape(4, 3, 16, 16, 8), 1))
