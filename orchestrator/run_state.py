@@ -49,8 +49,10 @@ _CAUSAL_PAIRS = frozenset(("rollout.chunk", "rollout.window", "rollout.sink", "r
 _SHAPE_PARTS = frozenset((
     "seed", "video", "text", "teacher", "student", "distill.student", "distill.critic", "initialize.teacher",
 ))
-_SHAPE_WORDS = frozenset(("adapters", "ranks", "zero_stage", "taps", "concat_time", "method"))
+_SHAPE_WORDS = frozenset(("adapters", "taps", "concat_time", "method"))
 """Parts or whole names, and words of names, of what a checkpoint's numbers have the shape of."""
+_LAYOUT = frozenset(("ranks", "zero_stage", "accumulation"))
+"""Last names of settings that spread the same numbers out otherwise: they differ by rounding alone."""
 # fmt: on
 _RENAMED = {f"{stage}.warmup": f"{stage}.role.engine.schedule.warmup" for stage in ("pretrain", "initialize")}
 """Settings of earlier releases, and what they are called now."""
@@ -249,7 +251,8 @@ def open_run(config: RunConfig, stage: Stage, *, resume: bool, allow: Sequence[s
         raise ValueError(
             f"{path} cannot go on with {_listed(fixed)}; keep what it was made with, or {or_else}."
         )
-    if refused := {name: told for name, told in changed.items() if name not in allow}:
+    asked = {name: told for name, told in changed.items() if name.rpartition(".")[2] not in _LAYOUT}
+    if refused := {name: told for name, told in asked.items() if name not in allow}:
         raise ValueError(
             f"{path} was made otherwise: {_listed(refused)}; keep what it was made with, add "
             f"{' '.join(f'--allow-change {name}' for name in refused)}, or {or_else}."

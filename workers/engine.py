@@ -174,34 +174,27 @@ class TrainEngine:
         return Snapshot(record, _path("").name)
 
     def load(self, directory: str | Path) -> None:
-        """Continue from `save`, to the bit. `ValueError` if files are missing, damaged or of another run's
-        shape."""
-        record, saved = _read(directory), f"the checkpoint in {directory}"
-        if record["stage"] != self.config.zero_stage:
-            stage = record["stage"]
-            raise ValueError(
-                f"{saved} has zero_stage {stage} and this run {self.config.zero_stage}: use {stage}"
-            )
-        entries, pieces = record["parameters"], self._trained
-        _check_names(pieces, entries, saved)
+        """Continue from `save`: to the bit on as many ranks at the same ZeRO stage, else to float accuracy.
+
+        Files of other ranks are read where the slices lie otherwise. `ValueError` if files are missing,
+        damaged or of another model.
+        """
+        saved, pieces = _Saved(directory, self.config.zero_stage), self._trained
         for name, piece in pieces.items():
-            entry = entries[name]
-            if entry["start"] != piece.start or entry["value"].shape != piece.value.shape:
-                raise ValueError(
-                    f"{saved} has {name} in another size: use the model that it was written with"
-                )
-            if name in self._ema and "ema" not in entry:
+            saved.check(name, zero.shape_of(self._zero.parameters[name]).numel(), piece)
+            if name in self._ema and not saved.has(name, "ema"):
                 raise ValueError(f"{saved} has no EMA: leave ema_decay out to resume from it")
-        self.version, self._pending = record["version"], 0
+        saved.check_names(pieces)
+        self.version, self._pending = saved.version, 0
         self._zero.adam.state.clear()
         self._zero.begin_writing()
-        for name in pieces:
-            entry = entries[name]
-            self._zero.write(name, self._zero.gather(name, entry["value"]))
+        for name, piece in pieces.items():
+            self._zero.write(name, self._zero.gather(name, saved.part(name, "value", piece)))
             if self.version > 0:
-                self._zero.write_moments(name, {key: entry[key] for key in zero.MOMENTS}, self.version)
+                moments = {key: saved.part(name, key, piece) for key in zero.MOMENTS}
+                self._zero.write_moments(name, moments, self.version)
             if name in self._ema:
-                self._ema[name].copy_(entry["ema"])
+                self._ema[name].copy_(saved.part(name, "ema", piece))
         dist.barrier()
 
     def export(
@@ -338,22 +331,79 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _path(directory: str | Path) -> Path:
-    return Path(directory) / f"engine-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.pt"
+    return Path(directory) / _file_name(dist.get_rank(), dist.get_world_size())
 
 
-def _read(directory: str | Path) -> dict[str, Any]:
-    """This rank's record, its tensors mapped from the file rather than read."""
-    path, ranks = _path(directory), dist.get_world_size()
-    names = [file.name for file in Path(directory).glob("engine-*-of-*.pt")]
-    written = {int(match[1]) for name in names if (match := re.search(r"-of-(\d+)", name))}
-    if written and ranks not in written:
-        before = min(written)
-        raise ValueError(
-            f"the checkpoint in {directory} is of {before} ranks and this group has {ranks}: use {before}"
+def _file_name(rank: int, ranks: int) -> str:
+    return f"engine-{rank:05d}-of-{ranks:05d}.pt"
+
+
+class _Saved:
+    """What all ranks saved: slices of flattened parameters, mapped from files rather than read.
+
+    A rank of the same layout finds its slices in the file of its own number, and opens no other.
+    """
+
+    def __init__(self, directory: str | Path, stage: int):
+        """ValueError where a rank's file is missing or damaged."""
+        self._words = f"the checkpoint in {directory}"
+        files = sorted(Path(directory).glob("engine-*-of-*.pt"))
+        own = _path(directory)
+        if own in files:
+            record = read_record(own)
+            if record["stage"] == stage:
+                self._records, self._own = [record], True
+                return
+        self._own = False
+        ranks = max(
+            (int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))), default=0
         )
-    if not path.exists():
-        raise ValueError(f"the checkpoint file {path} is missing: resume from a whole checkpoint")
-    return read_record(path)
+        for rank in range(max(ranks, 1)):
+            path = Path(directory) / _file_name(rank, ranks or dist.get_world_size())
+            if not path.exists():
+                raise ValueError(f"the checkpoint file {path} is missing: resume from a whole checkpoint")
+        self._records = [read_record(file) for file in files]
+
+    def __str__(self) -> str:
+        return self._words
+
+    @property
+    def version(self) -> int:
+        return self._records[0]["version"]
+
+    def _slices(self, name: str) -> list[dict[str, Any]]:
+        return [each["parameters"][name] for each in self._records if name in each["parameters"]]
+
+    def has(self, name: str, key: str) -> bool:
+        return all(key in entry for entry in self._slices(name))
+
+    def check_names(self, expected: Iterable[str]) -> None:
+        _check_names(expected, self._records[0]["parameters"], self._words)
+
+    def check(self, name: str, total: int, piece: zero.Slice) -> None:
+        """ValueError where the parameter was of another size."""
+        slices = self._slices(name)
+        if not slices:
+            return  # which `check_names` tells better
+        if self._own:
+            fits = (slices[0]["start"], slices[0]["value"].numel()) == (piece.start, piece.value.numel())
+        else:
+            fits = sum(entry["value"].numel() for entry in slices) == total
+        if not fits:
+            raise ValueError(f"{self} has {name} in another size: use the model that it was written with")
+
+    def part(self, name: str, key: str, piece: zero.Slice) -> Tensor:
+        """The numbers under a slice of this rank."""
+        start, count = piece.start, piece.value.numel()
+        found = torch.empty(count)
+        for entry in self._slices(name):
+            first, last = max(start, entry["start"]), min(start + count, entry["start"] + entry[key].numel())
+            if first < last:
+                kept = entry[key].view(-1)[first - entry["start"] : last - entry["start"]]
+                if last - first == count:
+                    return kept
+                found[first - start : last - start] = kept
+        return found
 
 
 def read_record(path: Path) -> dict[str, Any]:

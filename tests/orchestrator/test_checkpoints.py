@@ -1,5 +1,6 @@
 """A checkpoint is written beside training, and holds what was learned when it began."""
 
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -10,12 +11,22 @@ from infra import storage
 from infra.storage import StorageError
 from orchestrator import checkpoints
 from orchestrator.checkpoints import Checkpoints, load
+from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.run_state import RunState
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, weights_of
 
 pytestmark = pytest.mark.slow
+
+
+def spread_out(config: RunConfig, *, ranks: int, zero_stage: int) -> RunConfig:
+    roles = config.distill.roles
+    changed = {
+        name: replace(role, ranks=ranks, engine=replace(role.engine, zero_stage=zero_stage))
+        for name, role in (("student", roles.student), ("critic", roles.critic))
+    }
+    return replace(config, distill=replace(config.distill, roles=replace(roles, **changed)))
 
 
 def test_training_goes_on_while_the_store_is_slow(
@@ -49,6 +60,14 @@ def test_training_goes_on_while_the_store_is_slow(
     for role, group in trained.items():
         now = weights_of(group)
         assert all(torch.equal(now[name], then[role][name]) for name in now)
+
+    # The same run, spread out otherwise.
+    spread = groups.roles(spread_out(config, ranks=2, zero_stage=3))
+    load(state.path(1), spread.groups)
+    for role in trained:
+        now = weights_of(spread.groups[role])
+        assert all(torch.equal(now[name], then[role][name]) for name in now)
+    assert [done for done, _ in Coordinator(spread.config, spread.groups).run(1)] == [2, 3, 4]
 
 
 def test_what_cannot_be_written_is_told_at_the_next_look_and_another_may_begin(

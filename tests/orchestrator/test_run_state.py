@@ -264,14 +264,30 @@ def test_allowed_changes_become_stretches_and_the_data_goes_on_where_it_stood(ro
 def test_what_a_checkpoint_has_the_shape_of_cannot_change(root: Path, refusal: Callable[..., str]) -> None:
     checkpointed(open_run(parsed(root), "distill", resume=False), done=2, position=12)
     for name, value, told in (
-        ("distill.roles.student.ranks", "2", "1 → 2"),
-        ("distill.roles.critic.engine.zero_stage", "3", "2 → 3"),
+        ("seed", "4", "3 → 4"),
         ("distill.roles.critic.engine.ema_decay", "0.9", "none → 0.9"),
     ):
         says = refusal("distill", *arguments(root, f"--{name}={value}", "--resume", f"--allow-change={name}"))
         assert f"cannot go on with {name} {told}; keep what it was made with, or choose another" in says
     says = refusal("distill", *arguments(root, "--resume", "--allow-change", "distill.batsh"))
     assert says == "there is no setting distill.batsh (in --allow-change); the nearest is distill.batch."
+
+
+def test_how_a_run_is_spread_out_may_change_and_is_recorded(root: Path) -> None:
+    checkpointed(open_run(parsed(root), "distill", resume=False), done=2, position=12)
+    spread = parsed(
+        root,
+        "--distill.roles.student.ranks=2",
+        "--distill.roles.critic.engine.zero_stage=3",
+        "--distill.roles.critic.engine.accumulation=2",
+    )
+    state = open_run(spread, "distill", resume=True)
+    assert state.done == 2 and {each["setting"] for each in state.stretches} == {
+        "distill.roles.student.ranks",
+        "distill.roles.critic.engine.zero_stage",
+        "distill.roles.critic.engine.accumulation",
+    }
+    assert "from update 2 on distill.roles.student.ranks 1 → 2." in state.notes
 
 
 def test_a_setting_that_an_earlier_release_did_not_have_was_at_its_default(root: Path) -> None:

@@ -268,16 +268,66 @@ def load_new(rank: int, world_size: int, settings: dict, directory: str) -> None
     TrainEngine(Toy, EngineConfig(learning_rate=1e-3, **settings)).load(directory)
 
 
+def load_wider(rank: int, world_size: int, settings: dict, directory: str) -> None:
+    class Wider(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(9, 320)
+
+    TrainEngine(Wider, EngineConfig(learning_rate=1e-3, **settings)).load(directory)
+
+
+def stretch(rank: int, world_size: int, settings: dict, since: int, directory: str) -> tuple | None:
+    """The next update from the checkpoint after `since`, on this layout, and a checkpoint after it."""
+    micro = BATCH // (2 * world_size)
+    config = EngineConfig(**LEARNING, accumulation=micro, **settings)
+    engine = TrainEngine(Toy, config, weights=None if since else Weights())
+    if since:
+        engine.load(f"{directory}/{since}")
+        # What was written is what is there again, however it is spread out now.
+        kept = torch.load(f"{directory}/{since}.pt")
+        for ema in (False, True):
+            found = exported(engine, ema=ema)
+            assert all(torch.equal(found[name], kept[ema][name]) for name in found)
+    (batch,) = batches(start=since, updates=1)
+    update(engine, rank, world_size, *batch)
+    engine.save(f"{directory}/{since + 1}")
+    whole = exported(engine), exported(engine, ema=True)
+    if rank == 0:
+        torch.save(whole, f"{directory}/{since + 1}.pt")
+        return whole
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_goes_on_over_other_ranks_and_zero_stages(
+    groups: dict, plain: dict, tmp_path: Path, dtype: str
+) -> None:
+    layouts = [(1, 2), (2, 3), (1, 1), (2, 0), (1, 3)]
+    assert len(layouts) == UPDATES
+    for since, (size, stage) in enumerate(layouts):
+        settings = {"zero_stage": stage, "dtype": dtype}
+        (weights, average), *_ = call(groups[size], stretch, settings, since, str(tmp_path))
+    tolerance = 1e-5 if dtype == "fp32" else 1e-2
+    assert relative(weights, plain["weights"]) < tolerance
+    assert relative(average, plain["ema"]) < tolerance
+
+
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_refused(groups: dict, tmp_path: Path) -> None:
     call(groups[2], save_new, 2, str(tmp_path))
     load_new_in = (load_new, {"zero_stage": 2})
-    with pytest.raises(ValueError, match="is of 2 ranks and this group has 1: use 2"):
+    for ranks in (groups[1], groups[2]):
+        with pytest.raises(ValueError, match="has no EMA"):
+            call(ranks, load_new, {"zero_stage": 2, "ema_decay": 0.5}, str(tmp_path))
+        with pytest.raises(ValueError, match=r"has first.weight in another size: use the model that"):
+            call(ranks, load_wider, {"zero_stage": 2}, str(tmp_path))
+    (kept,) = tmp_path.glob("engine-00001-*")
+    kept.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=r"engine-00001-of-00002\.pt is missing"):
         call(groups[1], *load_new_in, str(tmp_path))
-    with pytest.raises(ValueError, match="has zero_stage 2 and this run 3: use 2"):
-        call(groups[2], load_new, {"zero_stage": 3}, str(tmp_path))
-    with pytest.raises(ValueError, match="has no EMA"):
-        call(groups[2], load_new, {"zero_stage": 2, "ema_decay": 0.5}, str(tmp_path))
+    (tmp_path / "aside").rename(kept)
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match="is damaged: use an older checkpoint"):
