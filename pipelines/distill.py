@@ -26,7 +26,7 @@ from pipelines.console import Display, say, summary
 from pipelines.media import contact_sheet, grid, write_pixels
 from pipelines.register import check_finish, finish
 from pipelines.selection import selecting
-from pipelines.tracked import Ready, allowed, located, opened, tracking
+from pipelines.tracked import Ready, allowed, exclusive, located, opened, tracking
 from pipelines.watched import Watch
 from workers.data_check import check, check_negative
 from workers.model_directory import ModelCard, ModelDirectory
@@ -242,7 +242,8 @@ def make_student(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
 def command(config: RunConfig, options: Any) -> None:
     config = located("distill", config)
     check_finish(config, options)
-    run = make_student(config, resume=options.resume, allow=allowed(options))
-    with connect(options.address) as cluster:
-        run(cluster)
-        finish(config, options)
+    with exclusive(config, "distill"):
+        run = make_student(config, resume=options.resume, allow=allowed(options))
+        with connect(options.address) as cluster:
+            run(cluster)
+            finish(config, options)

@@ -13,7 +13,7 @@ from pipelines.initialize import make_initial
 from pipelines.prepare import prepare
 from pipelines.pretrain import make_teacher
 from pipelines.register import check_finish, finish
-from pipelines.tracked import allowed, is_done, located
+from pipelines.tracked import allowed, exclusive, is_done, located
 
 
 def command(config: RunConfig, options: Any) -> None:
@@ -32,7 +32,8 @@ def command(config: RunConfig, options: Any) -> None:
             if is_done(config, stage, model, allow):
                 say(f"{stage}: {model} is there already")
             else:
-                make(config, resume=True, allow=allow)(cluster)
+                with exclusive(config, stage):
+                    make(config, resume=True, allow=allow)(cluster)
         if options.register is None:
             make_report(config, resume=True)
         finish(config, options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -34,9 +35,22 @@ class Check(Protocol):
 def on_cluster(stage: str, check: Check, config: RunConfig, options: Any) -> None:
     """A command that runs one stage."""
     config = located(stage, config)
-    run = check(config, resume=options.resume, allow=allowed(options))
-    with connect(options.address) as cluster:
-        run(cluster)
+    with exclusive(config, stage):
+        run = check(config, resume=options.resume, allow=allowed(options))
+        with connect(options.address) as cluster:
+            run(cluster)
+
+
+@contextmanager
+def exclusive(config: RunConfig, stage: str) -> Iterator[None]:
+    """No other run writes to the stage's output inside the block; StorageError where one does."""
+
+    def lost(why: str) -> None:
+        say(f"{stage}: {why}, as this process gave no sign of life for long; it stops.")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with storage.owned(getattr(config, stage).output, f"{stage}", lost):
+        yield
 
 
 def allowed(options: Any) -> list[str]:

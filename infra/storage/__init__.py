@@ -31,6 +31,7 @@ from infra.storage.local import (
     StorageError,
     local,
 )
+from infra.storage.lock import owned
 from infra.storage.manifest import file_digest, files_digest
 from infra.storage.single import (
     copy_file,

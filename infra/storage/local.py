@@ -102,7 +102,7 @@ def new_aside(target: Path, suffix: str = "") -> Path:
     """A new hidden name beside `target`; what killed writers of `target` left beside it is removed."""
     for leftover in leftovers(target.parent, target.name):
         remove(leftover)
-    writer = f"{_host()}-{os.getpid()}-{_started(os.getpid())}"
+    writer = f"{host()}-{os.getpid()}-{started(os.getpid())}"
     return target.with_name(f".{target.name}.tmp-{writer}-{secrets.token_hex(8)}{suffix}")
 
 
@@ -163,8 +163,8 @@ def _is_left(path: Path) -> bool:
     writer = _ASIDE.fullmatch(path.name)
     if writer is None:
         return False
-    if writer["host"] == _host():
-        return _started(int(writer["pid"])) != int(writer["start"])
+    if writer["host"] == host():
+        return started(int(writer["pid"])) != int(writer["start"])
     try:
         newest = max(entry.lstat().st_mtime for entry in [path, *path.rglob("*")])
     except OSError:  # it changes while we look
@@ -173,7 +173,7 @@ def _is_left(path: Path) -> bool:
 
 
 @cache
-def _host() -> str:
+def host() -> str:
     """Whose process numbers these are: containers may share a machine's name, but not its processes."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
@@ -182,7 +182,7 @@ def _host() -> str:
     return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:8]
 
 
-def _started(pid: int) -> int:
+def started(pid: int) -> int:
     """When a process started, in ticks, as numbers are used again; −1: there is none, 0: unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -253,6 +253,31 @@ def put(place: Place, content: bytes) -> None:
         client.put_object(Bucket=place.bucket, Key=place.key, Body=content)
 
 
+def get_marked(place: Place) -> tuple[bytes, str] | None:
+    """A small object's content and its entity tag; None where there is none."""
+    with asking(place) as client:
+        try:
+            answer = client.get_object(Bucket=place.bucket, Key=place.key)
+            return answer["Body"].read(), answer["ETag"]
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in _ABSENT:
+                return None
+            raise
+
+
+def put_if(place: Place, content: bytes, tag: str | None) -> bool:
+    """Put an object where there is none, or in place of the one with this entity tag; whether it was so."""
+    condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+    with asking(place) as client:
+        try:
+            client.put_object(Bucket=place.bucket, Key=place.key, Body=content, **condition)
+            return True
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "412", *_ABSENT):
+                return False
+            raise
+
+
 def upload(file: Path, place: Place) -> None:
     """A file, in parts where it is large, with its SHA-256 beside it."""
     with asking(place) as client:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra import storage
-from infra.storage.local import _host
+from infra.storage.local import host
 from orchestrator import run_state
 from orchestrator.config import RunConfig
 from orchestrator.run_state import RunState, open_run
@@ -324,7 +324,7 @@ def test_what_killed_processes_left_is_removed_when_a_run_starts_again(root: Pat
     config = parsed(root)
     left = []
     for place in ("", "checkpoints", "samples"):
-        aside = Path(config.distill.output, place, f".x.tmp-{_host()}-999999999-1-{'0' * 16}")
+        aside = Path(config.distill.output, place, f".x.tmp-{host()}-999999999-1-{'0' * 16}")
         aside.mkdir(parents=True)
         left.append(aside)
     open_run(config, "distill", resume=True)
