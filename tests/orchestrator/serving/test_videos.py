@@ -255,7 +255,7 @@ def test_storage_that_cannot_be_used_is_named_before_anything_starts(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     for location, says in (
-        ("gs://bucket", "is neither a directory nor"),
+        ("gs://bucket", "use a path, or s3://BUCKET/PREFIX"),
         (str(tmp_path / "file"), "cannot be read"),
     ):
         assert cli.main(["serve", "--model", str(student), "--videos.storage", location]) == 2
