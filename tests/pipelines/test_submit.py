@@ -23,7 +23,7 @@ from workers.model_directory import ModelDirectory
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RECIPE = str(TINY_RECIPE.relative_to(ROOT))
-ROLES = {"prompts", "student", "teacher", "critic"}
+ROLES = {"student", "teacher", "critic"}
 
 
 @pytest.fixture(scope="module")
