@@ -14,8 +14,10 @@ from torch import Tensor
 from infra import storage
 from model.adapters import AdapterConfig
 from model.families import new_backbone
+from orchestrator.checkpoints import Checkpoints, load
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
+from orchestrator.run_state import RunState
 from tests.fixtures import furnished
 from tests.orchestrator.groups import Groups, measured, weights_of
 from workers.build import whole
@@ -76,14 +78,12 @@ def test_adapters_alone_are_trained(
     config = adapted(config, engine)
     coordinator = groups.coordinator(config)
     before, metrics = learned(coordinator), []
+    state = RunState("distill", str(tmp_path), {}, keep=1)
     for done, values in coordinator.run(0):
         metrics.append(measured(values))
         if done == HALF:
-            staging = storage.begin(tmp_path / "state")
-            for role in ROLES:
-                group = coordinator.groups[role]
-                group.wait(group.broadcast("save", staging, role))
-            storage.publish(staging, tmp_path / "state", {})
+            with Checkpoints(state, coordinator.groups) as checkpoints:
+                checkpoints.begin(done, 0)
     after, average = learned(coordinator), learned(coordinator, ema=True)
 
     for role, path in (("student", config.distill.student), ("critic", config.distill.teacher)):
@@ -97,13 +97,11 @@ def test_adapters_alone_are_trained(
                 assert not torch.equal(tensor, before[role][name]), name
 
     # Resumed, it is the run that never stopped. A checkpoint holds the adapters alone.
-    (file, _) = sorted((tmp_path / "state" / "student").glob("engine-*"))
+    (file, _) = sorted(Path(state.path(HALF), "student").glob("engine-*"))
     kept = torch.load(file, weights_only=True)["parameters"]
     assert kept.keys() == after["student"].keys() - base
     again = groups.coordinator(config)
-    for role in ROLES:
-        group = again.groups[role]
-        group.wait(group.broadcast("load", str(tmp_path / "state"), role))
+    load(state.path(HALF), again.groups)
     assert [measured(values) for _, values in again.run(HALF)] == metrics[HALF:]
     for role, tensors in learned(again).items():
         assert all(torch.equal(tensor, after[role][name]) for name, tensor in tensors.items())
