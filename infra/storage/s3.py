@@ -294,7 +294,7 @@ def download(place: Place, file: Path) -> None:
 
 
 def copy(source: Place, target: Place, sha256: str | None = None) -> None:
-    """Copy an object within the store, with the SHA-256 beside it, which that of one in parts would lose."""
+    """Copy an object within the store, in parts where it is large, with its SHA-256 beside it."""
     with asking(source) as client:
         if sha256 is None:
             sha256 = _digest(client, source)
