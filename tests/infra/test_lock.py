@@ -80,7 +80,7 @@ def test_an_owner_elsewhere_is_dead_when_it_gives_no_sign_of_life(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "BEAT_S", 0.1)
-    monkeypatch.setattr(lock, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(lock, "PATIENCE_S", 3.0)
     lost: list[str] = []
     with storage.owned(place, "distill", lost.append):
         # As seen from another machine: it watches signs of life, and cannot ask for the process.
