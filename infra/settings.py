@@ -69,15 +69,20 @@ def place(text: str, name: str, *, stored: bool) -> str:
         if url.netloc not in ("", "localhost"):
             raise Invalid(name, f"is {text}, a file of another machine; use a path that this one has.")
         return url2pathname(url.path)
-    if "://" in text and not (stored and text.startswith("s3://")):
+    if "://" in text and not (stored and in_store(text)):
         ways = "a path, or s3://BUCKET/PREFIX" if stored else "a path of a local or shared file system"
         raise Invalid(name, f"is {text}; use {ways}.")
     return os.path.expanduser(text)
 
 
+def in_store(text: str) -> bool:
+    """Whether a place lies in an object store."""
+    return text.startswith("s3://")
+
+
 def absolute(text: str) -> str:
     """A place that means the same in every directory and process."""
-    return text if text.startswith("s3://") else os.path.abspath(text)
+    return text if in_store(text) else os.path.abspath(text)
 
 
 def set_places(config: Any, *names: str, stored: Collection[str] = ()) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infra.settings import Places, at_least, part, set_places
+from infra.settings import Places, at_least, in_store, part, set_places
 from infra.tracking import TrackingConfig, tracking_uri
 from model.codec import Codec
 from model.rollout_plan import RolloutConfig
@@ -207,7 +207,7 @@ def _located(part: Any, root: Path) -> Any:
     if isinstance(part, Places):
         for name in (*part.OUTPUTS, *part.INPUTS):
             if (path := values[name]) is not None:
-                if path.startswith("s3://"):
+                if in_store(path):
                     continue
                 here = Path(path).absolute()
                 elsewhere = name in part.INPUTS and here.exists() and not (root / path).exists()

@@ -29,7 +29,8 @@ from infra.tracking import Tracker
 from orchestrator.config import RunConfig
 from orchestrator.run_state import RunState
 from orchestrator.stages import InitializeConfig, PretrainConfig
-from workers.engine import Snapshot, TrainEngine, init_process_group
+from workers.engine import TrainEngine, init_process_group
+from workers.engine_state import Snapshot
 
 REPORT_EVERY = 10
 TIMEOUT_S = 600.0

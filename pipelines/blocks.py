@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -12,8 +11,6 @@ import ray
 
 from infra import storage
 from pipelines.console import Display
-
-READERS = 16
 
 
 def block_name(*words: Any) -> str:
@@ -76,20 +73,14 @@ class Blocks:
                 display.update(display.done + 1, {})
         self._there = self._found()
 
-    def footers(self, names: Sequence[str]) -> Iterator[pq.FileMetaData]:
-        """What each of the files says of itself, in this order, several read at a time."""
-        with ThreadPoolExecutor(READERS) as pool:
-            yield from pool.map(lambda name: _footer(self._there[name]), names)
+    def footers(self, names: Sequence[str]) -> list[pq.FileMetaData]:
+        """What each of the files says of itself, in this order."""
+        return storage.each(lambda name: _footer(self._there[name]), names)
 
     def gather(self, names: Sequence[str], staging: str) -> None:
         """Have the files be shards of `staging`, numbered in this order; in S3 the store copies them."""
-        with ThreadPoolExecutor(READERS) as pool:
-            copied = pool.map(
-                lambda item: storage.copy_file(self.at(item[1]), staging, f"{item[0]:05d}.parquet"),
-                enumerate(names),
-            )
-            for _ in copied:
-                pass
+        numbered = [(name, f"{number:05d}.parquet") for number, name in enumerate(names)]
+        storage.each(lambda pair: storage.copy_file(self.at(pair[0]), staging, pair[1]), numbered)
 
     def discard(self) -> None:
         storage.discard(self._place)

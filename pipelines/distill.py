@@ -23,6 +23,7 @@ from orchestrator.roles import placed_roles
 from orchestrator.run_state import RunState
 from pipelines import selection
 from pipelines.console import Display, say, summary
+from pipelines.evaluate import make_report
 from pipelines.media import contact_sheet, grid, write_pixels
 from pipelines.register import check_finish, finish
 from pipelines.selection import selecting
@@ -246,4 +247,6 @@ def command(config: RunConfig, options: Any) -> None:
         run = make_student(config, resume=options.resume, allow=allowed(options))
         with connect(options.address) as cluster:
             run(cluster)
-            finish(config, options)
+            if options.register is not None:
+                make_report(config, resume=True)
+                finish(config, options)

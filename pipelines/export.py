@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from infra import storage
+from infra.settings import in_store
 from model.adapters import AdapterConfig
 from model.backbone import WeightSource
 from model.families import shapes_of
@@ -43,7 +44,7 @@ def command(_: None, options: Any) -> None:
             raise ValueError(f"--{name} is {value}; use {', '.join(filter(None, known))}.")
     with ExitStack() as held:
         path = Path(options.model)
-        if options.model.startswith("s3://"):
+        if in_store(options.model):
             path = held.enter_context(storage.reading(options.model))
         _write(path, options)
 
@@ -76,7 +77,7 @@ def _folder(output: str) -> Iterator[Path]:
     Locally it is whole or not there. In S3 the README.md comes last, and nothing is replaced.
     """
     taken = ValueError(f"--output: {output} is there already; name a place where nothing is.")
-    if output.startswith("s3://"):
+    if in_store(output):
         if storage.exists(output):
             raise taken
         with storage.uploading(output, last="README.md") as directory:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from infra import storage
+from infra.settings import in_store
 from model.codec import enlarge, to_uint8
 
 SUFFIXES = (".mp4", ".gif")
@@ -51,7 +52,7 @@ def check_output(place: str | Path) -> str:
     location = str(place)
     if not location.endswith(SUFFIXES):
         raise ValueError(f"the output {location} must end in {' or '.join(SUFFIXES)}.")
-    if location.startswith("s3://"):
+    if in_store(location):
         return location
     path = Path(location)
     if path.is_dir():

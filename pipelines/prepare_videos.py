@@ -7,7 +7,6 @@ again and makes the rest. A file that cannot be read is left out and listed with
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +31,6 @@ from workers.video_files import ClipShape, clips
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
 TABLES = (".jsonl", ".csv", ".parquet")
-READERS = 16
 BLOCK = 16
 """Files of a shard: a clip of 21 latent frames of 480 × 832 is 4.2 MB."""
 DAMAGED, LEFT_OUT = "damaged.jsonl", b"self_forcing_left_out"
@@ -120,8 +118,7 @@ def listed(table: str) -> dict[Stored, str]:
     above = absolute(table).rpartition("/")[0]
     places = [str(row["video"]) for row in rows]
     wholes = [place if place.startswith(("/", "s3://")) else f"{above}/{place}" for place in places]
-    with ThreadPoolExecutor(READERS) as pool:
-        files = list(pool.map(storage.stored_file, wholes))
+    files = storage.each(storage.stored_file, wholes)
     absent = [place for place, file in zip(places, files, strict=True) if file is None]
     if absent:
         raise ValueError(f"{len(absent)} of {len(files)} videos of {table} are not there, first {absent[0]}.")
@@ -157,8 +154,7 @@ def found_below(videos: str, table: str | None) -> dict[Stored, str]:
             words = beside.get(f"{stem}.txt") or beside.get(f"{stem}.json")
             return "" if words is None else _caption(words)
 
-        with ThreadPoolExecutor(READERS) as pool:
-            captions = dict(zip(files, pool.map(read, files), strict=True))
+        captions = dict(zip(files, storage.each(read, files), strict=True))
         return _captioned(captions, "give each a text file of its name, or name a table with --captions")
     with storage.fetched(table) as opened:
         rows = {str(row["video"]): row["caption"] for row in _rows(opened, table, "--captions")}

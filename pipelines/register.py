@@ -14,7 +14,6 @@ from infra.tracking import tracking_uri
 from orchestrator.config import RunConfig
 from pipelines import suites
 from pipelines.console import say
-from pipelines.evaluate import make_report
 from pipelines.promote import promote
 from pipelines.pyfunc import FLAVOR
 from workers.streamer import check
@@ -54,11 +53,7 @@ def check_finish(config: RunConfig, options: Any, *, prompts: bool = True) -> No
 
 
 def finish(config: RunConfig, options: Any) -> None:
-    """Evaluate the run's student on the connected cluster, register it with what was measured, and have an
-    alias name it if it passes the gate."""
-    if options.register is None:
-        return
-    make_report(config, resume=True)
+    """Register the student of a run that was evaluated, and have an alias name it if it passes the gate."""
     registry, experiment = Registry(config.tracking.uri), config.tracking.experiment
     model = f"{config.distill.output}/model"
     version = register(registry, options.register, model, experiment, metrics=config.evaluate.output)

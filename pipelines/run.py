@@ -34,6 +34,6 @@ def command(config: RunConfig, options: Any) -> None:
             else:
                 with exclusive(config, stage):
                     make(config, resume=True, allow=allow)(cluster)
-        if options.register is None:
-            make_report(config, resume=True)
-        finish(config, options)
+        make_report(config, resume=True)
+        if options.register is not None:
+            finish(config, options)

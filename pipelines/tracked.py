@@ -49,7 +49,7 @@ def exclusive(config: RunConfig, stage: str) -> Iterator[None]:
         say(f"{stage}: {why}, as this process gave no sign of life for long; it stops.")
         os.kill(os.getpid(), signal.SIGINT)
 
-    with storage.owned(getattr(config, stage).output, f"{stage}", lost):
+    with storage.owned(getattr(config, stage).output, stage, lost):
         yield
 
 

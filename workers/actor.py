@@ -16,7 +16,8 @@ from torch import Tensor
 
 from infra import storage
 from workers.batch import Batch, Read
-from workers.engine import Snapshot, TrainEngine, free_port, init_process_group
+from workers.engine import TrainEngine, free_port, init_process_group
+from workers.engine_state import Snapshot
 from workers.prompts import TrainingData
 
 Stats = dict[str, float]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.adapters import AdapterConfig, merged
 from model.backbone import WeightSource
-from workers.engine import read_record
+from workers.engine_state import read_record
 
 Which = Literal["average", "current"]
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,8 +42,8 @@ _DTYPES = {
     for dtype in (torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 }
 
-_READERS = 16
-"""Shards that are looked at at once."""
+_TOGETHER = 64
+"""Shards of which a scan holds what it was asked for."""
 _READERS_AHEAD = 4
 """Row groups that are read at once."""
 _FOOTERS = 64
@@ -91,7 +91,7 @@ def digest(path: str | Path) -> str:
     checksums find those on reading. ValueError where there is no data set at `path`.
     """
     total = hashlib.sha256()
-    for pieces in _each(_pieces, _find_shards(path)):
+    for pieces in storage.each(_pieces, _find_shards(path)):
         for piece in pieces:
             total.update(piece)
     return total.hexdigest()
@@ -153,13 +153,13 @@ class ParquetDataset:
 
         found = len(self._shards)
         if skip_damaged:
-            whole = _each(_is_whole, self._shards)
+            whole = storage.each(_is_whole, self._shards)
             self._shards = [file for file, kept in zip(self._shards, whole, strict=True) if kept]
             if not self._shards:
                 raise ValueError(f"every shard of the data set {path} is damaged; write it again")
         self.skipped = found - len(self._shards)
         """Damaged shards that were left out."""
-        footers = _each(_read_footer, self._shards)
+        footers = storage.each(_read_footer, self._shards)
         first, self.schema = (
             self._shards[0],
             footers[0].schema,
@@ -226,8 +226,8 @@ class ParquetDataset:
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(_damaged(file, error)) from error
 
-        for first in range(0, len(self._shards), _READERS):
-            yield from _each(read, self._shards[first : first + _READERS])
+        for first in range(0, len(self._shards), _TOGETHER):
+            yield from storage.each(read, self._shards[first : first + _TOGETHER])
 
     def batch(self, position: int, size: int, seed: int) -> list[Row]:
         """Samples `position … position + size − 1` of the endless order of `seed`.
@@ -319,12 +319,6 @@ class ParquetDataset:
 def is_there(path: str | Path) -> bool:
     """Whether anything lies where a data set is named."""
     return storage.stored(path, ".parquet") is not None
-
-
-def _each(work: Callable[[Stored], T], shards: Sequence[Stored]) -> list[T]:
-    """`work` on every shard, several at a time, as most of it is waiting."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(work, shards))
 
 
 def _find_shards(path: str | Path) -> list[Stored]:

@@ -6,10 +6,8 @@ those. Knows nothing of Ray, of losses or of where checkpoints belong; DeepSpeed
 """
 
 import math
-import pickle
-import re
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from model.backbone import WeightSource
 from workers import zero
 from workers.engine_config import EngineConfig
+from workers.engine_state import FORMAT, SavedState, Snapshot, check_names, path_of
 from workers.zero import init_process_group
 
 __all__ = [
@@ -33,8 +32,6 @@ __all__ = [
     "free_port",
     "init_process_group",
 ]
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -144,11 +141,6 @@ class TrainEngine:
             raise RuntimeError("gradients exist between the last backward of an update and its step")
         return self._zero.gradients()
 
-    def save(self, directory: str | Path) -> None:
-        """Write a `snapshot`; returns when all ranks have."""
-        self.snapshot().write(directory)
-        dist.barrier()
-
     def snapshot(self) -> "Snapshot":
         """This rank's slices (weights, moments, EMA) and the version, copied to host memory; collective.
 
@@ -171,15 +163,15 @@ class TrainEngine:
             "version": self.version,
             "parameters": entries,
         }
-        return Snapshot(record, _path("").name)
+        return Snapshot(record, path_of("").name)
 
     def load(self, directory: str | Path) -> None:
-        """Continue from `save`: to the bit on as many ranks at the same ZeRO stage, else to float accuracy.
+        """Continue from a `snapshot`: to the bit on as many ranks at one ZeRO stage, else to float accuracy.
 
         Files of other ranks are read where the slices lie otherwise. `ValueError` if files are missing,
         damaged or of another model.
         """
-        saved, pieces = _Saved(directory, self.config.zero_stage), self._trained
+        saved, pieces = SavedState(directory, self.config.zero_stage), self._trained
         for name, piece in pieces.items():
             saved.check(name, zero.shape_of(self._zero.parameters[name]).numel(), piece)
             if name in self._ema and not saved.has(name, "ema"):
@@ -264,7 +256,7 @@ def _stream(
     weights: WeightSource, parameters: dict[str, nn.Parameter], device: torch.device, *, shared: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole fp32 tensors of all parameters, one at a time; if `shared`, rank 0 reads for all."""
-    _check_names(parameters, weights.keys(), "the given weights")
+    check_names(parameters, weights.keys(), "the given weights")
     problem = None
     for name, parameter in parameters.items():
         full = torch.zeros(zero.shape_of(parameter), dtype=torch.float32, device=device)
@@ -287,27 +279,6 @@ def _stream(
         raise ValueError(problem)
 
 
-def _check_names(expected: Iterable[str], found: Iterable[str], what: str) -> None:
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        lists = {"lack": missing, "have unknown": unknown}
-        parts = [f"{verb} {', '.join(names[:4])} ({len(names)})" for verb, names in lists.items() if names]
-        raise ValueError(f"the names in {what} are not the model's: they {' and '.join(parts)}")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One rank's training state as it was, to be written while training goes on."""
-
-    record: Mapping[str, Any]
-    name: str
-
-    def write(self, directory: str | Path) -> None:
-        """Write the file of this rank; `TrainEngine.load` reads it."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        torch.save(dict(self.record), Path(directory) / self.name)
-
-
 def _check_finite(entries: dict[str, dict[str, Any]]) -> None:
     """`FloatingPointError`, on all ranks or none, naming the first tensor of some rank that is not finite."""
     bad = next(
@@ -328,93 +299,3 @@ def _check_finite(entries: dict[str, dict[str, Any]]) -> None:
 def _copy(tensor: Tensor) -> Tensor:
     """A host copy without the rest of the buffer that a view would drag into the file."""
     return tensor.detach().to("cpu", copy=True)
-
-
-def _path(directory: str | Path) -> Path:
-    return Path(directory) / _file_name(dist.get_rank(), dist.get_world_size())
-
-
-def _file_name(rank: int, ranks: int) -> str:
-    return f"engine-{rank:05d}-of-{ranks:05d}.pt"
-
-
-class _Saved:
-    """What all ranks saved: slices of flattened parameters, mapped from files rather than read.
-
-    A rank of the same layout finds its slices in the file of its own number, and opens no other.
-    """
-
-    def __init__(self, directory: str | Path, stage: int):
-        """ValueError where a rank's file is missing or damaged."""
-        self._words = f"the checkpoint in {directory}"
-        files = sorted(Path(directory).glob("engine-*-of-*.pt"))
-        own = _path(directory)
-        if own in files:
-            record = read_record(own)
-            if record["stage"] == stage:
-                self._records, self._own = [record], True
-                return
-        self._own = False
-        ranks = max(
-            (int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))), default=0
-        )
-        for rank in range(max(ranks, 1)):
-            path = Path(directory) / _file_name(rank, ranks or dist.get_world_size())
-            if not path.exists():
-                raise ValueError(f"the checkpoint file {path} is missing: resume from a whole checkpoint")
-        self._records = [read_record(file) for file in files]
-
-    def __str__(self) -> str:
-        return self._words
-
-    @property
-    def version(self) -> int:
-        return self._records[0]["version"]
-
-    def _slices(self, name: str) -> list[dict[str, Any]]:
-        return [each["parameters"][name] for each in self._records if name in each["parameters"]]
-
-    def has(self, name: str, key: str) -> bool:
-        return all(key in entry for entry in self._slices(name))
-
-    def check_names(self, expected: Iterable[str]) -> None:
-        _check_names(expected, self._records[0]["parameters"], self._words)
-
-    def check(self, name: str, total: int, piece: zero.Slice) -> None:
-        """ValueError where the parameter was of another size."""
-        slices = self._slices(name)
-        if not slices:
-            return  # which `check_names` tells better
-        if self._own:
-            fits = (slices[0]["start"], slices[0]["value"].numel()) == (piece.start, piece.value.numel())
-        else:
-            fits = sum(entry["value"].numel() for entry in slices) == total
-        if not fits:
-            raise ValueError(f"{self} has {name} in another size: use the model that it was written with")
-
-    def part(self, name: str, key: str, piece: zero.Slice) -> Tensor:
-        """The numbers under a slice of this rank."""
-        start, count = piece.start, piece.value.numel()
-        found = torch.empty(count)
-        for entry in self._slices(name):
-            first, last = max(start, entry["start"]), min(start + count, entry["start"] + entry[key].numel())
-            if first < last:
-                kept = entry[key].view(-1)[first - entry["start"] : last - entry["start"]]
-                if last - first == count:
-                    return kept
-                found[first - start : last - start] = kept
-        return found
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What one rank saved, its tensors mapped from the file; ValueError where it is damaged or of another
-    format."""
-    try:
-        record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the checkpoint file {path} is damaged: use an older checkpoint") from error
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"the checkpoint file {path} has format {record['format']}: this version reads {FORMAT}"
-        )
-    return record

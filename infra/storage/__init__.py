@@ -25,6 +25,7 @@ from infra.storage.directories import (
     verify,
     writing,
 )
+from infra.storage.each import each
 from infra.storage.files import Files
 from infra.storage.local import (
     Location,

@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.storage import s3
+from infra.storage import s3, s3_directories
 from infra.storage.local import StorageError, explained, leftovers, new_aside, remove
-from infra.storage.manifest import MANIFEST, hash_json
+from infra.storage.manifest import MANIFEST, check_manifest, hash_json
 
 
 def root() -> Path:
@@ -38,12 +38,12 @@ def cached(place: s3.Place) -> Iterator[Path]:
     """
     with ExitStack() as held:
         while True:
-            manifest = s3.read_manifest(place)
+            manifest = s3_directories.read_manifest(place)
             try:
                 target = held.enter_context(_held(place, manifest))
                 break
             except StorageError:
-                if s3.read_manifest(place) == manifest:
+                if s3_directories.read_manifest(place) == manifest:
                     raise
                 # It was replaced while it was read, and what it was before is gone.
         yield target
@@ -74,9 +74,9 @@ def _download(place: s3.Place, manifest: dict[str, Any], target: Path) -> None:
     with explained(target):
         aside.mkdir()
         try:
-            s3.fetch(place, manifest, aside)
+            s3_directories.fetch(place, manifest, aside)
             content = s3.get(place / MANIFEST)
-            if content is None or hash_json(s3.check_manifest(content, str(place))) != target.name:
+            if content is None or hash_json(check_manifest(content, str(place))) != target.name:
                 raise StorageError(f"{place} was replaced while it was read; try again.")
             (aside / MANIFEST).write_bytes(content)
             os.rename(aside, target)

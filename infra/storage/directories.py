@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from infra.storage import s3
+from infra.storage import s3, s3_directories
 from infra.storage.cache import cached
 from infra.storage.local import (
     Location,
@@ -48,7 +48,7 @@ def begin(path: Location) -> str:
     StorageError where `path` is a file, or cannot be written.
     """
     if (there := s3.at(path)) is not None:
-        return s3.begin(there)
+        return s3_directories.begin(there)
     target = local(path)
     clean(target.parent)
     with explained(target):
@@ -66,7 +66,7 @@ def writing(staging: Location) -> Iterator[Path]:
     the file system refuses what is written.
     """
     if (there := s3.at(staging)) is not None:
-        with s3.writing(there) as directory:
+        with s3_directories.writing(there) as directory:
             yield directory
         return
     directory = local(staging)
@@ -84,7 +84,7 @@ def publish(staging: Location, path: Location, metadata: Mapping[str, Any]) -> N
     if (there := s3.at(path)) is not None:
         aside = s3.at(staging)
         assert aside is not None, "begin(path) made it"
-        return s3.publish(aside, there, metadata)
+        return s3_directories.publish(aside, there, metadata)
     source, target = local(staging), local(path)
     if not source.is_dir():
         raise StorageError(f"Cannot publish {target}: its staging directory {source} does not exist.")
@@ -203,7 +203,7 @@ def move(source: Location, path: Location) -> None:
         StorageError: `source` is not complete, or the file system refuses.
     """
     if (there := s3.at(path)) is not None and (here := s3.at(source)) is not None:
-        return s3.move(here, there)
+        return s3_directories.move(here, there)
     target = local(path)
     _check_complete(local(source))
     with explained(target):
@@ -232,7 +232,7 @@ def discard(path: Location) -> bool:
 def clean(parent: Location) -> list[str]:
     """Removes what killed processes left behind in `parent`; what a living one is writing there stays."""
     if (there := s3.at(parent)) is not None:
-        return [left for name in s3.children(there) for left in s3.clean(there / name)]
+        return [left for name in s3.children(there) for left in s3_directories.clean(there / name)]
     return [str(leftover) for leftover in leftovers(local(parent)) if remove(leftover)]
 
 
@@ -275,7 +275,7 @@ def _exchange(source: Path, target: Path) -> Path | None:
 def _prune(location: Location) -> bool:
     """Whether it went by our hand. It is renamed first: nobody sees it half deleted under its own name."""
     if (there := s3.at(location)) is not None:
-        return s3.remove(there)
+        return s3_directories.remove(there)
     child = local(location)
     aside = new_aside(child)
     try:
@@ -305,7 +305,7 @@ def _children(parent: Location) -> list[Location]:
 def _complete_children(parent: Location) -> list[tuple[int, Location]]:
     """(sequence, child), in the order of publishing."""
     if (there := s3.at(parent)) is not None:
-        return [(sequence, str(child)) for sequence, child in s3.complete_children(there)]
+        return [(sequence, str(child)) for sequence, child in s3_directories.complete_children(there)]
     complete = []
     for child in _children(parent):
         with suppress(StorageError):
@@ -333,7 +333,7 @@ def _sync_directory(directory: Path) -> None:
 
 def _read_manifest(location: Location) -> dict[str, Any]:
     if (there := s3.at(location)) is not None:
-        return s3.read_manifest(there)
+        return s3_directories.read_manifest(there)
     target = local(location)
     if not target.is_dir():
         raise StorageError(f"{target} does not exist.")
@@ -348,7 +348,7 @@ def _read_manifest(location: Location) -> dict[str, Any]:
 
 def _check_complete(location: Location) -> dict[str, Any]:
     if (there := s3.at(location)) is not None:
-        return s3.check_complete(there)
+        return s3_directories.check_complete(there)
     target, manifest = local(location), _read_manifest(location)
     for name, expected in manifest["files"].items():
         try:

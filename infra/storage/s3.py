@@ -1,25 +1,15 @@
-"""Directories and files in an object store, under s3://BUCKET/PREFIX, through boto3.
-
-A directory is one object, `manifest.json`, which names the folder beside it that holds the files. Writers
-upload into a folder of their own; publishing puts the manifest, in place of the one before and at once. A
-reader has a copy on its node, found by the manifest's digest, whose files were hashed as they came.
+"""Objects of an object store, under s3://BUCKET/KEY, through boto3.
 
 Credentials, region and endpoint come from boto3's usual chain: the AWS_ variables, its files, or a role.
 Requests that fail are sent again with backoff and jitter, for a minute at least and two and a half at most.
 """
 
-import json
 import logging
 import os
 import random
-import re
-import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,8 +26,8 @@ from botocore.exceptions import (
     IncompleteReadError,
 )
 
-from infra.storage.local import FOREIGN_LEFTOVER_S, Location, StorageError, explained
-from infra.storage.manifest import MANIFEST, check_manifest, file_digest, new_manifest
+from infra.storage.local import Location, StorageError
+from infra.storage.manifest import file_digest
 
 ATTEMPTS = 16
 """Times that a request is sent, which takes 73 to 145 seconds where none is answered."""
@@ -47,8 +37,6 @@ PART_BYTES = 2**26
 PAGE = 1000
 """Objects that are listed or deleted at once, the most that a store takes."""
 THREADS = 8
-_PARTS = re.compile(r"\.files-(\d+)-[0-9a-f]{8}")
-"""The folder of a directory's files, with the second in which it was begun."""
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -158,12 +146,13 @@ def _wait(attempts: int) -> float:
     return min(LONGEST_WAIT_S, 0.025 * 2**attempts) * random.uniform(0.5, 1)
 
 
-def _body(client: Any, asked: Mapping[str, str]) -> bytes:
-    """An object's content; what breaks off while it comes is asked for again, like a request that fails."""
+def _content(client: Any, asked: Mapping[str, str]) -> tuple[bytes, str]:
+    """An object's content and entity tag; what breaks off while it comes is asked for again, like a request
+    that fails."""
     for attempt in range(1, ATTEMPTS + 1):
-        body = client.get_object(**asked)["Body"]
+        answer = client.get_object(**asked)
         try:
-            return body.read()
+            return answer["Body"].read(), answer["ETag"]
         except _TRANSIENT:
             if attempt == ATTEMPTS:
                 raise
@@ -171,18 +160,19 @@ def _body(client: Any, asked: Mapping[str, str]) -> bytes:
     raise AssertionError
 
 
+def _unless_absent(ask: Callable[[], T]) -> T | None:
+    """What is asked of an object; None where there is none."""
+    try:
+        return ask()
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in _ABSENT:
+            return None
+        raise
+
+
 _transfer = TransferConfig(
     multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=THREADS
 )
-
-
-def each(work: Callable[[Any], T], items: Any) -> list[T]:
-    """`work` on every item, several at a time."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(work, items))
-
-
-# Objects.
 
 
 def keys(place: Place) -> dict[str, int]:
@@ -215,24 +205,20 @@ def children(place: Place) -> list[str]:
 
 def get(place: Place) -> bytes | None:
     """An object's content; None where there is none."""
+    found = get_marked(place)
+    return None if found is None else found[0]
+
+
+def get_marked(place: Place) -> tuple[bytes, str] | None:
+    """An object's content and its entity tag; None where there is none."""
     with asking(place) as client:
-        try:
-            return _body(client, {"Bucket": place.bucket, "Key": place.key})
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in _ABSENT:
-                return None
-            raise
+        return _unless_absent(lambda: _content(client, {"Bucket": place.bucket, "Key": place.key}))
 
 
 def size(place: Place) -> int | None:
     """Bytes of an object; None where there is none."""
     with asking(place) as client:
-        try:
-            return client.head_object(Bucket=place.bucket, Key=place.key)["ContentLength"]
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in _ABSENT:
-                return None
-            raise
+        return _unless_absent(lambda: client.head_object(Bucket=place.bucket, Key=place.key)["ContentLength"])
 
 
 def get_range(place: Place, start: int, stop: int) -> bytes:
@@ -240,7 +226,7 @@ def get_range(place: Place, start: int, stop: int) -> bytes:
     try:
         with asking(place) as client:
             asked = {"Bucket": place.bucket, "Key": place.key, "Range": f"bytes={start}-{stop - 1}"}
-            content = _body(client, asked)
+            content, _ = _content(client, asked)
     except StorageError as error:
         raise OSError(str(error)) from error
     if len(content) != stop - start:
@@ -251,18 +237,6 @@ def get_range(place: Place, start: int, stop: int) -> bytes:
 def put(place: Place, content: bytes) -> None:
     with asking(place) as client:
         client.put_object(Bucket=place.bucket, Key=place.key, Body=content)
-
-
-def get_marked(place: Place) -> tuple[bytes, str] | None:
-    """A small object's content and its entity tag; None where there is none."""
-    with asking(place) as client:
-        try:
-            answer = client.get_object(Bucket=place.bucket, Key=place.key)
-            return answer["Body"].read(), answer["ETag"]
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in _ABSENT:
-                return None
-            raise
 
 
 def put_if(place: Place, content: bytes, tag: str | None) -> bool:
@@ -295,9 +269,8 @@ def download(place: Place, file: Path) -> None:
 
 def copy(source: Place, target: Place, sha256: str | None = None) -> None:
     """Copy an object within the store, in parts where it is large, with its SHA-256 beside it."""
+    sha256 = sha256 or digest(source)
     with asking(source) as client:
-        if sha256 is None:
-            sha256 = _digest(client, source)
         client.copy(
             {"Bucket": source.bucket, "Key": source.key},
             target.bucket,
@@ -307,8 +280,10 @@ def copy(source: Place, target: Place, sha256: str | None = None) -> None:
         )
 
 
-def _digest(client: Any, place: Place) -> str:
-    return client.head_object(Bucket=place.bucket, Key=place.key)["Metadata"]["sha256"]
+def digest(place: Place) -> str:
+    """The SHA-256 that `upload` put beside an object."""
+    with asking(place) as client:
+        return client.head_object(Bucket=place.bucket, Key=place.key)["Metadata"]["sha256"]
 
 
 def delete(place: Place, names: list[str]) -> None:
@@ -319,160 +294,3 @@ def delete(place: Place, names: list[str]) -> None:
             answer = client.delete_objects(Bucket=place.bucket, Delete={"Objects": batch, "Quiet": True})
         for problem in answer.get("Errors", ()):
             _log.warning("s3://%s/%s cannot be removed (%s).", place.bucket, problem["Key"], problem["Code"])
-
-
-# Directories.
-
-
-def files(place: Place) -> tuple[Place, dict[str, int]]:
-    """Where the files of a place lie, and their sizes by name from there.
-
-    That is the folder that its manifest names, or the place itself where it has none.
-    """
-    found = keys(place)
-    if MANIFEST not in found:
-        return place, found
-    folder = read_manifest(place)["folder"]
-    return place / folder, keys(place / folder)
-
-
-def within(place: Place) -> Place:
-    """Where a file of a published directory lies; `place` itself where its parent is none."""
-    content = get(place.parent / MANIFEST)
-    if content is None:
-        return place
-    folder = check_manifest(content, str(place.parent))["folder"]
-    return place.parent / folder / place.key.rpartition("/")[2]
-
-
-def read_manifest(place: Place) -> dict[str, Any]:
-    """The manifest of a published directory; StorageError where there is none, or it is damaged."""
-    content = get(place / MANIFEST)
-    if content is None:
-        if not keys(place):
-            raise StorageError(f"{place} does not exist.")
-        raise StorageError(f"{place} was never finished: it has no {MANIFEST}.")
-    return check_manifest(content, str(place))
-
-
-def check_complete(place: Place) -> dict[str, Any]:
-    """The manifest of a directory all of whose files are there with their sizes."""
-    manifest = read_manifest(place)
-    there = keys(place / manifest["folder"])
-    for name, expected in manifest["files"].items():
-        if name not in there:
-            raise StorageError(f"{place} is damaged: {name} is missing.")
-        if there[name] != expected["size"]:
-            raise StorageError(
-                f"{place} is damaged: {name} has {there[name]} bytes instead of {expected['size']}."
-            )
-    return manifest
-
-
-def begin(place: Place) -> str:
-    """A new folder for the files of `place`; what was begun a day ago and never published is removed."""
-    clean(place)
-    return str(place / f".files-{int(time.time())}-{secrets.token_hex(4)}")
-
-
-@contextmanager
-def writing(staging: Place, last: str | None = None) -> Iterator[Path]:
-    """A local directory, whose files are in `staging` once the block is left, the `last` one after others."""
-    with tempfile.TemporaryDirectory(prefix="self-forcing-") as folder:
-        directory = Path(folder)
-        with explained(directory):
-            yield directory
-        names = [file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()]
-        for batch in ([name for name in names if name != last], [name for name in names if name == last]):
-            each(lambda name: upload(directory / name, staging / name), batch)
-
-
-def publish(staging: Place, place: Place, metadata: Mapping[str, Any]) -> None:
-    """Put the manifest of what was uploaded into `staging`, and remove what was published before."""
-    try:
-        sizes = keys(staging)
-
-        def digest(name: str) -> str:
-            with asking(staging / name) as client:
-                return _digest(client, staging / name)
-
-        hashes = dict(zip(sizes, each(digest, sizes), strict=True))
-        files = {name: {"sha256": hashes[name], "size": size} for name, size in sorted(sizes.items())}
-        sequence = 1 + max((number for number, _ in complete_children(place.parent)), default=0)
-        folder = staging.key.rpartition("/")[2]
-        before = get(place / MANIFEST)
-        body = new_manifest(files, sequence, metadata, folder=folder)
-        put(place / MANIFEST, json.dumps(body, indent=1, allow_nan=False).encode())
-    except BaseException:
-        with suppress(StorageError):
-            delete(staging, list(keys(staging)))
-        raise
-    if before is not None:
-        old = json.loads(before).get("folder")
-        if old and old != folder:
-            delete(place / old, list(keys(place / old)))
-
-
-def complete_children(place: Place) -> list[tuple[int, Place]]:
-    """(sequence, child) of what is complete directly below a place, in the order of publishing."""
-
-    def look(name: str) -> tuple[int, Place] | None:
-        with suppress(StorageError):
-            return check_complete(place / name)["sequence"], place / name
-        return None
-
-    names = [name for name in children(place) if not _PARTS.fullmatch(name)]
-    return sorted(filter(None, each(look, names)), key=lambda found: found[0])
-
-
-def remove(place: Place) -> bool:
-    """Remove a directory, its manifest first, so that nobody sees it half deleted; whether there was one."""
-    there = keys(place)
-    if MANIFEST in there:
-        delete(place, [MANIFEST])
-    delete(place, [name for name in there if name != MANIFEST])
-    return bool(there)
-
-
-def clean(place: Place) -> list[str]:
-    """Remove folders of files of `place` that were begun a day ago and more and never published."""
-    manifest = get(place / MANIFEST)
-    named = None if manifest is None else json.loads(manifest).get("folder")
-    left = []
-    for name in children(place):
-        match = _PARTS.fullmatch(name)
-        if match and name != named and time.time() - int(match[1]) > FOREIGN_LEFTOVER_S:
-            delete(place / name, list(keys(place / name)))
-            left.append(str(place / name))
-    return left
-
-
-def move(source: Place, place: Place) -> None:
-    """Copy a complete directory within the store, and remove it where it was."""
-    manifest = check_complete(source)
-    staging = at(begin(place))
-    assert staging is not None
-
-    files, folder = manifest["files"], source / manifest["folder"]
-    each(lambda name: copy(folder / name, staging / name, files[name]["sha256"]), files)
-    publish(staging, place, manifest["metadata"])
-    remove(source)
-
-
-def fetch(place: Place, manifest: Mapping[str, Any], directory: Path) -> None:
-    """Download a directory's files; StorageError where one is not what the manifest says."""
-
-    def one(name: str) -> None:
-        file = directory / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        download(place / manifest["folder"] / name, file)
-        if file_digest(file) != manifest["files"][name]["sha256"]:
-            raise StorageError(f"{place} is damaged: the content of {name} is not what was written.")
-
-    free, needed = shutil.disk_usage(directory).free, sum(file["size"] for file in manifest["files"].values())
-    if needed > free:
-        raise StorageError(
-            f"{place} takes {needed / 2**30:.1f} GiB, and {directory.parent} has {free / 2**30:.1f} left; "
-            "free some, or name another place in SELF_FORCING_CACHE."
-        )
-    each(one, manifest["files"])

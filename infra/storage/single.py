@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.storage import cache, s3
+from infra.storage import cache, s3, s3_directories
 from infra.storage.local import Location, StorageError, local, write_local_file
 
 
@@ -46,7 +46,7 @@ def read_bytes(path: Location) -> bytes | None:
     In S3 it may also be a file of a published directory, by its name there.
     """
     if (there := s3.at(path)) is not None:
-        return s3.get(there) or s3.get(s3.within(there))
+        return s3.get(there) or s3.get(s3_directories.within(there))
     target = local(path)
     return target.read_bytes() if target.exists() else None
 
@@ -60,11 +60,11 @@ def fetched(path: Location) -> Iterator[Path]:
     if (there := s3.at(path)) is None:
         yield local(path)
         return
-    base, sizes = s3.files(there)
+    base, sizes = s3_directories.files(there)
     with tempfile.TemporaryDirectory(prefix="self-forcing-") as folder:
         copy = Path(folder) / there.key.rpartition("/")[2]
         if not sizes:
-            s3.download(s3.within(there), copy)
+            s3.download(s3_directories.within(there), copy)
         for name in sizes:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             s3.download(base / name, copy / name)
@@ -81,7 +81,7 @@ def uploading(path: Location, *, last: str) -> Iterator[Path]:
     there = s3.at(path)
     if there is None:
         raise StorageError(f"{path} is no place in S3.")
-    with s3.writing(there, last) as directory:
+    with s3_directories.writing(there, last) as directory:
         yield directory
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from infra.storage import s3
+from infra.storage import s3, s3_directories
 from infra.storage.local import Location, local
 
 
@@ -75,7 +75,7 @@ def stored(location: Location, suffix: str) -> list[Stored] | None:
         files = [place] if place.is_file() else [each for each in place.iterdir() if each.is_file()]
         found = {str(file): file.stat().st_size for file in files}
     else:
-        base, sizes = s3.files(there)
+        base, sizes = s3_directories.files(there)
         found = {f"{base}/{name}": size for name, size in sizes.items() if "/" not in name}
         if not found:
             size = s3.keys(there.parent).get(there.key.rpartition("/")[2])
@@ -96,7 +96,7 @@ def stored_below(location: Location) -> list[Stored] | None:
         files = [each for each in place.rglob("*") if each.is_file()]
         sizes = {each.relative_to(place).as_posix(): each.stat().st_size for each in files}
     else:
-        base, sizes = s3.files(there)
+        base, sizes = s3_directories.files(there)
         if not sizes:
             return None
     shown = {name: size for name, size in sizes.items() if not f"/{name}".count("/.")}

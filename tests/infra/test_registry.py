@@ -40,12 +40,18 @@ def content(directory: Path) -> str:
 
 
 @contextmanager
-def web_server(folder: Path) -> Iterator[str]:
-    """Something that answers HTTP, and is no MLflow: 404 with a page."""
+def web_server(folder: Path, heard: list[str | None] | None = None) -> Iterator[str]:
+    """Something that answers HTTP, and is no MLflow: 404 with a page. It notes who says to be asking."""
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any):
             super().__init__(*arguments, directory=str(folder))
+
+        def parse_request(self) -> bool:
+            parsed = super().parse_request()
+            if heard is not None:
+                heard.append(self.headers["Authorization"])
+            return parsed
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -54,6 +60,14 @@ def web_server(folder: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def test_a_token_goes_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc")
+    heard: list[str | None] = []
+    with web_server(tmp_path, heard) as url, pytest.raises(RegistryUnavailable):
+        Registry(url).resolve("models:/digits/1")
+    assert heard and set(heard) == {"Bearer abc"}
 
 
 @pytest.mark.parametrize(

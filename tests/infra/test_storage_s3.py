@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from infra import storage
-from infra.storage import cache, s3
+from infra.storage import cache, s3, s3_directories
 from tests.s3_server import S3Server, reached
 
 RUN = "s3://runs/a b/é/run"
@@ -142,7 +142,7 @@ def test_a_large_file_goes_in_parts(server: S3Server, monkeypatch: pytest.Monkey
 def test_what_is_damaged_or_missing_is_named_and_never_taken_for_whole(server: S3Server) -> None:
     publish_one(RUN)
     place = s3.Place("runs", "a b/é/run")
-    folder = s3.read_manifest(place)["folder"]
+    folder = s3_directories.read_manifest(place)["folder"]
     good = s3.get(place / folder / "nested/1.bin")
     assert good is not None
     s3.put(place / folder / "nested/1.bin", b"x" * len(good))
@@ -283,7 +283,7 @@ def test_processes_of_a_node_download_once_and_one_that_is_killed_leaves_nothing
 
 def test_what_is_replaced_while_it_is_read_is_read_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
     publish_one(RUN, "before")
-    fetch, fetched = s3.fetch, []
+    fetch, fetched = s3_directories.fetch, []
 
     def slow(place: s3.Place, manifest: Mapping[str, Any], directory: Path) -> None:
         if not fetched:
@@ -291,7 +291,7 @@ def test_what_is_replaced_while_it_is_read_is_read_as_it_is_now(monkeypatch: pyt
         fetched.append(manifest)
         fetch(place, manifest, directory)
 
-    monkeypatch.setattr(s3, "fetch", slow)
+    monkeypatch.setattr(s3_directories, "fetch", slow)
     with storage.reading(RUN) as directory:
         assert (directory / "nested" / "0.bin").read_text() == "after" and len(fetched) == 2
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from workers.engine import EngineConfig, FrozenEngine, TrainEngine, free_port, init_process_group
@@ -146,6 +147,12 @@ def exported(engine: TrainEngine, ema: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
+def save(engine: TrainEngine, directory: str | Path) -> None:
+    """Write a snapshot; returns when all ranks have."""
+    engine.snapshot().write(directory)
+    dist.barrier()
+
+
 def update(
     engine: TrainEngine, rank: int, world_size: int, extra: bool, x: Tensor, y: Tensor
 ) -> tuple[float, float, dict[str, Tensor]]:
@@ -229,7 +236,7 @@ def interrupt(rank: int, world_size: int, settings: dict, directory: str) -> lis
     engine = TrainEngine(Toy, EngineConfig(**LEARNING, **settings), weights=Weights())
     for batch in batches(updates=3):
         update(engine, rank, world_size, *batch)
-    engine.save(directory)
+    save(engine, directory)
 
     def finish(engine: TrainEngine) -> tuple:
         results = [update(engine, rank, world_size, *batch)[:2] for batch in batches(start=3, updates=2)]
@@ -261,7 +268,7 @@ def test_resumed_training_continues_to_the_bit(groups: dict, tmp_path: Path, sta
 
 
 def save_new(rank: int, world_size: int, stage: int, directory: str) -> None:
-    TrainEngine(Toy, EngineConfig(learning_rate=1e-3, zero_stage=stage), weights=Weights()).save(directory)
+    save(TrainEngine(Toy, EngineConfig(learning_rate=1e-3, zero_stage=stage), weights=Weights()), directory)
 
 
 def load_new(rank: int, world_size: int, settings: dict, directory: str) -> None:
@@ -291,7 +298,7 @@ def stretch(rank: int, world_size: int, settings: dict, since: int, directory: s
             assert all(torch.equal(found[name], kept[ema][name]) for name in found)
     (batch,) = batches(start=since, updates=1)
     update(engine, rank, world_size, *batch)
-    engine.save(f"{directory}/{since + 1}")
+    save(engine, f"{directory}/{since + 1}")
     whole = exported(engine), exported(engine, ema=True)
     if rank == 0:
         torch.save(whole, f"{directory}/{since + 1}.pt")
@@ -424,13 +431,13 @@ def broken(rank: int, world_size: int, stage: int, directory: str) -> dict[str, 
         if rank == 0:
             tensor[0] = math.nan
         with pytest.raises(FloatingPointError) as caught:
-            engine.save(Path(directory) / key)
+            save(engine, Path(directory) / key)
         said[key] = str(caught.value)
         if key != "exp_avg_sq":
             with pytest.raises(FloatingPointError, match=r"middle\.weight is not finite"):
                 exported(engine, ema=key == "ema")
         tensor.copy_(kept)
-    engine.save(Path(directory) / "sound")
+    save(engine, Path(directory) / "sound")
     return said
 
 
@@ -452,7 +459,7 @@ def freeze(rank: int, world_size: int, stage: int, directory: str) -> dict[str, 
 
     engine = TrainEngine(build, config, weights=Weights())
     update(engine, rank, world_size, *batches()[0])
-    engine.save(directory)
+    save(engine, directory)
     engine = TrainEngine(build, config, weights=Weights())
     engine.load(directory)
     return exported(engine, ema=True)
