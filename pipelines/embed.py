@@ -4,7 +4,6 @@ Prompts are embedded in blocks, each a file named by what is in it and by the en
 finds its blocks again and makes the rest; the data set is published when all are there.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,10 @@ from infra import storage
 from infra.settings import absolute
 from model.umt5 import Tokenizer, Umt5Encoder, digest
 from orchestrator.cluster import connect
+from pipelines import tables
 from pipelines.blocks import Blocks
 from pipelines.console import say
+from pipelines.tables import read_rows
 from workers.dataset import ParquetDataset, dataset_schema, encode_tensor, tensor_fields
 
 BLOCK = 256
@@ -29,7 +30,7 @@ BLOCK = 256
 TOGETHER = 16
 """Prompts that go through the encoder at once."""
 NEGATIVE = "negative.safetensors"
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".txt", *tables.SUFFIXES)
 
 
 def command(_: None, options: Any) -> None:
@@ -80,20 +81,11 @@ def read_prompts(path: Path, column: str) -> list[str]:
             f"there is no file of prompts at {path}; name one that ends in {', '.join(SUFFIXES)}."
         )
     try:
-        match path.suffix:
-            case ".txt":
-                found: Sequence[Any] = [line for line in path.read_text().splitlines() if line.strip()]
-            case ".jsonl":
-                rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-                found = [row[column] for row in rows]
-            case ".csv":
-                with open(path, newline="", encoding="utf-8") as file:
-                    found = [row[column] for row in csv.DictReader(file)]
-            case _:
-                found = pq.read_table(path, columns=[column])[column].to_pylist()
-    except (KeyError, TypeError, pa.ArrowInvalid) as error:
-        if isinstance(error, pa.ArrowInvalid) and "FieldRef" not in str(error):
-            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        if path.suffix == ".txt":
+            found: Sequence[Any] = [line for line in path.read_text().splitlines() if line.strip()]
+        else:
+            found = [row[column] for row in read_rows(path, [column])]
+    except KeyError:
         raise ValueError(f"{path} has no column {column} in every row; name another --column.") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None

@@ -4,7 +4,6 @@ Files are taken in blocks, each a shard that is named by what is in it. A run th
 again and makes the rest. A file that cannot be read is left out and listed with the reason.
 """
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
@@ -23,14 +22,15 @@ from model.text import split_words
 from model.umt5 import Tokenizer, Umt5Encoder, digest
 from orchestrator.cluster import connect
 from orchestrator.config import RunConfig
+from pipelines import tables
 from pipelines.blocks import Blocks, block_name
 from pipelines.console import say
+from pipelines.tables import read_rows
 from workers.dataset import dataset_schema, encode_tensor, tensor_fields
 from workers.model_directory import TextConfig, VideoConfig
 from workers.video_files import ClipShape, clips
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
-TABLES = (".jsonl", ".csv", ".parquet")
 BLOCK = 16
 """Files of a shard: a clip of 21 latent frames of 480 × 832 is 4.2 MB."""
 DAMAGED, LEFT_OUT = "damaged.jsonl", b"self_forcing_left_out"
@@ -54,7 +54,7 @@ def command(config: RunConfig, options: Any) -> None:
     if options.scenes and find_spec("scenedetect") is None:
         raise ValueError("--scenes needs PySceneDetect; install it with pip install 'self-forcing[scenes]'.")
     shape = ClipShape(frames, channels, height, width, video.fps, options.scenes)
-    if options.videos.endswith(TABLES):
+    if options.videos.endswith(tables.SUFFIXES):
         if options.captions is not None:
             raise ValueError("--captions: the table of --videos has them; leave it out.")
         captions = listed(options.videos)
@@ -185,21 +185,12 @@ def _captioned(captions: dict[Stored, str], where: str) -> dict[Stored, str]:
 
 def _rows(file: Path, table: str, option: str) -> list[dict[str, Any]]:
     try:
-        match file.suffix:
-            case ".jsonl":
-                rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-            case ".csv":
-                with open(file, newline="", encoding="utf-8") as opened:
-                    rows = list(csv.DictReader(opened))
-            case ".parquet":
-                rows = pq.read_table(file).to_pylist()
-            case _:
-                raise ValueError("use .jsonl, .csv or .parquet")
-        if any(not {"video", "caption"} <= row.keys() for row in rows):
-            raise ValueError("it lacks the columns video and caption in some row")
-    except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
-        raise ValueError(f"{option}: {table} cannot be read: {str(error).rstrip('.')}.") from None
-    return rows
+        return read_rows(file, ("video", "caption"))
+    except KeyError:
+        why = "it lacks the columns video and caption in some row"
+    except ValueError as error:
+        why = str(error)
+    raise ValueError(f"{option}: {table} cannot be read: {why}.")
 
 
 def _check_lengths(captions: Mapping[Stored, str], text: TextConfig, text_len: int) -> None:

@@ -10,7 +10,8 @@ it and whenever one of them was killed.
     with reading(newest_complete(parent)) as directory: ...
 
 Locations are strings (or `os.PathLike`) and are handed back as strings: paths of a local or shared file
-system, or s3://BUCKET/PREFIX, which `s3` and `cache` answer. This module does not know what the files mean.
+system, or s3://BUCKET/PREFIX, which `s3_directories` and `cache` answer. This module does not know what the
+files mean.
 """
 
 import errno
