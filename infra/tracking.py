@@ -117,10 +117,10 @@ class Tracker:
         self._refused: list[str] = []
         self._failure: str | None = None
         self._warned = False
-        # A run resumed from a checkpoint repeats the steps since; those points are there already.
-        self._earlier_steps = _last_steps(self._spool)
+        # What goes on from a checkpoint repeats the steps since; those points are there already.
+        self._last_steps = _last_steps(self._spool)
         self._monitors = system_monitors() if config.system_metrics_every_s > 0 else []
-        system = [step for name, step in self._earlier_steps.items() if name.startswith("system/")]
+        system = [step for name, step in self._last_steps.items() if name.startswith("system/")]
         self._system_step = 1 + max(system, default=-1)
         clean = self._redactor.tree(params)
         config_file = self._spool.folder / "config.yaml"
@@ -139,7 +139,8 @@ class Tracker:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records one value for each name at `step`. Returns within microseconds.
 
-        A resumed run's repetition of a step that an earlier process recorded under the same name is left out.
+        A repetition of a step that was recorded under the same name, by this process or, of a resumed run, by
+        an earlier one, is left out.
         """
         self._enqueue("metrics", step=int(step), values={name: float(v) for name, v in values.items()})
 
@@ -205,9 +206,10 @@ class Tracker:
             while len(self._unwritten) < _QUEUE_SIZE and not self._queue.empty():
                 each = self._queue.get_nowait()  # only this method takes
                 if each["kind"] == "metrics":
-                    step, known = each["step"], self._earlier_steps
+                    step, known = each["step"], self._last_steps
                     fresh = {k: v for k, v in each["values"].items() if step > known.get(k, step - 1)}
                     each["values"] = fresh
+                    known |= dict.fromkeys(fresh, step)
                 self._unwritten.append(each)
             try:
                 self._spool.append(self._unwritten)

@@ -28,6 +28,7 @@ from ray._private.authentication.authentication_token_generator import generate_
 from ray._private.authentication.authentication_token_setup import generate_and_save_token
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
+from ray._private.state import state
 from ray._raylet import (  # type: ignore[attr-defined]  # compiled, without stubs
     AuthenticationMode,
     AuthenticationTokenLoader,
@@ -223,6 +224,11 @@ def code_environment(working_dir: Path | None) -> dict:
     if working_dir is None or not (working_dir / "orchestrator" / "cluster.py").exists():
         environment["py_modules"] = [str(CODE_ROOT / name) for name in PACKAGES]
     return environment
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that are to go away: spot instances that are reclaimed, nodes that are scaled down."""
+    return set(state.get_draining_nodes())
 
 
 def reserve(

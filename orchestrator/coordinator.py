@@ -4,20 +4,23 @@ In every iteration: if it is a fifth, the student rolls out, is scored by the te
 pulls the gradient back and steps. Then, every iteration, the critic trains on a fresh rollout of the student
 as it now is.
 
-Asking returns at once: a group works through what it was asked in order, as soon as what that refers to is
-there. The only places that wait are the calls of `wait`. Between two student updates the student's weights
-stand still, so whatever rollout comes next is requested before the critic is waited for. What is computed is
-the same to the bit; only when it is computed changes.
+Asking returns at once, and a group works through what it was asked in order. A verb is asked for when all
+that it needs is there: else, where a rank is lost, some ranks of another group would get what it made and
+wait in a collective for those that did not. The only places that wait are the calls of `wait`. Between two
+student updates the student's weights stand still, so whatever rollout comes next is requested before the
+critic is waited for. What is computed is the same to the bit; only when it is computed changes.
 """
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from model.watch import for_a_band, pooled
 from orchestrator.config import RunConfig
+from orchestrator.fault import Fault
+from orchestrator.run_state import DROPPED_AT_MOST
 from orchestrator.update_plan import Purpose, UpdatePlan
 from orchestrator.worker_group import Request, WorkerGroup
 from workers.batch import Batch, Read
@@ -36,6 +39,10 @@ class NotFinite(FloatingPointError):
         self.iteration, self.since = iteration, since
 
 
+def _raise(fault: Fault) -> None:
+    raise fault
+
+
 @dataclass
 class Coordinator:
     """The groups of one run, and what is asked of them."""
@@ -45,6 +52,12 @@ class Coordinator:
     """`student`, `critic`, and `teacher` where the objective reads what it makes."""
     since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
     ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    """Optimizer steps that each role has made, once it has told."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Updates of each role in a row that were dropped."""
+    mend: Callable[[Fault], None] = _raise
+    """Makes a scorer that was lost in the middle of an update anew, or raises what cannot be mended there."""
 
     @property
     def plan(self) -> UpdatePlan:
@@ -77,19 +90,37 @@ class Coordinator:
             yield iteration + 1, timer.metrics(time.perf_counter() - began)
 
     def update_student(self, iteration: int, timer: "Timer") -> None:
+        def wait(*requests: Request) -> None:
+            self.wait(requests, timer, iteration=iteration, purpose="student")
+
         for part in range(self.plan.parts):
             made, rolled_out = self.rollout(iteration, "student", part)
-            predictions, scored = self.score(made, iteration, part)
-            flows = self.config.distill.objective.flows
-            scores = self.plan.score(iteration, "score")
-            judged, cotangents = self.student.scatter("judge", scores, predictions, makes=flows)
-            gradients, returned = self.pull_back(cotangents)
+            wait(*rolled_out)
+            gradients = self.judged(made, iteration, part, wait)
             pulled, _ = self.student.scatter("pullback", None, gradients)
-            requests = [*rolled_out, *scored, judged, *returned, pulled]
-            self.wait(requests, timer, iteration=iteration, purpose="student")
-        # Asked for only now: weights that are not finite never reach the next rollout or a checkpoint.
+            wait(pulled)
         stepped, _ = self.student.scatter("step", None, Batch())
-        self.wait([stepped], timer, iteration=iteration, purpose="student")
+        wait(stepped)
+
+    def judged(self, made: Batch, iteration: int, part: int, wait: Callable[..., None]) -> Batch:
+        """Gradients with respect to videos, from each scorer that the objective flows through; the student
+        keeps its own.
+
+        The student's graph stands until they are pulled back, so this is done again where a scorer that
+        learns nothing was lost and made anew.
+        """
+        flows, scores = self.config.distill.objective.flows, self.plan.score(iteration, "score")
+        while True:
+            try:
+                predictions, scored = self.score(made, iteration, part)
+                wait(*scored)
+                judged, cotangents = self.student.scatter("judge", scores, predictions, makes=flows)
+                wait(judged)
+                gradients, returned = self.pull_back(cotangents)
+                wait(*returned)
+                return gradients
+            except Fault as fault:
+                self.mend(fault)
 
     def score(self, made: Batch, iteration: int, part: int) -> Asked:
         """The predictions that the objective reads. A scorer keeps its graph where gradient will flow
@@ -125,22 +156,29 @@ class Coordinator:
         return gradients, requests
 
     def update_critic(self, iteration: int, timer: "Timer") -> None:
-        parts, requests = [], []
+        def wait(requests: Iterable[Request]) -> None:
+            self.wait(requests, timer, iteration=iteration, purpose="critic")
+
+        parts, rolled_out = [], []
         for part in range(self.plan.parts):
-            made, rolled_out = self.rollout(iteration, "critic", part)
-            requests += rolled_out
+            made, requests = self.rollout(iteration, "critic", part)
             if self.config.distill.discriminator.taps:
                 data = self.data(self.plan.position(iteration, "critic", part), made.samples)
                 made |= data.prefixed("data_")
             parts.append(made)
+            rolled_out.append(requests)
         batch, plan = Batch.joined(parts), self.plan.score(iteration, "critic-score")
         size = len(batch) // self.config.distill.roles.critic.engine.accumulation
+        updates, there = [], 0
         for start in range(0, len(batch), size):
+            while there < start + size:
+                wait(rolled_out.pop(0))
+                there += self.plan.size
             updated, _ = self.critic.scatter("update", plan, batch.rows(start, start + size))
-            requests.append(updated)
+            updates.append(updated)
         if self.config.distill.overlap:
             self.look_ahead(iteration + 1)
-        self.wait(requests, timer, iteration=iteration, purpose="critic")
+        wait(updates)
 
     def look_ahead(self, iteration: int) -> None:
         """Request the first rollout of a coming iteration; its weights are those of now."""
@@ -178,17 +216,34 @@ class Coordinator:
         """Wait for requests in the order in which they were made, so that the first failure is told."""
         for request in requests:
             stats, role = request.wait(), request.group.role
-            for name, value in stats.items():
-                # What is only watched of a scorer shows in the loss, if it matters.
-                if not math.isfinite(value) and not for_a_band(name):
-                    batch = self.plan.batch_index(iteration, purpose)
-                    stepped = purpose == "critic" and self.plan.updates_student(iteration)
-                    raise NotFinite(
-                        f"{role} {name} is {value} in iteration {iteration} (prompt batch {batch})",
-                        iteration=iteration,
-                        since=iteration + stepped,
-                    )
+            steps = stats.pop("steps", None)
+            # What is only watched of a scorer shows in the loss, if it matters.
+            bad = [name for name in stats if not math.isfinite(stats[name]) and not for_a_band(name)]
+            if bad and (self.config.distill.not_finite == "stop" or self.dropped[role] >= DROPPED_AT_MOST):
+                batch = self.plan.batch_index(iteration, purpose)
+                stepped = purpose == "critic" and self.plan.updates_student(iteration)
+                raise NotFinite(
+                    f"{role} {bad[0]} is {stats[bad[0]]} in iteration {iteration} (prompt batch {batch})",
+                    iteration=iteration,
+                    since=iteration + stepped - self.dropped[role],
+                )
+            for name in bad:
+                del stats[name]
+            if steps is not None:
+                dropped = "grad_norm" in bad
+                self._stepped(role, int(steps), dropped=dropped)
+                if dropped:
+                    stats["dropped"] = 1.0
             timer.add(request.verb, role, stats)
+
+    def _stepped(self, role: str, steps: int, *, dropped: bool) -> None:
+        """Take down the one step that an update makes, or none where it was dropped; Fault where it was not
+        so."""
+        expected = self.steps.get(role, steps - (not dropped)) + (not dropped)
+        if steps != expected:
+            raise Fault(role, "code", f"{role} has made {steps} steps, where there should be {expected}")
+        self.steps[role] = steps
+        self.dropped[role] = self.dropped[role] + 1 if dropped else 0
 
 
 class Timer:

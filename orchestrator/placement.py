@@ -1,10 +1,10 @@
 """Roles → placement groups: who shares devices with whom, and where the actors of each rank go."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster import reserve
@@ -37,6 +37,24 @@ def place(
     return group, options
 
 
+def there(options: Sequence[Options]) -> list[Options]:
+    """Those of the ranks' options whose place is on a node that lives."""
+    found: list[Options] = []
+    tables: dict[PlacementGroup, Mapping[int, str]] = {}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    for option in options:
+        where = option.get("scheduling_strategy")
+        if where is None:  # anywhere
+            found.append(option)
+            continue
+        group = where.placement_group
+        if group not in tables:
+            tables[group] = placement_group_table(group)["bundles_to_node_id"]
+        if tables[group].get(where.placement_group_bundle_index) in alive:
+            found.append(option)
+    return found
+
+
 Places = dict[str, list[tuple[int, float]]]
 """For each role's ranks: the bundle, and the share of its GPUs."""
 
@@ -60,8 +78,10 @@ def _disaggregated(roles: Mapping[str, RanksConfig]) -> tuple[list[dict[str, flo
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, role in roles.items():
         whole = _bundle(role.cpus * role.ranks, role.gpus * role.ranks)
-        # A role stays on one node where it fits on one, for its ranks talk to each other most.
-        if any(all(node.get(resource, 0) >= amount for resource, amount in whole.items()) for node in nodes):
+        fits = any(all(node.get(each, 0) >= amount for each, amount in whole.items()) for node in nodes)
+        # A role stays on one node where it fits on one, for its ranks talk to each other most; unless some of
+        # them are to outlive the loss of a node.
+        if fits and getattr(role, "min_ranks", None) is None:
             bundles.append(whole)
             places[name] = [(len(bundles) - 1, role.gpus)] * role.ranks
             continue

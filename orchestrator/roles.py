@@ -1,7 +1,7 @@
 """The roles of a distillation: which there are, and how each one's group is made, started, stopped and made
 anew."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,9 @@ from ray.actor import ActorHandle
 from model.watch import Reference
 from orchestrator.cluster import release
 from orchestrator.config import RunConfig
-from orchestrator.placement import Options, place
+from orchestrator.layout import fitted
+from orchestrator.placement import Options, place, there
+from orchestrator.pulses import THREAD
 from orchestrator.stages import AdaptedRole, RanksConfig
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Worker
@@ -26,6 +28,12 @@ WORKERS: dict[str, type[Worker]] = {
     "teacher": TeacherWorker,
     "critic": CriticWorker,
 }
+
+
+def actor_class(kind: type) -> Any:
+    """What makes actors of a kind of rank; beside its calls, each gives signs of life."""
+    remote: Any = ray.remote
+    return remote(concurrency_groups={THREAD: 1})(kind)
 
 
 def ranks_of(config: RunConfig) -> dict[str, RanksConfig]:
@@ -95,6 +103,17 @@ class Roles:
     groups: dict[str, WorkerGroup] = field(default_factory=dict)
     reference: Reference | None = None
     """What the student's videos are compared with, while it learns."""
+    nodes: dict[str, list[str]] = field(default_factory=dict)
+    """Ids of the nodes that each role's ranks run on."""
+
+    full: RunConfig = field(init=False)
+    """With as many ranks as the run was begun with; `config` has fewer while nodes are missing."""
+    _used: dict[str, list[Options]] = field(default_factory=dict)
+    _made: dict[str, RanksConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.full, self._used = self.config, {role: list(each) for role, each in self.options.items()}
+        self._made = dict(ranks_of(self.config))
 
     def make(self) -> None:
         """Create every group's actors; they know nothing of each other yet."""
@@ -106,6 +125,7 @@ class Roles:
         starting = [(self.groups[role], self.groups[role].start()) for role in roles]
         for group, references in starting:
             group.wait(references)
+            self.nodes[group.role] = group.wait(group.broadcast("node"))
         if "student" in roles:
             student = self.groups["student"]
             student.wait(student.broadcast("refer", self.reference))
@@ -115,24 +135,67 @@ class Roles:
         for actor in self.groups[role].actors:
             ray.kill(actor)
 
-    def rebuild(self, role: str) -> None:
-        """A group's actors anew, in the same places and as they were at the start of the run.
+    def rebuild(self, *roles: str) -> None:
+        """Actors of some groups anew, in the same places and as they were at the start of the run.
 
-        The group stays the same object for all who hold it. What it had learned is to be loaded, and what the
+        A group stays the same object for all who hold it. What it had learned is to be loaded, and what the
         other groups were asked with references to what it had made is to be asked again.
         """
-        self.stop(role)
-        self.groups[role].actors = self._actors(role)
-        self.start(role)
+        for role in roles:
+            self.stop(role)
+        for role in roles:
+            self.groups[role].actors = self._actors(role)
+        self.start(*roles)
+
+    def replace(self, role: str, ranks: Iterable[int]) -> None:
+        """Some ranks of a group anew, where they need no others: those of a replicated teacher."""
+        group, started = self.groups[role], []
+        for rank in ranks:
+            ray.kill(group.actors[rank])
+            group.actors[rank] = self._actor(role, rank)
+            started.append(group.ask(rank, "start", "", 0, 0.0))
+        group.wait(started)
+        self.nodes[role] = group.wait(group.broadcast("node"))
+
+    def room(self) -> dict[str, list[Options]]:
+        """For each role the places of its ranks that are there now."""
+        return {role: there(each) for role, each in self.options.items()}
+
+    def fit(self) -> bool:
+        """Choose as many ranks of each role as there is room for; whether there is for enough.
+
+        What changes is the config; the groups whose size it changes are to be rebuilt.
+        """
+        room = self.room()
+        config = fitted(self.full, {role: len(each) for role, each in room.items()})
+        if config is None:
+            return False
+        self.config = config
+        self._used = {role: each[: ranks_of(config)[role].ranks] for role, each in room.items()}
+        return True
+
+    def more_room(self) -> bool:
+        """Whether there is room for more ranks of some role than it has."""
+        config = fitted(self.full, {role: len(each) for role, each in self.room().items()})
+        return config is not None and config != self.config
+
+    def has_places(self, role: str) -> bool:
+        """Whether the places of all its ranks are there."""
+        return len(there(self._used[role])) == len(self._used[role])
+
+    @property
+    def resized(self) -> set[str]:
+        """Roles whose groups have another size, or other micro-batches, than the config says."""
+        return {role for role in self.groups if self._made.get(role) != ranks_of(self.config)[role]}
 
     def _actors(self, role: str) -> list[ActorHandle]:
-        make: Any = ray.remote(self.workers[role])
-        options, settings = self.options[role], settings_of(self.config)[role]
-        ranks = ranks_of(self.config)[role]
-        return [
-            make.options(**option).remote(rank=rank, ranks=ranks.ranks, threads=ranks.threads, **settings)
-            for rank, option in enumerate(options)
-        ]
+        return [self._actor(role, rank) for rank in range(len(self._used[role]))]
+
+    def _actor(self, role: str, rank: int) -> ActorHandle:
+        ranks, settings = ranks_of(self.config)[role], settings_of(self.config)[role]
+        self._made[role] = ranks
+        make = actor_class(self.workers[role]).options(**self._used[role][rank])
+        return make.remote(rank=rank, ranks=ranks.ranks, threads=ranks.threads, **settings)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from orchestrator.config import RunConfig
 from workers.dataset import digest
 
 FORMAT = 2
+DROPPED_AT_MOST = 10
+"""Updates in a row whose gradients are not finite and are dropped; each of them changes nothing."""
 Identity = Mapping[str, Any]
 Stage = Literal["pretrain", "pairs", "initialize", "distill"]
 
@@ -30,8 +32,8 @@ _PARTS: Mapping[Stage, tuple[str, ...]] = {
 }
 # fmt: off
 _NO_NUMBERS = frozenset((
-    "output", "pairs_path", "checkpoint_every", "keep", "keep_every", "sample_every", "overlap", "samplers",
-    "cpus", "fps", "activation_checkpointing",
+    "output", "pairs_path", "checkpoint_every", "checkpoint_minutes", "keep", "keep_every", "sample_every",
+    "overlap", "samplers", "cpus", "fps", "activation_checkpointing", "min_ranks", "not_finite",
 ))
 """Last names of settings that say where things lie, and how a stage goes about its work."""
 _NEGATIVE = "distill.roles.teacher.negative_prompt"
@@ -296,7 +298,9 @@ def _decides(config: RunConfig, stage: Stage, name: str) -> bool:
     method = config.initialize.chosen
     if name.rpartition(".")[2] in _NO_NUMBERS or name in _INPUTS:
         return False
-    if name == "distill.iterations" or name.startswith(("distill.selection.", "distill.alarms.")):
+    if name == "distill.iterations" or name.startswith(
+        ("distill.selection.", "distill.alarms.", "distill.faults.")
+    ):
         return False  # where it ends, what is exported and what is said moves no number of any state
     if name == _NEGATIVE and config.text.column == "embedding":
         return False

@@ -9,8 +9,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 import ray
@@ -26,16 +26,25 @@ from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
+from orchestrator.checkpoints import Cadence
 from orchestrator.config import RunConfig
-from orchestrator.run_state import RunState
+from orchestrator.run_state import DROPPED_AT_MOST, RunState
 from orchestrator.stages import InitializeConfig, PretrainConfig
 from workers.engine import TrainEngine, init_process_group
 from workers.engine_state import Snapshot
 
+LOOK_EVERY_S = 0.2
+"""Seconds between two looks at whether training is to stop."""
 REPORT_EVERY = 10
 TIMEOUT_S = 600.0
-DROPPED_AT_MOST = 10
-"""Updates in a row whose gradients are not finite; each of them changes nothing."""
+
+
+class Interrupted(Exception):
+    """Training ended by request, after a checkpoint of so many updates."""
+
+    def __init__(self, done: int):
+        super().__init__(done)
+        self.done = done
 
 
 class Task(Protocol):
@@ -75,19 +84,20 @@ def train(
     tracker: Tracker,
     progress: Callable[[int], AbstractContextManager[Report]],
     say: Callable[[str], None],
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Train on the connected cluster until the last update, and return the model directory's path.
 
     `progress` is told how many updates are done already, and gives what to report the others to; `say` takes
-    what a person should know.
+    what a person should know; `asked_to_stop` is looked at now and then.
 
-    Raises FloatingPointError where the loss, or the gradients of many updates in a row, are not finite.
+    Raises FloatingPointError where the loss, or the gradients of many updates in a row, are not finite, and
+    Interrupted where it ended by request.
     """
     settings: Settings = getattr(config, state.stage)
-    reports = Queue(actor_options={"num_cpus": 0})
+    reports, orders = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
     with progress(state.done) as report:
-        reader = threading.Thread(target=_read_reports, args=(reports, report, tracker, say), daemon=True)
-        reader.start()
+        ended = _Reader(reports, report, tracker, say)
         trainer = TorchTrainer(
             _loop,
             train_loop_config={
@@ -96,6 +106,7 @@ def train(
                 "state": state,
                 "task": task,
                 "reports": reports,
+                "orders": orders,
             },
             torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
             scaling_config=ScalingConfig(
@@ -107,15 +118,33 @@ def train(
                 name=state.stage, storage_path=str(storage.scratch(settings.output) / "ray")
             ),
         )
+        # Beside the main thread, of which Ray Train would take the handler of Ctrl-C.
+        fitted: Future[Any] = Future()
+        threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
+        told = False
         try:
-            trainer.fit()
+            while not wait([fitted], LOOK_EVERY_S).done:
+                if asked_to_stop() and not told:
+                    orders.put("stop")
+                    told = True
+            fitted.result()
         except ray.train.WorkerGroupError as error:
             raise _cause(error) from None
         finally:
             reports.put(None)
-            reader.join()
+            ended.join()
             reports.shutdown()
+            orders.shutdown()
+    if ended.at is not None:
+        raise Interrupted(ended.at)
     return state.model
+
+
+def _fit(trainer: TorchTrainer, fitted: "Future[Any]") -> None:
+    try:
+        fitted.set_result(trainer.fit())
+    except BaseException as error:
+        fitted.set_exception(error)
 
 
 def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
@@ -127,15 +156,28 @@ def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
     return error
 
 
-def _read_reports(reports: Queue, report: Report, tracker: Tracker, say: Callable[[str], None]) -> None:
-    while (said := reports.get()) is not None:
-        if isinstance(said, str):
-            say(said)
-            continue
-        update, values = said
-        dropped = values["dropped_updates"]
-        report(update, {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})})
-        tracker.metrics(update, values)
+class _Reader(threading.Thread):
+    """Reads what rank 0 reports."""
+
+    def __init__(self, reports: Queue, report: Report, tracker: Tracker, say: Callable[[str], None]):
+        super().__init__(daemon=True)
+        self.reports, self.report, self.tracker, self.say = reports, report, tracker, say
+        self.at: int | None = None
+        """Updates after which the ranks ended by request."""
+        self.start()
+
+    def run(self) -> None:
+        while (said := self.reports.get()) is not None:
+            match said:
+                case str():
+                    self.say(said)
+                case int():
+                    self.at = said
+                case update, values:
+                    dropped = values["dropped_updates"]
+                    losses = {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})}
+                    self.report(update, losses)
+                    self.tracker.metrics(update, values)
 
 
 def join() -> tuple[int, int]:
@@ -170,6 +212,8 @@ def _loop(config: Mapping[str, Any]) -> None:
     size = settings.batch // parts
     dropped = in_a_row = 0
     checkpoints = _Checkpoints(state, config["reports"])
+    cadence = Cadence(settings.checkpoint_every, settings.checkpoint_minutes)
+    asked = _asked(config["orders"]) if rank == 0 else threading.Event()
     for update in range(state.done, settings.updates):
         position = state.position + (update - state.done) * settings.batch
         total = torch.zeros((), dtype=torch.float64)
@@ -178,19 +222,22 @@ def _loop(config: Mapping[str, Any]) -> None:
             loss = task.loss(module, update, samples, batch=settings.batch, position=position)
             engine.backward(loss)
             total += loss.detach().cpu().double() / parts
+        done, stop = update + 1, asked.is_set()
+        # Whether to stop, or to make a checkpoint, is rank 0's to say: clocks and signals differ.
+        due = rank == 0 and cadence.due(done, asked=stop or done == settings.updates)
+        shared = torch.stack([total, total.new_tensor(float(due)), total.new_tensor(float(stop))])
         if ranks > 1:
-            dist.all_reduce(total)
-        value = total.item()
-        if not math.isfinite(value):
+            dist.all_reduce(shared)
+        value, due, stop = shared[0].item(), bool(shared[1]), bool(shared[2])
+        if settings.not_finite == "stop" and not math.isfinite(value):
             what = f"the loss of update {update} is not finite"
             raise _stopped(checkpoints, what, update - in_a_row, update)
         result = engine.step()
         dropped += not result.stepped
         in_a_row = 0 if result.stepped else in_a_row + 1
-        if in_a_row == DROPPED_AT_MOST:
+        if in_a_row == (DROPPED_AT_MOST if settings.not_finite == "drop" else 1):
             what = f"the gradients of {in_a_row} updates in a row, up to {update}, are not finite"
             raise _stopped(checkpoints, what, update + 1 - in_a_row, update)
-        done = update + 1
         if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.updates):
             config["reports"].put(
                 (
@@ -204,15 +251,33 @@ def _loop(config: Mapping[str, Any]) -> None:
                 )
             )
         checkpoints.warn(checkpoints.look())
-        if done % settings.checkpoint_every == 0 or done == settings.updates:
+        if due:
             checkpoints.warn(checkpoints.look(wait=True))
             try:
                 checkpoints.begin(engine, done, position + settings.batch)
             except FloatingPointError as error:
                 raise _stopped(checkpoints, f"{error} after update {done - 1}", done, done) from None
+        if stop and done < settings.updates:
+            checkpoints.warn(checkpoints.look(wait=True))
+            if rank == 0:
+                config["reports"].put(done)
+            return
     if problem := checkpoints.look(wait=True):
         raise storage.StorageError(problem)
     task.export(engine, state.model)
+
+
+def _asked(orders: Queue) -> threading.Event:
+    """Set when the driver asks to stop."""
+    event = threading.Event()
+
+    def listen() -> None:
+        with suppress(ray.exceptions.RayError):  # the run is over
+            orders.get()
+            event.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    return event
 
 
 class _Checkpoints:

@@ -9,6 +9,7 @@ from model.initialization import MethodConfig
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
 from orchestrator.alarms import AlarmConfig
+from orchestrator.recovery import FaultConfig
 from workers.engine_config import EngineConfig, ScheduleConfig
 from workers.teacher import TeacherWorker
 
@@ -49,6 +50,24 @@ class AdaptedRole(TrainRole):
     """Low-rank adapters, in place of training all weights."""
 
 
+def _check_fewest(role: Any) -> None:
+    if role.min_ranks is not None and not 1 <= role.min_ranks <= role.ranks:
+        raise Invalid("min_ranks", f"is {role.min_ranks}; it must lie between 1 and the {role.ranks} ranks.")
+
+
+@dataclass(frozen=True)
+class DistilledRole(AdaptedRole):
+    """A role of a distillation that learns: student or critic."""
+
+    min_ranks: int | None = None
+    """Fewest ranks that the run goes on with while nodes are missing, the batch kept by more accumulation;
+    null waits for as many as it has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fewest(self)
+
+
 @dataclass(frozen=True)
 class TeacherRole(RanksConfig, Places):
     """The frozen teacher."""
@@ -66,10 +85,13 @@ class TeacherRole(RanksConfig, Places):
     negative_embedding: str | None = None
     """Safetensors file with the tensor `embedding` [text_len, text_dim] of the negative prompt, where prompts
     come embedded."""
+    min_ranks: int | None = None
+    """Fewest ranks that the run goes on with while nodes are missing; null waits for as many as it has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Places.__post_init__(self)
+        _check_fewest(self)
         if self.zero_stage not in (0, 3):
             raise Invalid("zero_stage", f"is {self.zero_stage}: use 0 (replicated) or 3 (sharded).")
         at_least(self, -1, "guidance")
@@ -87,6 +109,11 @@ class PlacementConfig:
 
     def __post_init__(self) -> None:
         positive(self, "timeout_s")
+
+
+def _check_not_finite(stage: Any) -> None:
+    if stage.not_finite not in ("stop", "drop"):
+        raise Invalid("not_finite", f"is {stage.not_finite!r}: use stop or drop.")
 
 
 def whole_stage(engine: EngineConfig, updates: int) -> EngineConfig:
@@ -127,11 +154,17 @@ class PretrainConfig(Places):
     """Compile the model with TorchInductor, which needs a C++ compiler on a CPU."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: float | None = None
+    """Minutes after which there is one in any case; null for none."""
+    not_finite: Literal["stop", "drop"] = "drop"
+    """What becomes of an update whose loss or gradient is not finite: it ends the run, or is dropped by every
+    rank and counted; ten in a row end it in any case."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "updates", "batch", "checkpoint_every")
-        positive(self, "shift")
+        positive(self, "shift", "checkpoint_minutes")
+        _check_not_finite(self)
         share(self, "dropout")
 
 
@@ -164,20 +197,29 @@ class InitializeConfig(MethodConfig, Places):
     """Ranks, optimizer and sharding."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    checkpoint_minutes: float | None = None
+    """Minutes after which there is one in any case; null for none."""
+    not_finite: Literal["stop", "drop"] = "drop"
+    """What becomes of an update whose loss or gradient is not finite: it ends the run, or is dropped by every
+    rank and counted; ten in a row end it in any case."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Places.__post_init__(self)
         at_least(self, 1, "pairs", "samplers", "updates", "batch", "checkpoint_every")
+        positive(self, "checkpoint_minutes")
+        _check_not_finite(self)
 
 
 @dataclass(frozen=True)
 class RolesConfig:
     """The three roles of distillation."""
 
-    student: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40))
+    student: DistilledRole = DistilledRole(
+        engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40)
+    )
     teacher: TeacherRole = TeacherRole()
-    critic: AdaptedRole = AdaptedRole(engine=EngineConfig(learning_rate=4e-4))
+    critic: DistilledRole = DistilledRole(engine=EngineConfig(learning_rate=4e-4))
 
 
 @dataclass(frozen=True)
@@ -275,8 +317,15 @@ class DistillConfig(Places):
     """Keeping the best state, and ending in time."""
     alarms: AlarmConfig = AlarmConfig()
     """Numbers that are watched while the student learns."""
+    faults: FaultConfig = FaultConfig()
+    """Going on after lost workers."""
     checkpoint_every: int = 50
     """Iterations between checkpoints."""
+    checkpoint_minutes: float | None = None
+    """Minutes after which there is one in any case; null for none."""
+    not_finite: Literal["stop", "drop"] = "stop"
+    """What becomes of an update whose loss or gradient is not finite: it ends the run, or is dropped by every
+    rank and counted; ten in a row end it in any case."""
     keep: int = 2
     """Checkpoints kept; the newest complete one always is."""
     keep_every: int = 0
@@ -300,6 +349,8 @@ class DistillConfig(Places):
         if self.exit_groups > 1 and self.inputs != "rollout":
             raise Invalid("exit_groups", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
         at_least(self, 0, "given_frames", "sample_every", "keep_every")
+        positive(self, "checkpoint_minutes")
+        _check_not_finite(self)
         for name, role in (("student", self.roles.student), ("critic", self.roles.critic)):
             schedule = role.engine.schedule
             if schedule.kind != "constant" and schedule.updates is None:

@@ -3,7 +3,7 @@
 Tensors go from worker to worker through the object store; here are only references, and `Stats` to read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -12,11 +12,13 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from infra.storage import StorageError
+from orchestrator.fault import Fault, told
 from workers.actor import Stats
 from workers.batch import Batch
 
 CONNECT_TIMEOUT_S = 600.0
+LOOK_EVERY_S = 2.0
+"""Seconds between two looks at the ranks while somebody waits for them."""
 
 
 class WorkerGroup:
@@ -27,15 +29,22 @@ class WorkerGroup:
         self.role = role
         self.actors = list(actors)
         self.makes = tuple(makes)
+        self.look: Callable[[], None] = lambda: None
+        """Called now and then while somebody waits; raises what keeps the answer from ever coming."""
 
     def start(self, timeout_s: float = CONNECT_TIMEOUT_S) -> list[ObjectRef]:
         """Ask for the process group to be formed and the models to be built."""
-        address, port = self.wait(self.actors[0].address.remote())
+        address, port = self.wait(self.ask(0, "address"))
         return self.broadcast("start", address, port, timeout_s)
 
     def broadcast(self, method: str, *arguments: Any) -> list[ObjectRef]:
         """The same call on every rank."""
-        return [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        return [self.ask(rank, method, *arguments) for rank in range(len(self.actors))]
+
+    def ask(self, rank: int, method: str, *arguments: Any) -> ObjectRef:
+        """A call on one rank; `Worker.call` is the other half."""
+        call: Any = self.actors[rank].call.options(name=f"{self.role}.{method}")
+        return call.remote(method, *arguments)
 
     def scatter(
         self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()
@@ -62,20 +71,15 @@ class WorkerGroup:
         return Request(self, verb, stats), Batch(batch.samples, made)
 
     def wait(self, references: Any) -> Any:
-        """`ray.get`, with a worker's own failure raised as what it was."""
-        try:
-            return ray.get(references)
-        except ray.exceptions.RayTaskError as error:
-            for kind in (StorageError, ValueError, FloatingPointError, RuntimeError):
-                if isinstance(error.cause, kind):
-                    # Chained, so that --traceback shows where in the worker it was.
-                    raise kind(f"{self.role}: {error.cause}") from error
-            raise
-        except ray.exceptions.RayActorError as error:
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(
-                f"a {self.role} rank was lost ({reason}); --resume continues from the newest checkpoint."
-            ) from None
+        """`ray.get`, with a worker's own failure raised as what it was, and whatever else as a Fault."""
+        while True:
+            try:
+                return ray.get(references, timeout=LOOK_EVERY_S)
+            except ray.exceptions.GetTimeoutError:
+                self.look()
+            except ray.exceptions.RayError as error:
+                # Chained, so that --traceback shows where in the worker it was.
+                raise told(self.role, error) from error
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,14 @@ class Request:
     stats: list[ObjectRef]  # what each rank will have measured
 
     def wait(self) -> Stats:
-        """Wait until every rank is done: the mean of their numbers, and the most `memory`."""
+        """Wait until every rank is done: the mean of their numbers, and the most `memory`.
+
+        Fault where ranks are at different steps.
+        """
         answers: list[Mapping[str, float]] = self.group.wait(self.stats)
+        if len(steps := {answer.get("steps") for answer in answers}) > 1:
+            what = f"{self.group.role} ranks are at different steps: {steps}"
+            raise Fault(self.group.role, "code", what)
         return {
             name: (max if name == "memory" else fmean)(answer[name] for answer in answers)
             for name in answers[0]

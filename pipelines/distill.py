@@ -14,19 +14,22 @@ from infra.tracking import Tracker
 from model.codec import enlarge
 from model.rollout_plan import RolloutPlan
 from orchestrator.alarms import Diverging
-from orchestrator.checkpoints import Checkpoints, load
+from orchestrator.checkpoints import Cadence, Checkpoints, load
 from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
-from orchestrator.roles import placed_roles
+from orchestrator.recovery import Event, Recovery
+from orchestrator.roles import placed_roles, ranks_of
 from orchestrator.run_state import RunState
+from orchestrator.supervisor import Supervisor
 from pipelines import selection
 from pipelines.console import Display, say, summary
 from pipelines.evaluate import make_report
 from pipelines.media import contact_sheet, grid, write_pixels
 from pipelines.register import check_finish, finish
 from pipelines.selection import selecting
+from pipelines.stopping import stoppable
 from pipelines.tracked import Ready, allowed, exclusive, located, opened, tracking
 from pipelines.watched import Watch
 from workers.data_check import check, check_negative
@@ -85,43 +88,67 @@ def distill(
             grows=grows,
         ) as states,
         Checkpoints(state, roles.groups) as checkpoints,
+        stoppable("distill") as stopping,
     ):
         roles.start(*roles.groups)
-        for role, group in roles.groups.items():
-            nodes = dict.fromkeys(group.wait(group.broadcast("node")))
-            say(f"distill: {role} on node {', '.join(nodes)}")
-        coordinator = Coordinator(config, roles.groups, since=(state.done, state.position))
+        for role, nodes in roles.nodes.items():
+            say(f"distill: {role} on node {', '.join(dict.fromkeys(nodes))}")
         if state.checkpoint:
             load(state.checkpoint, roles.groups)
-        done = state.done
-        updates = () if states.ended(done) else coordinator.run(done)
-        try:
-            with Display("distill", settings.iterations, done=done) as display:
-                for done, metrics in updates:
-                    display.update(done, shown(metrics))
-                    stored = survived(checkpoints, checkpoints.look)
-                    tracker.metrics(done, {**metrics, **watch.look(done, metrics), **stored})
-                    last = states.after(done) or done == settings.iterations
-                    if done % settings.checkpoint_every == 0 or last:
-                        position = coordinator.plan.position(done, "student", 0)
-                        tracker.metrics(done, checkpointed(checkpoints, done, position))
-                        watch.write()
-                    if settings.sample_every and (done % settings.sample_every == 0 or last):
-                        for file in sample(config, coordinator, done):
-                            tracker.artifact(file, "samples")
-                    if last:
-                        break
-        except (FloatingPointError, Diverging) as error:
-            survived(checkpoints, checkpoints.end)  # it may hold what led there, and is then moved aside
-            raise ended_by(error, state, done) from error
-        finally:
-            for file in watch.write():
-                tracker.artifact(file, "watch")
-        if states.ended(done) and done < settings.iterations:
-            patience, by = settings.selection.patience, settings.selection.by
-            say(f"distill: stopped after iteration {done}, {patience} measurements without a better {by}")
-        tracker.metrics(done, checkpoints.end())
-        return states.publish(done)
+        with Display("distill", settings.iterations, done=state.done) as display:
+
+            def returned(event: Event) -> None:
+                """Updates go on after a fault; what was measured of later ones is measured again."""
+                assert event.back_to is not None
+                told = f"{event.kind}, found after {event.at} iterations: {event.what}"
+                say(f"distill: FAULT ({told}); going on from {event.back_to} after {event.seconds:.1f} s")
+                if roles.config is not roles.full:
+                    ranks = ", ".join(f"{each.ranks} {role}" for role, each in ranks_of(roles.config).items())
+                    say(f"distill: with {ranks}, until nodes are back")
+                counts = {"faults": len(recovery.events), "seconds/recovery": event.seconds}
+                tracker.metrics(event.at, {f"fault/{name}": value for name, value in counts.items()})
+                watch.back_to(event.back_to)
+
+            def after(done: int, metrics: Mapping[str, float]) -> bool:
+                """What else an iteration asks for; whether the run ends with it."""
+                display.update(done, shown(metrics))
+                stored = survived(checkpoints, checkpoints.look)
+                tracker.metrics(done, {**metrics, **watch.look(done, metrics), **stored})
+                last = states.after(done) or done == settings.iterations
+                leaving, stop = supervisor.leaving(), bool(stopping)  # a signal may come at any moment
+                if leaving:
+                    say(f"distill: node {', '.join(leaving)} is being drained: a checkpoint is made")
+                if cadence.due(done, asked=last or stop or bool(leaving)):
+                    position = supervisor.coordinator.plan.position(done, "student", 0)
+                    tracker.metrics(done, checkpointed(checkpoints, done, position))
+                    watch.write()
+                if settings.sample_every and (done % settings.sample_every == 0 or last):
+                    for file in sample(config, supervisor.coordinator, done):
+                        tracker.artifact(file, "samples")
+                if stop and not last:
+                    tracker.metrics(done, survived(checkpoints, checkpoints.end))
+                    raise stopping.stop(done)
+                return last
+
+            def finish(done: int) -> str:
+                if states.ended(done) and done < settings.iterations:
+                    patience, by = settings.selection.patience, settings.selection.by
+                    without = f"{patience} measurements without a better {by}"
+                    say(f"distill: stopped after iteration {done}, {without}")
+                tracker.metrics(done, checkpoints.end())
+                return states.publish(done)
+
+            recovery = Recovery(settings.faults)
+            cadence = Cadence(settings.checkpoint_every, settings.checkpoint_minutes)
+            supervisor = Supervisor(state, roles, checkpoints, recovery, returned)
+            try:
+                return finish(state.done) if states.ended(state.done) else supervisor.run(after, finish)
+            except (FloatingPointError, Diverging) as error:
+                survived(checkpoints, checkpoints.end)  # it may hold what led there, and is then moved aside
+                raise ended_by(error, state, supervisor.done) from error
+            finally:
+                for file in watch.write():
+                    tracker.artifact(file, "watch")
 
 
 def ended_by(error: Exception, state: RunState, done: int) -> Exception:

@@ -17,12 +17,13 @@ from model.initialization.method import Setup, Share
 from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
 from orchestrator.handover import check_start
-from orchestrator.single_model import Task, train
+from orchestrator.single_model import Task
 from orchestrator.stages import whole_stage
-from pipelines.console import progress, say, summary
+from pipelines.console import say, summary
 from pipelines.ode_pairs import missing_pairs, write_pairs
 from pipelines.pretrain import export_model
 from pipelines.tracked import Ready, on_cluster, opened, tracking
+from pipelines.train_model import train_model
 from workers import data_check
 from workers.build import frozen, trained, write_weights
 from workers.dataset import ParquetDataset
@@ -148,14 +149,8 @@ def make_initial(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
             say(f"initialize: {config.initialize.pairs} ODE pairs in {config.initialize.pairs_path}")
             write_pairs(config)
         with tracking(config, state.stage, state.output, parents, state) as tracker:
-            path = train(
-                config,
-                replace(state, run_id=tracker.run_id),
-                Initialize(config, {**parents, "initial_student": tracker.run_id}),
-                tracker=tracker,
-                progress=partial(progress, state.stage, config.initialize.updates),
-                say=say,
-            )
+            task = Initialize(config, {**parents, "initial_student": tracker.run_id})
+            path = train_model(config, replace(state, run_id=tracker.run_id), task, tracker)
             summary("Initial student", {"model": path, "tracking": tracker.how_to_open()})
 
     return make

@@ -21,10 +21,11 @@ from model.score import ScoreConfig, ScorePlan
 from model.text import ByteEncoder
 from orchestrator.cluster import Cluster
 from orchestrator.config import RunConfig
-from orchestrator.single_model import Task, share, train
+from orchestrator.single_model import Task, share
 from orchestrator.stages import whole_stage
-from pipelines.console import progress, say, summary
+from pipelines.console import say, summary
 from pipelines.tracked import Ready, on_cluster, opened, tracking
+from pipelines.train_model import train_model
 from workers.data_check import check
 from workers.dataset import ParquetDataset
 from workers.engine import TrainEngine
@@ -151,14 +152,8 @@ def make_teacher(config: RunConfig, *, resume: bool, allow: Sequence[str] = ()) 
 
     def make(_: Cluster) -> None:
         with tracking(config, state.stage, state.output, {}, state) as tracker:
-            path = train(
-                config,
-                replace(state, run_id=tracker.run_id),
-                Pretrain(config, tracker.run_id),
-                tracker=tracker,
-                progress=partial(progress, state.stage, config.pretrain.updates),
-                say=say,
-            )
+            task = Pretrain(config, tracker.run_id)
+            path = train_model(config, replace(state, run_id=tracker.run_id), task, tracker)
             summary("Teacher", {"model": path, "tracking": tracker.how_to_open()})
 
     return make

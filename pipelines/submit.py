@@ -38,6 +38,8 @@ QUIET = (
     "ray._private.runtime_env.working_dir",
 )
 BAD_INPUT, DETACHED, STOPPED = 2, 130, 143  # exit codes
+GRACE_S = 600
+"""Seconds that a job which is stopped has for its checkpoint, unless told otherwise."""
 LOST_CONTACT_S = 60.0
 """How long the job server may be silent before following gives up."""
 
@@ -72,11 +74,18 @@ def command(_: None, options: Any) -> int:
         working_dir=working_dir,
         wait=not options.no_wait,
         retries=options.retries,
+        grace_s=options.grace,
     )
 
 
 def run_job(
-    words: Sequence[str], *, address: str | None, working_dir: Path, wait: bool = True, retries: int = 0
+    words: Sequence[str],
+    *,
+    address: str | None,
+    working_dir: Path,
+    wait: bool = True,
+    retries: int = 0,
+    grace_s: int = GRACE_S,
 ) -> int:
     """Run the command line `words` as a job in a copy of `working_dir`, print its output; its exit code.
 
@@ -93,7 +102,7 @@ def run_job(
     client = job_client(address)
     for attempt in range(retries + 1):
         resumed = ["--resume"] if attempt and "--resume" not in words else []
-        job_id = _hand_in(client, shlex.join([*words, *resumed]), working_dir)
+        job_id = _hand_in(client, shlex.join([*words, *resumed]), working_dir, grace_s)
         say(f"Submitted {job_id} to {client.get_address()}.")
         if not wait:
             say(_how_to(client, job_id))
@@ -132,14 +141,15 @@ def follow(client: JobSubmissionClient, job_id: str) -> int:
     return details.driver_exit_code if details.driver_exit_code > 0 else 128 - details.driver_exit_code
 
 
-def stop(job_id: str, *, address: str | None = None, timeout_s: float = 30.0) -> int:
+def stop(job_id: str, *, address: str | None = None) -> int:
     """Stop a job and wait until it has stopped. Returns 0, also if it had ended before, else 1.
 
-    Ray sends SIGTERM and, three seconds later, SIGKILL (or after the cluster's `RAY_JOB_STOP_WAIT_TIME_S`).
+    Ray sends SIGTERM, upon which a run ends with a checkpoint, and SIGKILL after the job's time of grace.
     """
     client = job_client(address)
-    _details(client, job_id)
+    grace_s = int((_details(client, job_id).metadata or {}).get("grace_s", 3))
     client.stop_job(job_id)
+    timeout_s = grace_s + 30.0
     deadline = time.monotonic() + timeout_s
     while not (status := client.get_job_status(job_id)).is_terminal():
         if time.monotonic() > deadline:
@@ -196,12 +206,16 @@ def _complain(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> str:
+def _hand_in(client: JobSubmissionClient, entrypoint: str, working_dir: Path, grace_s: int) -> str:
     # Lines as they are written, as wide as the terminal that shows them.
     shown = {"PYTHONUNBUFFERED": "1", "COLUMNS": str(shutil.get_terminal_size((100, 24)).columns)}
-    environment = cluster.code_environment(working_dir) | {"env_vars": shown | carried()}
+    # Read by the process that stops the job, which has the job's environment.
+    grace = {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s)}
+    environment = cluster.code_environment(working_dir) | {"env_vars": shown | grace | carried()}
     try:
-        return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+        return client.submit_job(
+            entrypoint=entrypoint, runtime_env=environment, metadata={"grace_s": str(grace_s)}
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from orchestrator.stages import SelectionConfig
 from pipelines.console import say
 from pipelines.import_model import adopt
 from pipelines.recipe import find, settings, unknown
+from pipelines.stopping import at_once
 from workers.model_directory import ModelDirectory
 
 Ready = Callable[[Cluster], None]
@@ -47,7 +47,7 @@ def exclusive(config: RunConfig, stage: str) -> Iterator[None]:
 
     def lost(why: str) -> None:
         say(f"{stage}: {why}, as this process gave no sign of life for long; it stops.")
-        os.kill(os.getpid(), signal.SIGINT)
+        at_once()
 
     with storage.owned(getattr(config, stage).output, stage, lost):
         yield

@@ -23,17 +23,21 @@ class Watch:
         """`done` are the iterations that the run goes on from; what was written of later ones is dropped."""
         self.output, self.reference = f"{config.distill.output}/watch", reference
         self.settings = config.distill.alarms
-        self.alarms = Alarms(self.settings, reference)
         self.rows: list[dict[str, Any]] = []
         if done and (found := storage.read_bytes(f"{self.output}/numbers.json")) is not None:
-            for row in json.loads(found)["updates"]:
-                if row["iteration"] <= done:
-                    numbers = {name: row[name] for name in NUMBERS if name in row}
-                    self.alarms.numbers({f"student/{name}": value for name, value in row.items()})
-                    list(self.alarms.look(row["iteration"], numbers))
-                    self.rows.append(row)
+            self.rows = json.loads(found)["updates"]
+        self.back_to(done)
         nothing = "nothing: there are neither held-out videos nor ODE pairs"
         say(f"distill: latents are compared with {reference.source if reference else nothing}")
+
+    def back_to(self, done: int) -> None:
+        """Forget what was measured after `done` iterations: they are made again."""
+        self.alarms = Alarms(self.settings, self.reference)
+        self.rows = [row for row in self.rows if row["iteration"] <= done]
+        for row in self.rows:
+            numbers = {name: row[name] for name in NUMBERS if name in row}
+            self.alarms.numbers({f"student/{name}": value for name, value in row.items()})
+            list(self.alarms.look(row["iteration"], numbers))
 
     def look(self, done: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The watched numbers of an iteration, for the tracker; none where the student was not updated.

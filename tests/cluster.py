@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,29 @@ class TwoNodeCluster:
     """What the cluster accepts, and nothing else."""
     environment: dict[str, str]
     """A whole environment for subprocesses: the token, and this interpreter's scripts first on the path."""
+    directory: str
+    """Where each node has a directory of its resource's name."""
+    add: Callable[[str], None]
+    """Start another node with that resource, and wait until it is there."""
+
+    def raylet(self, resource: str) -> int | None:
+        """The process id of the raylet of a node, if it runs."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "raylet" and any(
+                f"{self.directory}/{resource}/" in word for word in process.info["cmdline"] or ()
+            ):
+                return process.pid
+        return None
 
 
 @contextmanager
 def two_node_cluster(
-    *, cpus_per_node: int = 4, object_store_bytes: int = 256 << 20
+    *, cpus_per_node: int = 4, object_store_bytes: int = 256 << 20, **settings: str
 ) -> Iterator[TwoNodeCluster]:
     """Start the cluster, wait until both nodes and the job server answer, and kill it at the end.
 
-    The token is the one in `RAY_AUTH_TOKEN` if the tests have set it (Ray caches one a process), else a new
-    one.
+    `settings` are more of the nodes' environment. The token is the one in `RAY_AUTH_TOKEN` if the tests have
+    set it (Ray caches one a process), else a new one.
     """
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     mark = secrets.token_hex(8)
@@ -66,10 +79,18 @@ def two_node_cluster(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        **settings,
     }
     gcs, dashboard, client, *node_ports = free_ports(3 + 2 * len(NODE_PORTS))
     address = f"127.0.0.1:{gcs}"
-    cluster = TwoNodeCluster(address, f"http://127.0.0.1:{dashboard}", token, environment)
+
+    def add(resource: str) -> None:
+        process = node(
+            resource, free_ports(len(NODE_PORTS)), f"--address={address}", "--include-log-monitor=false"
+        )
+        _wait(lambda: process.poll() == 0, process, f"{directory}/{resource}.log")
+
+    cluster = TwoNodeCluster(address, f"http://127.0.0.1:{dashboard}", token, environment, directory, add)
 
     def node(resource: str, ports: list[int], *options: str) -> subprocess.Popen:
         command = [

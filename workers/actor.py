@@ -6,8 +6,9 @@ where nothing is), and `Stats` are the only thing that the coordinator reads.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from infra import storage
 from workers.batch import Batch, Read
 from workers.engine import TrainEngine, free_port, init_process_group
-from workers.engine_state import Snapshot
+from workers.engine_state import SavedState, Snapshot
+from workers.failure import classified
 from workers.prompts import TrainingData
 
 Stats = dict[str, float]
-"""What a verb measured, `seconds` among it, and on a GPU `memory`: the most GiB that tensors took there."""
+"""What a verb measured: `seconds` among it, on a GPU `memory` (the most GiB that tensors took there), and
+where an optimizer step was due `steps`, those that were made in all."""
 
 
 class Worker:
@@ -33,6 +36,8 @@ class Worker:
     data: TrainingData
     """What it reads of the data itself, of those that are asked to."""
 
+    _doing: tuple[str, float] | None = None  # a call, and when it began
+
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
@@ -42,6 +47,26 @@ class Worker:
         import ray  # only in an actor, so that what a scorer makes is known without
 
         return ray.get_runtime_context().get_node_id()
+
+    def pulse(self) -> tuple[str, float]:
+        """Its sign of life, in a thread of its own: which call it is at, and for how many seconds."""
+        verb, since = self._doing or ("", time.monotonic())
+        return verb, time.monotonic() - since
+
+    @contextmanager
+    def _at(self, verb: str) -> Iterator[None]:
+        """At a call, whose failure is classified here."""
+        self._doing = verb, time.monotonic()
+        try:
+            with classified():
+                yield
+        finally:
+            self._doing = None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The worker's half of `WorkerGroup.broadcast`."""
+        with self._at(method):
+            return getattr(self, method)(*arguments)
 
     def answer(
         self,
@@ -58,16 +83,17 @@ class Worker:
         `tensors` are one a sample, column after column of `columns`; what is to be read is read here.
         Without `makes` the `Stats` come bare, as Ray wants an answer of one value.
         """
-        began, gpu = time.perf_counter(), self.device.type == "cuda"
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        batch = Batch.stacked(samples, columns, self._whole(tensors), self.device)
-        stats, made = getattr(self, verb)(plan, batch)
-        tensors_made = made.unstacked(makes)
-        stats["seconds"] = time.perf_counter() - began
-        if gpu:
-            stats["memory"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return (stats, *tensors_made) if makes else stats
+        with self._at(verb):
+            began, gpu = time.perf_counter(), self.device.type == "cuda"
+            if gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            batch = Batch.stacked(samples, columns, self._whole(tensors), self.device)
+            stats, made = getattr(self, verb)(plan, batch)
+            tensors_made = made.unstacked(makes)
+            stats["seconds"] = time.perf_counter() - began
+            if gpu:
+                stats["memory"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            return (stats, *tensors_made) if makes else stats
 
     def _whole(self, tensors: Sequence[Tensor | Read]) -> list[Tensor]:
         """The tensors, with what is to be read in its place."""
@@ -121,6 +147,10 @@ class TrainedRank(Rank):
     _kept: Snapshot | None
     _writing: "Future[None]"
 
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop the graph that is alive, if any."""
+
     def snapshot(self) -> None:
         """Copy this rank's part of the training state to host memory; on all ranks at once."""
         self._kept = self.engine.snapshot()
@@ -146,7 +176,22 @@ class TrainedRank(Rank):
         self._writing.result()
         return True
 
+    def hold(self) -> dict[str, Any]:
+        """This rank's part of the training state, for Ray's object store; on all ranks at once."""
+        return self.engine.snapshot().arrays()
+
+    def receive(self, held: dict[str, Any]) -> None:
+        """Have what `hold` gave of this rank here, for `take`."""
+        self._received = held
+
+    def take(self) -> None:
+        """Return to what was received; on all ranks at once."""
+        self.forget()
+        self.engine.restore(SavedState.of_arrays(self._received))
+        del self._received
+
     def load(self, checkpoint: str, role: str) -> None:
-        """Read what `save` wrote."""
+        """Read what `write` wrote; what was under way is forgotten."""
+        self.forget()
         with storage.reading(checkpoint) as directory:
             self.engine.load(directory / role)

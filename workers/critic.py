@@ -88,6 +88,7 @@ class CriticWorker(Scorer, TrainedRank):
         # Left out of the other micro-batches, whose zeros the mean over an update would take in.
         due = result.stepped or result.grad_norm
         step = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate} if due else {}
+        step |= {"steps": self.engine.version} if due else {}
         values = {name: value.item() for name, value in losses.items()}
         return {"loss": flow.item(), **values, **step}, Batch(batch.samples)
 

@@ -52,6 +52,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def finite(loss: Tensor) -> Tensor:
+    """1 for a loss that is finite, and NaN for one that isn't, whose gradient may be: nobody waits for it."""
+    return torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
+
+
 class TrainEngine:
     """This rank of a model in training. All ranks construct it, and call its methods, in the same order.
 
@@ -98,15 +103,17 @@ class TrainEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar `loss`, the mean over this rank's samples, once per micro-batch.
 
-        The mean over ranks and accumulation is taken here, and nowhere else. `RuntimeError` if a step is due
-        first.
+        The mean over ranks and accumulation is taken here, and nowhere else. One that is not finite makes the
+        whole update's gradient so, which `step` drops on every rank. `RuntimeError` if a step is due first.
         """
         if self._pending == self.config.accumulation:
             raise RuntimeError(
                 f"backward was called {self._pending} times, as accumulation says: call step first"
             )
         self._pending += 1
-        self._zero.backward(loss, first=self._pending == 1, last=self._pending == self.config.accumulation)
+        self._zero.backward(
+            loss * finite(loss), first=self._pending == 1, last=self._pending == self.config.accumulation
+        )
 
     def trained_values(self) -> list[tuple[Tensor, Tensor | None]]:
         """This rank's part of each trained parameter in fp32, as it is in memory, and its average if there is
@@ -171,7 +178,11 @@ class TrainEngine:
         Files of other ranks are read where the slices lie otherwise. `ValueError` if files are missing,
         damaged or of another model.
         """
-        saved, pieces = SavedState(directory, self.config.zero_stage), self._trained
+        self.restore(SavedState.read(directory, self.config.zero_stage))
+
+    def restore(self, saved: SavedState) -> None:
+        """The same from what was saved, wherever it is."""
+        pieces = self._trained
         for name, piece in pieces.items():
             saved.check(name, zero.shape_of(self._zero.parameters[name]).numel(), piece)
             if name in self._ema and not saved.has(name, "ema"):

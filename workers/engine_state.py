@@ -5,11 +5,13 @@ A slice knows where it begins in its flattened parameter, so any number of ranks
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,6 +33,10 @@ class Snapshot:
         Path(directory).mkdir(parents=True, exist_ok=True)
         torch.save(dict(self.record), Path(directory) / self.name)
 
+    def arrays(self) -> dict[str, Any]:
+        """The record with NumPy arrays, which Ray's object store takes and gives back without copies."""
+        return _converted(self.record, torch.Tensor, torch.Tensor.numpy)
+
 
 def path_of(directory: str | Path) -> Path:
     return Path(directory) / _file_name(dist.get_rank(), dist.get_world_size())
@@ -46,17 +52,28 @@ class SavedState:
     A rank of the same layout finds its slices in the file of its own number, and opens no other.
     """
 
-    def __init__(self, directory: str | Path, stage: int):
-        """ValueError where a rank's file is missing or damaged."""
-        self._words = f"the checkpoint in {directory}"
+    def __init__(self, records: list[dict[str, Any]], what: str, *, own: bool):
+        """`own` is whether the only record is of this rank, in the layout of now."""
+        self._records, self._words, self._own = records, what, own
+
+    @classmethod
+    def of_arrays(cls, record: Mapping[str, Any]) -> Self:
+        """What `Snapshot.arrays` gave on this rank, in the layout of now."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what comes out of the store is read-only, and read
+            tensors = _converted(record, np.ndarray, torch.from_numpy)
+        return cls([tensors], "the snapshot", own=True)
+
+    @classmethod
+    def read(cls, directory: str | Path, stage: int) -> Self:
+        """From files; ValueError where a rank's is missing or damaged."""
+        what = f"the checkpoint in {directory}"
         files = sorted(Path(directory).glob("engine-*-of-*.pt"))
         own = path_of(directory)
         if own in files:
             record = read_record(own)
             if record["stage"] == stage:
-                self._records, self._own = [record], True
-                return
-        self._own = False
+                return cls([record], what, own=True)
         ranks = max(
             (int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))), default=0
         )
@@ -64,7 +81,7 @@ class SavedState:
             path = Path(directory) / _file_name(rank, ranks or dist.get_world_size())
             if not path.exists():
                 raise ValueError(f"the checkpoint file {path} is missing: resume from a whole checkpoint")
-        self._records = [read_record(file) for file in files]
+        return cls([read_record(file) for file in files], what, own=False)
 
     def __str__(self) -> str:
         return self._words
@@ -107,6 +124,13 @@ class SavedState:
                     return kept
                 found[first - start : last - start] = kept
         return found
+
+
+def _converted(value: Any, kind: type, how: Callable[[Any], Any]) -> Any:
+    """The same tree, with what is of a kind converted."""
+    if isinstance(value, Mapping):
+        return {name: _converted(each, kind, how) for name, each in value.items()}
+    return how(value) if isinstance(value, kind) else value
 
 
 def read_record(path: Path) -> dict[str, Any]:

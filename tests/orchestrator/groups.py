@@ -7,15 +7,17 @@ process group are reused.
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from torch import Tensor
 
 from model.watch import Reference
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, Metrics
-from orchestrator.roles import Roles, ranks_of, settings_of
+from orchestrator.roles import Roles, actor_class, ranks_of, settings_of
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Rank, Worker
 from workers.critic import CriticWorker
@@ -29,6 +31,13 @@ class _Reusable(Rank):
     def __init__(self, *, rank: int, ranks: int, threads: int, **settings: Any):
         Rank.__init__(self, rank=rank, ranks=ranks, threads=threads)
         self._settings = settings
+
+    def start(self, address: str, port: int, timeout_s: float) -> None:
+        """Whatever it becomes, its group is there; a replicated teacher that is made anew needs none."""
+        if "engine" not in self._settings and self._settings.get("zero_stage") == 0:
+            self.build()
+        else:
+            Rank.start(self, address, port, timeout_s)
 
     def build(self) -> None:
         """What it is made with, if anything; else `become` builds."""
@@ -87,19 +96,29 @@ class Groups:
 
     def __init__(self) -> None:
         self.made = {
-            (role, ranks): WorkerGroup(
-                role,
-                [
-                    ray.remote(kind).options(num_cpus=0).remote(rank=rank, ranks=ranks, threads=1)
-                    for rank in range(ranks)
-                ],
-                kind.makes,
-            )
+            (role, ranks): WorkerGroup(role, self._actors(role, ranks), kind.makes)
             for role, kind in KINDS.items()
             for ranks in (1, 2)
         }
         for group in self.made.values():
             group.wait(group.start(timeout_s=120))
+
+    def _actors(self, role: str, ranks: int) -> list[ActorHandle]:
+        make = actor_class(KINDS[role]).options(num_cpus=0)
+        return [make.remote(rank=rank, ranks=ranks, threads=1) for rank in range(ranks)]
+
+    def _repair(self, group: WorkerGroup, ranks: int) -> None:
+        """A group that a test has left with lost ranks, or with others than its own, is made anew."""
+        try:
+            ray.get([actor.pulse.remote() for actor in group.actors])
+            if len(group.actors) == ranks:
+                return
+        except ray.exceptions.RayActorError:
+            pass
+        for actor in group.actors:
+            ray.kill(actor)
+        group.actors = self._actors(group.role, ranks)
+        group.wait(group.start(timeout_s=120))
 
     def close(self) -> None:
         for group in self.made.values():
@@ -110,6 +129,8 @@ class Groups:
         """Freshly built roles; their predecessors are gone."""
         ranks, settings = ranks_of(config), settings_of(config)
         groups = {role: self.made[role, each.ranks] for role, each in ranks.items()}
+        for role, group in groups.items():
+            self._repair(group, ranks[role].ranks)
         options = {role: [{"num_cpus": 0}] * len(group.actors) for role, group in groups.items()}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}
         for role, group in groups.items():
@@ -144,11 +165,18 @@ def measured(metrics: Metrics) -> Metrics:
     return {name: value for name, value in metrics.items() if not name.startswith(("seconds/", "idle/"))}
 
 
+@dataclass
 class _Started(Roles):
     """Roles that are built already."""
 
+    built: bool = True
+
     def start(self, *roles: str) -> None:
-        """They are."""
+        """At first they are."""
+        if not self.built:
+            super().start(*roles)
+        self.built, here = False, ray.get_runtime_context().get_node_id()
+        self.nodes = {role: [here] for role in self.groups}
 
 
 @contextmanager
@@ -158,4 +186,6 @@ def reused_roles(groups: Groups, config: RunConfig, reference: Reference | None 
     roles = groups.roles(config)
     student = roles.groups["student"]
     student.wait(student.broadcast("refer", reference))
-    yield _Started(config, roles.options, workers=KINDS, groups=roles.groups)
+    yield _Started(config, roles.options, workers=KINDS, groups=roles.groups, reference=reference)
+    for group in roles.groups.values():
+        group.look = lambda: None

@@ -1,5 +1,6 @@
 """What the coordinator asks of whom, and when it waits; groups that only take notes, and no Ray."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from model import objectives
 from model.objectives.loss import Loss
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, Timer
+from orchestrator.fault import Fault
 from orchestrator.worker_group import Request, WorkerGroup
 from pipelines import cli
 from tests.fixtures import TINY_RECIPE
@@ -26,6 +28,8 @@ class Notes:
     makes: tuple[str, ...] = ()
     measures: dict[str, float] = field(default_factory=dict)
     plans: list[Any] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    """What it tells of its coming steps."""
 
     def scatter(self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()) -> tuple[Any, Batch]:
         given, made = ",".join(batch.columns), ",".join(makes)
@@ -41,7 +45,10 @@ class Asked:
 
     def wait(self) -> dict[str, float]:
         self.group.said.append(f"wait {self.group.role}.{self.verb}")
-        return {"seconds": 0.0, **(self.group.measures if self.verb == "judge" else {})}
+        told = self.group.measures if self.verb == "judge" else {}
+        if self.verb == "step" and self.group.steps:
+            told = self.group.steps.pop(0)
+        return {"seconds": 0.0, **told}
 
 
 def noted(config: RunConfig, **makes: tuple[str, ...]) -> tuple[Coordinator, list[str]]:
@@ -64,29 +71,29 @@ def test_one_update_in_the_order_of_the_algorithm(config: RunConfig) -> None:
     next(iterations)
     assert said == [
         "student.rollout(context) → video",
+        "wait student.rollout",
         "teacher.score(video,context) → real",
         "critic.score(video,context) → fake",
-        "student.judge(real,fake)",
-        "student.pullback()",
-        "wait student.rollout",
         "wait teacher.score",
         "wait critic.score",
+        "student.judge(real,fake)",
         "wait student.judge",
+        "student.pullback()",
         "wait student.pullback",
         "student.step()",
         "wait student.step",
         "student.rollout(context) → video",
+        "wait student.rollout",
         "critic.update(video,context)",
         # The next iteration's, before anybody waits for the critic.
         "student.rollout(context) → video",
-        "wait student.rollout",
         "wait critic.update",
     ]
     said.clear()
     assert [done for done, _ in iterations] == [2]
     assert said == [
-        "critic.update(video,context)",
         "wait student.rollout",
+        "critic.update(video,context)",
         "wait critic.update",
     ]
 
@@ -101,7 +108,8 @@ def test_a_new_leaf_is_asked_for_by_its_name_and_gradient_finds_its_way_back(
     assert not config.distill.needs_teacher
     coordinator, said = noted(config, critic=("fake", "logits", "depth"))
     next(coordinator.run(0))
-    assert said[1 : said.index("wait student.rollout")] == [
+    asked = [each for each in said[1 : said.index("student.step()")] if not each.startswith("wait")]
+    assert asked == [
         "critic.score(video,context) → depth",
         "critic.score(video,context) → depth",
         "student.judge(depth,data_depth) → depth",
@@ -126,6 +134,38 @@ def test_a_loss_that_is_not_finite_is_never_stepped_on(config: RunConfig) -> Non
     with pytest.raises(FloatingPointError, match=r"^student loss is nan in iteration 0 \(prompt batch 0\)"):
         next(coordinator.run(0))
     assert said[-1] == "wait student.judge" and "student.step()" not in said
+
+
+def stepped(*numbers: tuple[int, float]) -> list[dict[str, float]]:
+    return [{"steps": float(steps), "grad_norm": norm} for steps, norm in numbers]
+
+
+def test_an_update_that_is_not_finite_is_dropped_and_counted_where_the_recipe_says_so(
+    config: RunConfig,
+) -> None:
+    config = replace(
+        config, distill=replace(config.distill, iterations=30, student_every=1, not_finite="drop")
+    )
+    coordinator, _ = noted(config, teacher=("real",), critic=("fake",))
+    coordinator.student.measures["loss"] = math.nan
+    coordinator.student.steps += stepped((7, 1.0), (7, math.inf), (8, 1.0))
+    metrics = [measured for (_, measured), _ in zip(coordinator.run(0), range(3), strict=False)]
+    assert [each.get("student/dropped") for each in metrics] == [None, 1.0, None]
+    assert all("student/loss" not in each for each in metrics)
+    assert [each.get("student/grad_norm") for each in metrics] == [1.0, None, 1.0]
+    coordinator.student.steps += stepped(*[(8, math.inf)] * 20)
+    with pytest.raises(FloatingPointError, match="in iteration 13 ") as stopped:
+        list(coordinator.run(3))
+    assert stopped.value.since == 3  # ten were dropped since then
+
+
+def test_an_update_is_one_step_of_each_role(config: RunConfig) -> None:
+    config = replace(config, distill=replace(config.distill, student_every=1))
+    for numbers, said in (((7, 9), "made 9 steps, where there should be 8"), ((7, 7), "made 7 steps")):
+        coordinator, _ = noted(config, teacher=("real",), critic=("fake",))
+        coordinator.student.steps += stepped(*[(steps, 1.0) for steps in numbers])
+        with pytest.raises(Fault, match=said):
+            list(coordinator.run(0))
 
 
 def test_memory_is_the_most_of_any_rank_and_verb() -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,9 +84,8 @@ class Only:
     def run(self, settings: PretrainConfig, state: RunState, task: Line) -> list[tuple[int, int]]:
         self.said: list[str] = []
         reports = SimpleNamespace(put=lambda told: self.said.append(told) if isinstance(told, str) else None)
-        single_model._loop(
-            {"settings": settings, "seed": 0, "state": state, "task": task, "reports": reports}
-        )
+        asked = {"reports": reports, "orders": SimpleNamespace(get=Event().wait)}
+        single_model._loop({"settings": settings, "seed": 0, "state": state, "task": task, **asked})
         return task.seen
 
     def warnings(self) -> list[str]:
@@ -114,13 +114,19 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
     assert ray.get(rank.run.remote(longer, resumed, Line())) == [(3, 6), (4, 11), (5, 16)]
 
     with pytest.raises(FloatingPointError) as stopped:
-        ray.get(rank.run.remote(longer, resumed, Line(bad=5)))
+        ray.get(rank.run.remote(replace(longer, not_finite="stop"), resumed, Line(bad=5)))
     rate = "pretrain.role.engine.learning_rate"
     assert (
         f"pretrain: the loss of update 5 is not finite; go on with a lower {rate}, as in --{rate} VALUE "
         f"--allow-change {rate} --resume ({state.path(5)} led there and is kept in {tmp_path}/not-finite)."
     ) in str(stopped.value)
     assert not storage.is_complete(state.path(5)) and storage.is_complete(state.path(4))
+
+    # Otherwise such an update is dropped, and changes nothing.
+    each = replace(settings, updates=5, checkpoint_every=1)
+    assert len(ray.get(rank.run.remote(each, resumed, Line(bad=4)))) == 2
+    dropped, before = weights(state.path(5)), weights(state.path(4))
+    assert all(torch.equal(value, before[name]) for name, value in dropped.items())
 
     # What cannot be stored is said, and training goes on; without the last checkpoint it does not end well.
     (tmp_path / "file").write_text("no directory")

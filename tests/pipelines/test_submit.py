@@ -5,7 +5,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -82,6 +81,7 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
             "--root",
             str(tmp_path / name),
             "--placement.mode=disaggregated",
+            "--distill.checkpoint_every=100000",
             f"--distill.iterations={iterations}",
         ]
 
@@ -112,10 +112,7 @@ def test_the_tiny_recipe_as_a_job_both_ways_followed_stopped_and_resumed(
     assert len(set(nodes_in(seen).values())) == 2
 
     checkpoints = tmp_path / "ours/outputs/distilled/checkpoints"
-    deadline = time.monotonic() + 120
-    while storage.newest_complete(checkpoints) is None:
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        time.sleep(0.1)
+    assert storage.newest_complete(checkpoints) is None  # one is made when the job is stopped
     assert handed_in(["--stop", job, *address]) == 0
     assert handed_in(["--follow", job, *address]) == submit.STOPPED
     newest = storage.newest_complete(checkpoints)

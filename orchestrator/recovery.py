@@ -1,0 +1,149 @@
+"""What to do about a fault: a state machine that does nothing itself, and knows no clock but the one it is
+given.
+
+Two questions are answered here. Is it worth another attempt: a fault that comes again at the same update, as
+a bad batch, a mistake in the code or too little memory would, ends the run with an account; so do too many
+faults without an update in between. And how far back: a scorer that learns nothing is made anew while the
+update stands still; where a group that learns is lost, all of them return to one checkpoint.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from infra.settings import at_least, positive
+from orchestrator.fault import Fault, Kind
+
+Back = Literal["score", "checkpoint"]
+"""Where an update starts anew from."""
+LEARNING = ("student", "critic")
+"""Roles whose state a checkpoint holds."""
+_FROM_OUTSIDE: tuple[Kind, ...] = ("node", "storage")
+"""Kinds that say nothing about the update at which they happen."""
+_LIKELY: Mapping[Kind, str] = {
+    "lost": "something in this update may end the process, such as the system's killer of processes that "
+    "take too much memory: look at the node's log",
+    "node": "nodes are lost faster than updates are made",
+    "hung": "raise distill.faults.stuck_s if its calls take that long",
+    "memory": "lower distill.batch, raise the role's engine.accumulation, or turn on its "
+    "activation_checkpointing",
+    "peer": "ranks cannot reach each other: look at the network between the nodes",
+    "storage": "look at the storage",
+    "code": "this is a mistake in the code or in this batch of the data: --traceback shows where",
+}
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What a run does about lost workers."""
+
+    attempts: int = 8
+    """Faults in a row, without an update made between them that was not made before, that end the run; 1 ends
+    it at the first."""
+    backoff_s: float = 1.0
+    """Seconds before the second attempt in a row; each further one waits twice as long, a minute at most."""
+    silence_s: float = 60.0
+    """Seconds without a sign of life after which a process counts as hung."""
+    stuck_s: float = 1800.0
+    """Seconds in one call, such as a rollout or the reading of a checkpoint, after which it does."""
+    replace_s: float = 600.0
+    """Seconds to wait for something in place of a lost node, where a group may not go on with fewer ranks."""
+
+    snapshot_every: int = 0
+    """Iterations between copies of the training state in the memory of the nodes (Ray's object store), which
+    a lost process does not take with it; 0 makes none. At 14B two copies of 390 GB over all nodes."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "attempts")
+        at_least(self, 0, "backoff_s", "replace_s", "snapshot_every")
+        positive(self, "silence_s", "stuck_s")
+
+
+@dataclass(frozen=True)
+class Again:
+    """Another attempt."""
+
+    back: Back
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """The end of the run."""
+
+    account: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """One fault and what it cost."""
+
+    at: int
+    """Updates that were done when it was found."""
+    role: str
+    kind: Kind
+    what: str
+    back_to: int | None = None
+    """Updates that were done after recovery; None if there was none."""
+    seconds: float = 0.0
+    """From the moment that it was found to the moment that updates went on."""
+
+
+@dataclass
+class Recovery:
+    """The faults of one run so far."""
+
+    config: FaultConfig
+    clock: Callable[[], float] = time.monotonic
+    furthest: int = 0
+    """Most updates that were ever done."""
+    in_a_row: int = 0
+    """Faults since then."""
+    events: list[Event] = field(default_factory=list)
+    _seen: dict[tuple[int, str, Kind], str] = field(default_factory=dict)
+    _open: tuple[Event, float] | None = None
+
+    def progressed(self, done: int) -> None:
+        """`done` updates are made: those that had faults are behind, and attempts are whole again."""
+        self._seen = {key: what for key, what in self._seen.items() if key[0] >= done}
+        if done > self.furthest:
+            self.furthest, self.in_a_row = done, 0
+
+    def failed(self, fault: Fault, done: int) -> Again | GiveUp:
+        """What to do about a fault after `done` updates."""
+        recovering = self._open is not None
+        since = self.clock() if self._open is None else self._open[1]
+        self._open = Event(done, fault.role, fault.kind, str(fault)), since
+        self.in_a_row += 1
+        key = (done, fault.role, fault.kind)
+        # What fails while groups are made anew says nothing of the update.
+        if not recovering and fault.kind not in _FROM_OUTSIDE:
+            if key in self._seen:
+                return self._given_up(f"update {done} failed twice in the same way")
+            self._seen[key] = str(fault)
+        if self.in_a_row >= self.config.attempts:
+            return self._given_up(
+                f"{self.in_a_row} faults in a row without a new update (distill.faults.attempts is "
+                f"{self.config.attempts})"
+            )
+        waits = self.in_a_row - 2
+        delay = min(self.config.backoff_s * 2**waits, 60.0) if waits >= 0 else 0.0
+        return Again("checkpoint" if fault.role in LEARNING else "score", delay)
+
+    def recovered(self, done: int) -> Event:
+        """Updates go on after `done` of them."""
+        assert self._open is not None, "there was a fault"
+        (event, since), self._open = self._open, None
+        event = Event(event.at, event.role, event.kind, event.what, done, self.clock() - since)
+        self.events.append(event)
+        return event
+
+    def _given_up(self, why: str) -> GiveUp:
+        assert self._open is not None
+        event, since = self._open
+        self.events.append(Event(event.at, event.role, event.kind, event.what, None, self.clock() - since))
+        return GiveUp(
+            f"distill: {why}: {event.what}. What helps: {_LIKELY[event.kind]}; then --resume continues from "
+            "the newest checkpoint."
+        )

@@ -1,0 +1,123 @@
+"""A run that loses workers goes on, and ends with the weights of one that lost none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from signal import SIGKILL, SIGSTOP
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from orchestrator.config import RunConfig
+from orchestrator.roles import Roles
+from orchestrator.worker_group import WorkerGroup
+from tests.chaos import Moment, injected, send
+from tests.fixtures import furnished
+from tests.orchestrator.test_resume import history
+from workers.model_directory import ModelDirectory
+
+pytestmark = pytest.mark.slow
+
+SETTINGS: tuple[str, ...] = (
+    "iterations=10",
+    "student_every=2",
+    "checkpoint_every=4",
+    "sample_every=0",
+    "faults.silence_s=2",
+    "faults.backoff_s=0",
+)
+
+
+def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
+    model = ModelDirectory(root / name / "model")
+    return {name: model.get(name) for name in model.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def tracked(config: RunConfig, name: str) -> dict[str, dict[int, float]]:
+    """What MLflow has of the run with that output."""
+    client = MlflowClient(config.tracking.uri)
+    places = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(places, f"attributes.run_name = 'distill {name}'")
+    return history(str(config.tracking.uri), run.info.run_id)
+
+
+def test_three_faults_change_no_number(distilled: Callable[..., str], tmp_path: Path) -> None:
+    config = furnished(tmp_path)
+    distilled(*SETTINGS, "output=whole")
+    faults = {
+        Moment("teacher", "score", 2): send(SIGKILL),
+        Moment("student", "pullback", 6): send(SIGKILL),
+        Moment("critic", "update", 9): send(SIGSTOP),
+    }
+    with injected(faults) as left:
+        said = distilled(*SETTINGS, "output=disturbed")
+    assert not left
+    assert said.count("FAULT") == 3
+    whole, disturbed = weights(tmp_path, "whole"), weights(tmp_path, "disturbed")
+    assert all(torch.equal(disturbed[name], tensor) for name, tensor in whole.items())
+    assert tracked(config, "disturbed") == tracked(config, "whole")
+
+
+def test_a_lost_process_costs_one_update_where_snapshots_are_in_memory(
+    distilled: Callable[..., str], tmp_path: Path
+) -> None:
+    furnished(tmp_path)
+    rare = [each for each in SETTINGS if not each.startswith("checkpoint_every")]
+    settings = (*rare, "checkpoint_every=100", "faults.snapshot_every=1")
+    distilled(*settings, "output=whole")
+    with injected({Moment("critic", "update", 7): send(SIGKILL)}) as left:
+        said = distilled(*settings, "output=disturbed")
+    assert not left and "found after 7 iterations" in said and "going on from 7 after" in said
+    whole, disturbed = weights(tmp_path, "whole"), weights(tmp_path, "disturbed")
+    assert all(torch.equal(disturbed[name], tensor) for name, tensor in whole.items())
+
+
+def test_the_same_fault_twice_at_an_update_ends_the_run_with_an_account(
+    distilled: Callable[..., str], tmp_path: Path
+) -> None:
+    furnished(tmp_path)
+    faults = {Moment("critic", "update", 5, nth): send(SIGKILL) for nth in (1, 2)}
+    with injected(faults) as left:
+        said = distilled(*SETTINGS, "output=ended", code=1)
+    assert not left
+    assert "update 5 failed twice in the same way: a critic rank was lost" in said
+    assert "--resume continues from the newest checkpoint" in said
+    distilled(*SETTINGS, "output=ended", "--resume")
+    distilled(*SETTINGS, "output=whole")
+    whole, ended = weights(tmp_path, "whole"), weights(tmp_path, "ended")
+    assert all(torch.equal(ended[name], tensor) for name, tensor in whole.items())
+
+
+def test_groups_shrink_where_a_node_is_lost_and_grow_again_at_a_checkpoint(
+    distilled: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnished(tmp_path)
+    ranks = ("roles.student.ranks=2", "roles.critic.ranks=2")
+    fewer = ("roles.student.min_ranks=1", "roles.critic.min_ranks=1")
+    distilled(*SETTINGS, *ranks, "output=whole")
+    lost, sizes = [False], []
+
+    def room(self: Roles) -> dict[str, list[Any]]:
+        return {role: each[:1] if lost[0] else list(each) for role, each in self.options.items()}
+
+    def node_is_lost(group: WorkerGroup) -> None:
+        lost[0] = True
+        send(SIGKILL, rank=1)(group)
+
+    def node_is_back(group: WorkerGroup) -> None:
+        sizes.append(len(group.actors))
+        lost[0] = False
+
+    monkeypatch.setattr(Roles, "room", room)
+    faults = {
+        Moment("student", "pullback", 2): node_is_lost,
+        Moment("critic", "update", 3): node_is_back,
+    }
+    with injected(faults) as left:
+        said = distilled(*SETTINGS, *ranks, *fewer, "output=shrunk")
+    assert not left and sizes == [1]
+    assert "with 1 student, 1 teacher, 1 critic, until nodes are back" in said
+    whole, shrunk = weights(tmp_path, "whole"), weights(tmp_path, "shrunk")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(shrunk[name], tensor, rtol=1e-4, atol=1e-5)

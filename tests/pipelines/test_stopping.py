@@ -1,0 +1,68 @@
+"""A run that is asked to end makes a checkpoint first; asked twice, it ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra import storage
+from tests.fixtures import TINY_RECIPE, furnished
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def started(*words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipelines.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def until(run: "subprocess.Popen[str]", word: str) -> None:
+    """Reads what it says up to a line with the word."""
+    seen = ""
+    for line in run.stdout or ():
+        seen += line
+        if word in line:
+            return
+    pytest.fail(f"it never said {word!r}:\n{seen}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "by", "code"),
+    [("distill", signal.SIGINT, 130), ("distill", signal.SIGTERM, 143), ("pretrain", signal.SIGTERM, 143)],
+)
+def test_it_ends_with_a_checkpoint(stage: str, by: signal.Signals, code: int, tmp_path: Path) -> None:
+    if stage == "distill":
+        furnished(tmp_path)
+    total = "iterations" if stage == "distill" else "updates"
+    words = [stage, str(TINY_RECIPE), f"--root={tmp_path}", f"--{stage}.checkpoint_every=100000"]
+    if stage == "pretrain":
+        prepared = started("prepare", str(TINY_RECIPE), f"--root={tmp_path}")
+        assert prepared.wait() == 0, prepared.stdout and prepared.stdout.read()
+    run = started(*words, f"--{stage}.{total}=100000")
+    until(run, "min left")
+    run.send_signal(by)
+    rest = run.communicate(timeout=120)[0]
+    assert run.returncode == code, rest
+    output = tmp_path / "outputs" / ("distilled" if stage == "distill" else "teacher")
+    found = storage.newest_complete(output / "checkpoints")
+    assert found is not None
+    done = storage.read_metadata(found)["done"]
+    assert f"after {done} updates, with a checkpoint" in " ".join(rest.split())
+    assert not (output / "model").exists() and not (output / "lock.json").exists()
+
+    allowed = ["--allow-change", "pretrain.updates"] if stage == "pretrain" else []
+    again = started(*words, f"--{stage}.{total}={done + 1}", "--resume", *allowed)
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    assert storage.is_complete(output / "model")
