@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import torch
 from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra import storage
@@ -30,6 +31,7 @@ from infra.tracking import Tracker
 from orchestrator import run_state
 from orchestrator.cluster import release, reserve
 from orchestrator.config import RunConfig
+from orchestrator.fault import Fault
 from orchestrator.run_state import RunState
 from orchestrator.worker_group import WorkerGroup
 from pipelines import suites
@@ -157,9 +159,11 @@ class Selection:
     card: ModelCard  # of the student
     tracker: Tracker
     measurer: WorkerGroup | None  # none where nothing is measured
+    make_measurer: Callable[[], ActorHandle] | None = None
     numbers: dict[int, Numbers] = field(default_factory=dict)  # by iteration
     kept: list[int] = field(default_factory=list)  # whose models there are, the best first
     asked: tuple[int, ObjectRef] | None = None  # what is being measured
+    failed: int | None = None  # the last state whose measurement failed
 
     def after(self, done: int) -> bool:
         """Measure the student if `done` iterations ask for it; whether the run ends here.
@@ -268,7 +272,12 @@ class Selection:
         iteration, answer = self.asked
         if not wait and not ray.wait([answer], timeout=0)[0]:
             return
-        self.asked, self.numbers[iteration] = None, self.measurer.wait(answer)
+        try:
+            self.numbers[iteration] = self.measurer.wait(answer)
+        except Fault as fault:
+            self._measure_again(iteration, fault)
+            return self._collect(wait=wait)
+        self.asked = None
         self.kept = self._best_of([*self.kept, iteration])
         self._write()
         values = {name: value for name, value in self.numbers[iteration].items() if value is not None}
@@ -276,6 +285,18 @@ class Selection:
         by, best = str(self.config.distill.selection.by), self.best(iteration)
         rank = "the best so far" if best == iteration else f"the best so far is of iteration {best}"
         say(f"distill: iteration {iteration} measured, {by} {_shown(values.get(by))}; {rank}")
+
+    def _measure_again(self, iteration: int, fault: Fault) -> None:
+        """The state is on disk: another actor measures it. RuntimeError the second time."""
+        assert self.measurer is not None and self.make_measurer is not None
+        if self.failed == iteration:
+            raise RuntimeError(f"iteration {iteration} could not be measured, twice: {fault}") from fault
+        self.failed = iteration
+        say(f"distill: FAULT ({fault.kind}: {fault}); iteration {iteration} is measured again")
+        for actor in self.measurer.actors:
+            ray.kill(actor)
+        self.measurer.actors = [self.make_measurer()]
+        self.asked = iteration, self.measurer.actors[0].measure.remote(self.path(iteration))
 
     def _write(self) -> None:
         body = {
@@ -355,14 +376,14 @@ def selecting(
     placed = reserve([bundle], purpose="the measurements of distill.selection", timeout_s=timeout_s)
     make: Any = ray.remote(Measurer)
     where = PlacementGroupSchedulingStrategy(placed, 0)
-    actor = make.options(num_cpus=settings.cpus, num_gpus=settings.gpus, scheduling_strategy=where).remote(
-        config
-    )
-    selection.measurer = WorkerGroup("selection", [actor])
+    options = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "scheduling_strategy": where}
+    selection.make_measurer = lambda: make.options(**options).remote(config)
+    selection.measurer = WorkerGroup("selection", [selection.make_measurer()])
     try:
         yield selection
     finally:
-        ray.kill(actor)
+        for actor in selection.measurer.actors:
+            ray.kill(actor)
         release(placed)
 
 

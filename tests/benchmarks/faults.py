@@ -64,7 +64,7 @@ SETTINGS = {
     "distill.student_every": 2,
     "distill.checkpoint_every": EVERY,
     "distill.sample_every": 0,
-    "distill.faults.silence_s": 5,
+    "distill.faults.silence_s": 10,
     "distill.faults.backoff_s": 0.1,
     "distill.roles.student.ranks": 2,
     "distill.roles.teacher.ranks": 2,
@@ -254,7 +254,8 @@ def served(folder: Path) -> Iterator[Server]:
         server.kill()
 
 
-def measure(seeds: list[int]) -> dict[str, Any]:
+def measure(seeds: list[int], out: Path) -> None:
+    """Run every seed, and write the page anew after each."""
     found: dict[str, Any] = {"iterations": ITERATIONS, "every": EVERY, "runs": []}
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -295,7 +296,7 @@ def measure(seeds: list[int]) -> dict[str, Any]:
             run["log"] = Log(folder / "log.jsonl").read()
             found["runs"].append(run)
             print(json.dumps({key: value for key, value in run.items() if key != "log"}), flush=True)
-    return found
+            write(found, out)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -341,8 +342,10 @@ def costs(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """The page and its plot."""
+    """The page, its plot, and all that was measured."""
     import matplotlib
+
+    storage.write_text(folder / "faults.json", json.dumps(found))
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -408,7 +411,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
                 "",
                 "What each cost, over the seeds: seconds from the fault to the moment that updates go on, "
                 "and until the run had done one more update than before it; median, least and most. A "
-                "process is taken for hung after 5 s of silence here (`distill.faults.silence_s`, 60 by "
+                "process is taken for hung after 10 s of silence here (`distill.faults.silence_s`, 60 by "
                 "default). Most of the rest is the start of a process with PyTorch and DeepSpeed, on two "
                 "cores.",
                 "",
@@ -433,9 +436,7 @@ def main() -> None:
     if asked.drive:
         sys.exit(drive(Path(asked.drive[0]), int(asked.drive[1]), asked.words))
     asked.out.mkdir(parents=True, exist_ok=True)
-    found = measure(asked.seeds)
-    storage.write_text(asked.out / "faults.json", json.dumps(found))
-    write(found, asked.out)
+    measure(asked.seeds, asked.out)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from orchestrator.supervisor import Supervisor
 from orchestrator.worker_group import Request, WorkerGroup
 from pipelines import cli
 from tests.fixtures import TINY_RECIPE
-from workers.actor import Worker
 from workers.batch import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -277,13 +276,13 @@ def own_logic(config: RunConfig, updates: int) -> tuple[float, float]:
     return (time.process_time() - began) / updates, Counted.calls / updates
 
 
-class NoOp(Worker):
-    """A real actor that does nothing with what it is given."""
+class NoOp:
+    """A real actor that does nothing with what it is given; without PyTorch, so that many fit here."""
 
-    def nothing(self, plan: Any, batch: Batch) -> tuple[dict[str, float], Batch]:
-        return {}, batch
+    def answer(self, *_: object) -> dict[str, float]:
+        return {"seconds": 0.0}
 
-    def forget(self) -> None:
+    def call(self, *_: object) -> None:
         pass
 
 

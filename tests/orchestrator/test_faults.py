@@ -1,19 +1,22 @@
 """A run that loses workers goes on, and ends with the weights of one that lost none."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
 from typing import Any
 
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 
 from orchestrator.config import RunConfig
 from orchestrator.roles import Roles
 from orchestrator.worker_group import WorkerGroup
+from pipelines.selection import Selection
 from tests.chaos import Moment, injected, send
-from tests.fixtures import furnished
+from tests.fixtures import furnished, write_real
 from tests.orchestrator.test_resume import history
 from workers.model_directory import ModelDirectory
 
@@ -121,3 +124,24 @@ def test_groups_shrink_where_a_node_is_lost_and_grow_again_at_a_checkpoint(
     whole, shrunk = weights(tmp_path, "whole"), weights(tmp_path, "shrunk")
     for name, tensor in whole.items():
         torch.testing.assert_close(shrunk[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lost_measurement_is_made_again(
+    distilled: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = furnished(tmp_path)
+    write_real(Path(config.data.held_out), config)
+    measure, lost = Selection._measure, []
+
+    def measured_and_lost(selection: Selection, done: int) -> None:
+        measure(selection, done)
+        if not lost and selection.measurer is not None:
+            lost.append(done)
+            ray.kill(selection.measurer.actors[0])
+
+    monkeypatch.setattr(Selection, "_measure", measured_and_lost)
+    watched = ("selection.every=2", "selection.by=out_of_range_overall", "selection.videos=8")
+    said = distilled(*SETTINGS, "iterations=4", *watched, "selection.cpus=0.5", "--evaluate.suite=video")
+    assert lost == [2] and "iteration 2 is measured again" in said
+    numbers = json.loads((tmp_path / "outputs/distilled/selection/numbers.json").read_text())
+    assert list(numbers["measured"]) == ["2", "4"]
