@@ -27,7 +27,7 @@ from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.fault import Fault
-from orchestrator.recovery import FaultConfig, Recovery
+from orchestrator.recovery import LEARNING, FaultConfig, Recovery
 from orchestrator.roles import Roles, actor_class, ranks_of
 from orchestrator.run_state import RunState
 from orchestrator.supervisor import Supervisor
@@ -158,8 +158,12 @@ class SimulatedCheckpoints(Checkpoints):
     """The run's real state on disk, without what ranks would write."""
 
     def begin(self, done: int, position: int) -> None:
-        clock = self.groups["student"].cluster.clock  # type: ignore[attr-defined]
-        clock.now += COPY
+        # A copy comes after what a group was asked ahead, and before what it is asked next.
+        trained: list[Any] = [self.groups[role] for role in LEARNING]
+        clock = trained[0].cluster.clock
+        clock.now = max(clock.now, *(group.free for group in trained)) + COPY
+        for group in trained:
+            group.free = clock.now
         self.state.publish(storage.begin(self.state.path(done)), done, position)
         self.begun = done
 
