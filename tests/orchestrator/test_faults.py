@@ -11,6 +11,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 
+from orchestrator import supervisor
 from orchestrator.config import RunConfig
 from orchestrator.roles import Roles
 from orchestrator.worker_group import WorkerGroup
@@ -145,3 +146,16 @@ def test_a_lost_measurement_is_made_again(
     assert lost == [2] and "iteration 2 is measured again" in said
     numbers = json.loads((tmp_path / "outputs/distilled/selection/numbers.json").read_text())
     assert list(numbers["measured"]) == ["2", "4"]
+
+
+def test_a_node_that_is_drained_makes_a_checkpoint_once(
+    distilled: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnished(tmp_path)
+    here = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(supervisor, "DRAINING_EVERY_S", 0.0)
+    monkeypatch.setattr(supervisor, "draining_nodes", lambda: {here, "another"})
+    said = distilled("iterations=3", "checkpoint_every=100", "sample_every=0", "keep=9")
+    assert said.count(f"node {here} is being drained: a checkpoint is made") == 1
+    made = sorted(path.name for path in (tmp_path / "outputs/distilled/checkpoints").iterdir())
+    assert made == ["0000001", "0000003"]
