@@ -1,14 +1,18 @@
 """The roles of a distillation: which there are, and how each one's group is made, started, stopped and made
 anew."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+import signal
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from infra.storage.local import started
 from model.watch import Reference
 from orchestrator.cluster import release
 from orchestrator.config import RunConfig
@@ -93,6 +97,13 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int, since: int) -> None:
+    if started(pid) == since:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @dataclass
 class Roles:
     """The groups of one run, made from its config with the Ray options of each rank."""
@@ -103,8 +114,8 @@ class Roles:
     groups: dict[str, WorkerGroup] = field(default_factory=dict)
     reference: Reference | None = None
     """What the student's videos are compared with, while it learns."""
-    nodes: dict[str, list[str]] = field(default_factory=dict)
-    """Ids of the nodes that each role's ranks run on."""
+    processes: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
+    """Of each role's ranks: the id of the node, the process there, and when it was started."""
 
     full: RunConfig = field(init=False)
     """With as many ranks as the run was begun with; `config` has fewer while nodes are missing."""
@@ -125,7 +136,7 @@ class Roles:
         starting = [(self.groups[role], self.groups[role].start()) for role in roles]
         for group, references in starting:
             group.wait(references)
-            self.nodes[group.role] = group.wait(group.broadcast("node"))
+            self.processes[group.role] = group.wait(group.broadcast("process"))
         if "student" in roles:
             student = self.groups["student"]
             student.wait(student.broadcast("refer", self.reference))
@@ -134,6 +145,18 @@ class Roles:
         """End a group's actors, those that are lost included."""
         for actor in self.groups[role].actors:
             ray.kill(actor)
+
+    def kill(self, role: str, ranks: Collection[int] | None = None) -> None:
+        """End the processes of ranks that hang, or of all of a role's: Ray asks a process to end, and one
+        that is stopped does not hear it and keeps its place."""
+        for rank, (node, pid, since) in enumerate(self.processes.get(role, ())):
+            if ranks is None or rank in ranks:
+                where = NodeAffinitySchedulingStrategy(node, soft=False)
+                _kill.options(scheduling_strategy=where).remote(pid, since)
+
+    def nodes(self, role: str) -> list[str]:
+        """Ids of the nodes that its ranks run on."""
+        return [node for node, *_ in self.processes.get(role, ())]
 
     def rebuild(self, *roles: str) -> None:
         """Actors of some groups anew, in the same places and as they were at the start of the run.
@@ -155,7 +178,7 @@ class Roles:
             group.actors[rank] = self._actor(role, rank)
             started.append(group.ask(rank, "start", "", 0, 0.0))
         group.wait(started)
-        self.nodes[role] = group.wait(group.broadcast("node"))
+        self.processes[role] = group.wait(group.broadcast("process"))
 
     def room(self) -> dict[str, list[Options]]:
         """For each role the places of its ranks that are there now."""

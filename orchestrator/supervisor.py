@@ -96,7 +96,7 @@ class Supervisor:
         if self.clock() - self._looked < DRAINING_EVERY_S:
             return set()
         self._looked = self.clock()
-        used = {node for nodes in self.roles.nodes.values() for node in nodes}
+        used = {node for role in self.roles.groups for node in self.roles.nodes(role)}
         draining = draining_nodes() & used
         told, self._draining = draining - self._draining, draining
         return told
@@ -114,6 +114,7 @@ class Supervisor:
                 found = self.pulses.survey(self.roles.groups)
                 if lost := next((role for role in LEARNING if role in found), None):
                     raise next(iter(found[lost].values()))
+                self.roles.kill(fault.role, found.get(fault.role, ()))
                 alone = self.roles.config.distill.roles.teacher.zero_stage == 0
                 if alone and fault.role in found:
                     self.roles.replace(fault.role, found[fault.role])
@@ -154,6 +155,7 @@ class Supervisor:
         lost |= self.pulses.torn({role: self.roles.groups[role] for role in LEARNING if role not in lost})
         for role in lost:
             self.roles.stop(role)
+            self.roles.kill(role)
         self.checkpoints.abandon()  # only now: it waits for ranks, and those that hang answer when they end
         self._find_room()
         lost |= self.roles.resized

@@ -91,8 +91,8 @@ def distill(
         stoppable("distill") as stopping,
     ):
         roles.start(*roles.groups)
-        for role, nodes in roles.nodes.items():
-            say(f"distill: {role} on node {', '.join(dict.fromkeys(nodes))}")
+        for role in roles.groups:
+            say(f"distill: {role} on node {', '.join(dict.fromkeys(roles.nodes(role)))}")
         if state.checkpoint:
             load(state.checkpoint, roles.groups)
         with Display("distill", settings.iterations, done=state.done) as display:

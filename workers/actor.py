@@ -4,6 +4,7 @@ A verb is a method `verb(plan, batch) → (Stats, Batch)`. The plan holds all th
 where nothing is), and `Stats` are the only thing that the coordinator reads.
 """
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from infra.storage.local import started
 from workers.batch import Batch, Read
 from workers.engine import TrainEngine, free_port, init_process_group
 from workers.engine_state import SavedState, Snapshot
@@ -42,11 +44,11 @@ class Worker:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def node(self) -> str:
-        """Id of the node that it runs on."""
+    def process(self) -> tuple[str, int, int]:
+        """The node that it runs on, its process there, and when that was started (see `started`)."""
         import ray  # only in an actor, so that what a scorer makes is known without
 
-        return ray.get_runtime_context().get_node_id()
+        return ray.get_runtime_context().get_node_id(), os.getpid(), started(os.getpid())
 
     def pulse(self) -> tuple[str, float]:
         """Its sign of life, in a thread of its own: which call it is at, and for how many seconds."""

@@ -175,8 +175,10 @@ class _Started(Roles):
         """At first they are."""
         if not self.built:
             super().start(*roles)
-        self.built, here = False, ray.get_runtime_context().get_node_id()
-        self.nodes = {role: [here] for role in self.groups}
+            return
+        self.built = False
+        for role, group in self.groups.items():
+            self.processes[role] = group.wait(group.broadcast("process"))
 
 
 @contextmanager

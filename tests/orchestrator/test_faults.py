@@ -6,6 +6,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGSTOP
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -16,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.roles import Roles
 from orchestrator.worker_group import WorkerGroup
 from pipelines.selection import Selection
-from tests.chaos import Moment, injected, send
+from tests.chaos import Moment, injected, pid, send
 from tests.fixtures import furnished, write_real
 from tests.orchestrator.test_resume import history
 from workers.model_directory import ModelDirectory
@@ -49,15 +50,23 @@ def tracked(config: RunConfig, name: str) -> dict[str, dict[int, float]]:
 def test_three_faults_change_no_number(distilled: Callable[..., str], tmp_path: Path) -> None:
     config = furnished(tmp_path)
     distilled(*SETTINGS, "output=whole")
+    stopped = []
+
+    def stop(group: WorkerGroup) -> None:
+        stopped.append(pid(group, 0))
+        send(SIGSTOP)(group)
+
     faults = {
         Moment("teacher", "score", 2): send(SIGKILL),
         Moment("student", "pullback", 6): send(SIGKILL),
-        Moment("critic", "update", 9): send(SIGSTOP),
+        Moment("critic", "update", 9): stop,
     }
     with injected(faults) as left:
         said = distilled(*SETTINGS, "output=disturbed")
     assert not left
     assert said.count("FAULT") == 3
+    # Ray asks a process to end, which one that is stopped does not hear.
+    assert not psutil.pid_exists(stopped[0]) or psutil.Process(stopped[0]).status() == psutil.STATUS_ZOMBIE
     whole, disturbed = weights(tmp_path, "whole"), weights(tmp_path, "disturbed")
     assert all(torch.equal(disturbed[name], tensor) for name, tensor in whole.items())
     assert tracked(config, "disturbed") == tracked(config, "whole")
