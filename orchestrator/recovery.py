@@ -1,22 +1,18 @@
 """What to do about a fault: a state machine that does nothing itself, and knows no clock but the one it is
 given.
 
-Two questions are answered here. Is it worth another attempt: a fault that comes again at the same update, as
-a bad batch, a mistake in the code or too little memory would, ends the run with an account; so do too many
-faults without an update in between. And how far back: a scorer that learns nothing is made anew while the
-update stands still; where a group that learns is lost, all of them return to one checkpoint.
+A fault that comes again at the same update, as a bad batch, a mistake in the code or too little memory would,
+ends the run with an account; so do too many faults without a new update in between. Any other is worth
+another attempt, which `supervisor` makes.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from infra.settings import at_least, positive
 from orchestrator.fault import Fault, Kind
 
-Back = Literal["score", "checkpoint"]
-"""Where an update starts anew from."""
 LEARNING = ("student", "critic")
 """Roles whose state a checkpoint holds."""
 _FROM_OUTSIDE: tuple[Kind, ...] = ("node", "storage")
@@ -64,7 +60,6 @@ class FaultConfig:
 class Again:
     """Another attempt."""
 
-    back: Back
     delay_s: float
 
 
@@ -129,7 +124,7 @@ class Recovery:
             )
         waits = self.in_a_row - 2
         delay = min(self.config.backoff_s * 2**waits, 60.0) if waits >= 0 else 0.0
-        return Again("checkpoint" if fault.role in LEARNING else "score", delay)
+        return Again(delay)
 
     def recovered(self, done: int) -> Event:
         """Updates go on after `done` of them."""

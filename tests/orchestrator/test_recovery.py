@@ -27,15 +27,6 @@ def recovery(clock: Clock) -> Recovery:
     return Recovery(FaultConfig(attempts=4, backoff_s=1), clock)
 
 
-def test_how_far_back(recovery: Recovery) -> None:
-    for role, back in (("teacher", "score"), ("student", "checkpoint"), ("critic", "checkpoint")):
-        decision = recovery.failed(fault(role), 3)
-        assert isinstance(decision, Again) and decision.back == back and decision.delay_s == 0
-        recovery.recovered(2)
-        recovery.progressed(4)
-        recovery.furthest = 3
-
-
 @pytest.mark.parametrize("kind", ["lost", "hung", "memory", "peer", "code"])
 def test_the_same_fault_twice_at_one_update_ends_the_run(recovery: Recovery, kind: Kind) -> None:
     recovery.failed(fault(kind=kind), 7)
