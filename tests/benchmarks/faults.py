@@ -8,6 +8,7 @@ end are compared with those of a run that nothing disturbed, and what is left be
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -314,28 +315,29 @@ def tracked(uri: str, name: str) -> dict[str, dict[int, float]]:
 
 
 def costs(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each fault: when it was injected, when it was recovered from, and when the run was as far again."""
-    found = []
-    furthest, injections = 0, [line for line in log if line["what"] == "injected"]
-    for line in injections:
-        after = [each for each in log if each["time"] > line["time"]]
-        furthest = max(
-            each["done"] for each in log if each["what"] == "done" and each["time"] <= line["time"]
-        )
-        again = next((each for each in after if each["what"] == "done" and each["done"] > furthest), None)
-        recovered = next((each for each in after if each["what"] == "recovered"), None)
-        within = again is not None and recovered is not None and recovered["time"] <= again["time"]
-        ended = next((each for each in after if each["what"] == "driver ended"), None)
-        restarted = again is not None and ended is not None and ended["time"] <= again["time"]
+    """Each fault: when it was injected, when it was recovered from, and when the run was further than before.
+
+    A fault may be seen an update later: a rollout that is made ahead fails when it is used.
+    """
+    found, updates = [], [line for line in log if line["what"] == "done"]
+    injections = [line for line in log if line["what"] == "injected"]
+    ends = [line["time"] for line in injections[1:]] + [math.inf]
+    for line, end in zip(injections, ends, strict=True):
+        own = [each for each in log if line["time"] < each["time"] < end]
+        over = next((each for each in own if each["what"] in ("recovered", "driver ended")), None)
+        fault = {"kind": line["kind"], "iteration": line["iteration"], "time": line["time"]}
+        if over is None or over.get("code") == 0:  # it cost the run nothing
+            found.append({**fault, "seen_as": "", "recovered_s": None, "lost_s": None})
+            continue
+        before = max((each["done"] for each in updates if each["time"] <= over["time"]), default=0)
+        again = next(each for each in updates if each["time"] > over["time"] and each["done"] > before)
+        recovered = over["what"] == "recovered"
         found.append(
             {
-                "kind": line["kind"],
-                "iteration": line["iteration"],
-                "time": line["time"],
-                "seen_as": recovered["kind"] if within and recovered else "resubmitted" if restarted else "",
-                "back_to": recovered["done"] if within and recovered else None,
-                "recovered_s": recovered["time"] - line["time"] if within and recovered else None,
-                "lost_s": again["time"] - line["time"] if again else None,
+                **fault,
+                "seen_as": over["kind"] if recovered else "resubmitted",
+                "recovered_s": over["time"] - line["time"] if recovered else None,
+                "lost_s": again["time"] - line["time"],
             }
         )
     return found
@@ -371,13 +373,13 @@ def write(found: dict[str, Any], folder: Path) -> None:
 
     def spread(values: list[float]) -> str:
         values = sorted(values)
-        if not values:
-            return "–"
+        if len(values) < 2:
+            return f"{values[0]:.1f}" if values else "–"
         return f"{values[len(values) // 2]:.1f} ({values[0]:.1f} to {values[-1]:.1f})"
 
     rows = []
     for kind, faults in by_kind.items():
-        seen = ", ".join(dict.fromkeys(each["seen_as"] or "nothing" for each in faults))
+        seen = ", ".join(dict.fromkeys(each["seen_as"] or "goes on" for each in faults))
         recovered = spread([each["recovered_s"] for each in faults if each["recovered_s"] is not None])
         lost = spread([each["lost_s"] for each in faults if each["lost_s"] is not None])
         rows.append(f"| {kind} | {seen} | {recovered} | {lost} |")
