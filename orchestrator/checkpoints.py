@@ -145,12 +145,13 @@ class Checkpoints:
         return saved["done"], saved["position"]
 
     def _received(self, held: Held) -> bool:
-        """Whether every rank has got its part: those on a node that is gone are gone with it."""
+        """Whether every rank has got its part: those on a node that is gone are gone with it, and what is not
+        finite was never copied."""
         try:
             for role, parts in held.parts.items():
                 group = self.groups[role]
                 group.wait([group.ask(rank, "receive", part) for rank, part in enumerate(parts)])
-        except Fault:
+        except (Fault, FloatingPointError):
             return False
         return True
 

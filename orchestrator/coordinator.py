@@ -219,7 +219,9 @@ class Coordinator:
             steps = stats.pop("steps", None)
             # What is only watched of a scorer shows in the loss, if it matters.
             bad = [name for name in stats if not math.isfinite(stats[name]) and not for_a_band(name)]
-            if bad and (self.config.distill.not_finite == "stop" or self.dropped[role] >= DROPPED_AT_MOST):
+            if bad and (
+                self.config.distill.not_finite == "stop" or self.dropped[role] + 1 >= DROPPED_AT_MOST
+            ):
                 batch = self.plan.batch_index(iteration, purpose)
                 stepped = purpose == "critic" and self.plan.updates_student(iteration)
                 raise NotFinite(

@@ -1,6 +1,7 @@
 """Signs of life of ranks: a process that is stopped, and one that stays in a call for too long, are found out
 by a question that needs neither the stuck thread nor the collective that it waits in."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from orchestrator.fault import Fault, told
 
 THREAD = "pulse"
 """Name of the thread of an actor (Ray's concurrency group) that answers."""
+LOOKS = 6
+"""Questions within the silence after which a process counts as hung, for a call of every rank costs."""
 Found = dict[str, dict[int, Fault]]
 """Faults by role and rank."""
 
@@ -33,10 +36,15 @@ class Pulses:
     _asked: dict[ActorHandle, tuple[ObjectRef, float]] = field(default_factory=dict)
     _at: dict[ActorHandle, str] = field(default_factory=dict)
     """The call that each rank was at when it last answered."""
+    _looked: float = -math.inf
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def look(self, groups: Mapping[str, Any]) -> None:
-        """Never waits; Fault of the first rank that is lost or hangs."""
+        """Never waits, and asks no more often than the silence calls for; Fault of the first rank that is
+        lost or hangs."""
+        if self.clock() - self._looked < self.silence_s / LOOKS:
+            return
+        self._looked = self.clock()
         for faults in self._faults(groups).values():
             raise next(iter(faults.values()))
 

@@ -8,7 +8,7 @@ another attempt, which `supervisor` makes.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from infra.settings import at_least, positive
 from orchestrator.fault import Fault, Kind
@@ -130,14 +130,13 @@ class Recovery:
         """Updates go on after `done` of them."""
         assert self._open is not None, "there was a fault"
         (event, since), self._open = self._open, None
-        event = Event(event.at, event.role, event.kind, event.what, done, self.clock() - since)
-        self.events.append(event)
-        return event
+        self.events.append(replace(event, back_to=done, seconds=self.clock() - since))
+        return self.events[-1]
 
     def _given_up(self, why: str) -> GiveUp:
         assert self._open is not None
         event, since = self._open
-        self.events.append(Event(event.at, event.role, event.kind, event.what, None, self.clock() - since))
+        self.events.append(replace(event, seconds=self.clock() - since))
         return GiveUp(
             f"distill: {why}: {event.what}. What helps: {_LIKELY[event.kind]}; then --resume continues from "
             "the newest checkpoint."

@@ -3,7 +3,7 @@ anew."""
 
 import os
 import signal
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,17 +142,19 @@ class Roles:
             student.wait(student.broadcast("refer", self.reference))
 
     def stop(self, role: str) -> None:
-        """End a group's actors, those that are lost included."""
-        for actor in self.groups[role].actors:
-            ray.kill(actor)
+        """End a group's actors, those that are lost or hang included."""
+        for rank in range(len(self.groups[role].actors)):
+            self._end(role, rank)
 
-    def kill(self, role: str, ranks: Collection[int] | None = None) -> None:
-        """End the processes of ranks that hang, or of all of a role's: Ray asks a process to end, and one
-        that is stopped does not hear it and keeps its place."""
-        for rank, (node, pid, since) in enumerate(self.processes.get(role, ())):
-            if ranks is None or rank in ranks:
-                where = NodeAffinitySchedulingStrategy(node, soft=False)
-                _kill.options(scheduling_strategy=where).remote(pid, since)
+    def _end(self, role: str, rank: int) -> None:
+        """Ray asks a process to end; one that is stopped does not hear it and would keep its place, so it is
+        also killed where it runs."""
+        ray.kill(self.groups[role].actors[rank])
+        processes = self.processes.get(role, [])
+        if rank < len(processes):
+            node, pid, since = processes[rank]
+            where = NodeAffinitySchedulingStrategy(node, soft=False)
+            _kill.options(scheduling_strategy=where).remote(pid, since)
 
     def nodes(self, role: str) -> list[str]:
         """Ids of the nodes that its ranks run on."""
@@ -174,7 +176,7 @@ class Roles:
         """Some ranks of a group anew, where they need no others: those of a replicated teacher."""
         group, started = self.groups[role], []
         for rank in ranks:
-            ray.kill(group.actors[rank])
+            self._end(role, rank)
             group.actors[rank] = self._actor(role, rank)
             started.append(group.ask(rank, "start", "", 0, 0.0))
         group.wait(started)
@@ -190,7 +192,7 @@ class Roles:
         What changes is the config; the groups whose size it changes are to be rebuilt.
         """
         room = self.room()
-        config = fitted(self.full, {role: len(each) for role, each in room.items()})
+        config = self._fitted(room)
         if config is None:
             return False
         self.config = config
@@ -199,8 +201,11 @@ class Roles:
 
     def more_room(self) -> bool:
         """Whether there is room for more ranks of some role than it has."""
-        config = fitted(self.full, {role: len(each) for role, each in self.room().items()})
+        config = self._fitted(self.room())
         return config is not None and config != self.config
+
+    def _fitted(self, room: Mapping[str, Sequence[Options]]) -> RunConfig | None:
+        return fitted(self.full, {role: len(each) for role, each in room.items()})
 
     def has_places(self, role: str) -> bool:
         """Whether the places of all its ranks are there."""

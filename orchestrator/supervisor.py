@@ -114,7 +114,6 @@ class Supervisor:
                 found = self.pulses.survey(self.roles.groups)
                 if lost := next((role for role in LEARNING if role in found), None):
                     raise next(iter(found[lost].values()))
-                self.roles.kill(fault.role, found.get(fault.role, ()))
                 alone = self.roles.config.distill.roles.teacher.zero_stage == 0
                 if alone and fault.role in found:
                     self.roles.replace(fault.role, found[fault.role])
@@ -155,7 +154,6 @@ class Supervisor:
         lost |= self.pulses.torn({role: self.roles.groups[role] for role in LEARNING if role not in lost})
         for role in lost:
             self.roles.stop(role)
-            self.roles.kill(role)
         self.checkpoints.abandon()  # only now: it waits for ranks, and those that hang answer when they end
         self._find_room()
         lost |= self.roles.resized

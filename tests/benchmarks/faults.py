@@ -414,8 +414,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
                 "What each cost, over the seeds: seconds from the fault to the moment that updates go on, "
                 "and until the run had done one more update than before it; median, least and most. A "
                 "process is taken for hung after 10 s of silence here (`distill.faults.silence_s`, 60 by "
-                "default). Most of the rest is the start of a process with PyTorch and DeepSpeed, on two "
-                "cores.",
+                "default).",
                 "",
                 "| fault | seen as | recovered, s | lost, s |",
                 "|---|---|---|---|",

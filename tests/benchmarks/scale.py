@@ -375,9 +375,9 @@ def page(found: Mapping[str, Any]) -> str:
         f"Ray's calls of an iteration cost {calls * each['cpu_s']:.1f} s of the driver's CPU.",
         "",
         f"An iteration of this size takes about {found['iteration_s']:.0f} s, so that is "
-        f"{100 * calls * each['cpu_s'] / found['iteration_s']:.0f} % of it, and it is spent while ranks "
-        "compute. A call per node instead of one per rank would divide it by eight; up to a thousand ranks "
-        "it is not what limits a run: there is none.",
+        f"{100 * calls * each['cpu_s'] / found['iteration_s']:.0f} % of it. A call per node instead of one "
+        "per rank would divide it by eight; at a thousand ranks it is not what limits a run, so there is "
+        "none.",
         "",
         "## How often to make a checkpoint",
         "",
