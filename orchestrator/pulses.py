@@ -35,7 +35,7 @@ class Pulses:
     clock: Callable[[], float] = time.monotonic
     _asked: dict[ActorHandle, tuple[ObjectRef, float]] = field(default_factory=dict)
     _at: dict[ActorHandle, str] = field(default_factory=dict)
-    """The call that each rank was at when it last answered."""
+    """The call that each rank that stands was at when it last answered."""
     _looked: float = -math.inf
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -47,6 +47,13 @@ class Pulses:
         self._looked = self.clock()
         for faults in self._faults(groups).values():
             raise next(iter(faults.values()))
+
+    def started(self, groups: Mapping[str, Any]) -> None:
+        """All ranks stand, so that none has the patience any more that a new process has."""
+        with self._lock:
+            for group in groups.values():
+                for actor in group.actors:
+                    self._at.setdefault(actor, "")
 
     def survey(self, groups: Mapping[str, Any]) -> Found:
         """What is wrong with any rank, once each has answered or was silent for too long."""

@@ -126,6 +126,7 @@ class Supervisor:
                     raise
                 fault = another
             else:
+                self.pulses.started(self.roles.groups)
                 self.returned(self.recovery.recovered(self.done))
                 return
 
@@ -190,4 +191,5 @@ class Supervisor:
         return True
 
     def _coordinator(self, done: int, position: int) -> Coordinator:
+        self.pulses.started(self.roles.groups)
         return Coordinator(self.roles.config, self.roles.groups, since=(done, position), mend=self.mend)

@@ -57,9 +57,9 @@ def test_three_faults_change_no_number(distilled: Callable[..., str], tmp_path: 
         send(SIGSTOP)(group)
 
     faults = {
-        Moment("teacher", "score", 2): send(SIGKILL),
+        Moment("critic", "update", 1): stop,  # which nobody has asked for a sign of life yet
+        Moment("teacher", "score", 4): send(SIGKILL),
         Moment("student", "pullback", 6): send(SIGKILL),
-        Moment("critic", "update", 9): stop,
     }
     with injected(faults) as left:
         said = distilled(*SETTINGS, "output=disturbed")
