@@ -5,7 +5,7 @@ hashing, publishing, pruning) goes on meanwhile, one checkpoint at a time.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -166,14 +166,34 @@ class Checkpoints:
         return None if self._writing is None else self._writing[0]
 
     def _write(self, done: int, position: int) -> float:
-        began, pause = time.perf_counter(), 0.01
+        began = time.perf_counter()
         staging = storage.begin(self.state.path(done))
         groups = [self.groups[role] for role in LEARNING]
-        for group in groups:
-            group.wait(group.broadcast("write", staging, group.role))
-        while not all(all(group.wait(group.broadcast("written"))) for group in groups):
-            if self._gone.wait(pause):
-                raise StorageError(f"{self.state.path(done)} was given up with the run.")
-            pause = min(2 * pause, LONGEST_LOOK_S)
-        self.state.publish(staging, done, position)
+        try:
+            for group in groups:
+                group.wait(group.broadcast("write", staging, group.role))
+            for group in groups:
+                for rank in range(len(group.actors)):
+                    self._wait_for(group, rank)
+            self.state.publish(staging, done, position)
+        except BaseException:
+            self._remove(staging, groups)
+            raise
         return time.perf_counter() - began
+
+    def _wait_for(self, group: WorkerGroup, rank: int) -> None:
+        """Wait until a rank has written its part; StorageError where it cannot, or the run is over."""
+        pause = 0.01
+        while not group.wait(group.ask(rank, "written")):
+            if self._gone.wait(pause):
+                raise StorageError("The checkpoint was given up with the run.")
+            pause = min(2 * pause, LONGEST_LOOK_S)
+
+    def _remove(self, staging: str, groups: Sequence[WorkerGroup]) -> None:
+        """Remove what was written of a checkpoint that came to nothing, once nobody writes there any more."""
+        for group in groups:
+            for rank in range(len(group.actors)):
+                with suppress(Exception):  # of a rank that is lost, nothing more comes
+                    self._wait_for(group, rank)
+        with suppress(StorageError):  # then it is left, and later cleaned
+            storage.discard(staging)

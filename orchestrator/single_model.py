@@ -322,6 +322,9 @@ class _Checkpoints:
                 return None
             if problem := next(filter(None, told), None):
                 self._writing = None
+                if dist.get_rank() == 0 and self._staging is not None:
+                    with suppress(storage.StorageError):  # then it is left, and later cleaned
+                        storage.discard(self._staging)
                 return problem
             if self._publishing:
                 self._writing = None

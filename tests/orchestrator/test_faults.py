@@ -47,7 +47,7 @@ def tracked(config: RunConfig, name: str) -> dict[str, dict[int, float]]:
     return history(str(config.tracking.uri), run.info.run_id)
 
 
-def test_three_faults_change_no_number(distilled: Callable[..., str], tmp_path: Path) -> None:
+def test_four_faults_change_no_number(distilled: Callable[..., str], tmp_path: Path) -> None:
     config = furnished(tmp_path)
     distilled(*SETTINGS, "output=whole")
     stopped = []
@@ -60,11 +60,13 @@ def test_three_faults_change_no_number(distilled: Callable[..., str], tmp_path: 
         Moment("critic", "update", 1): stop,  # which nobody has asked for a sign of life yet
         Moment("teacher", "score", 4): send(SIGKILL),
         Moment("student", "pullback", 6): send(SIGKILL),
+        Moment("critic", "write", 8): send(SIGKILL),
     }
     with injected(faults) as left:
         said = distilled(*SETTINGS, "output=disturbed")
     assert not left
-    assert said.count("FAULT") == 3
+    assert said.count("FAULT") == 4
+    assert not list((tmp_path / "disturbed" / "checkpoints").glob(".*.tmp-*"))
     # Ray asks a process to end, which one that is stopped does not hear.
     assert not psutil.pid_exists(stopped[0]) or psutil.Process(stopped[0]).status() == psutil.STATUS_ZOMBIE
     whole, disturbed = weights(tmp_path, "whole"), weights(tmp_path, "disturbed")
