@@ -414,7 +414,8 @@ def write(found: dict[str, Any], folder: Path) -> None:
                 "What each cost, over the seeds: seconds from the fault to the moment that updates go on, "
                 "and until the run had done one more update than before it; median, least and most. A "
                 "process is taken for hung after 10 s of silence here (`distill.faults.silence_s`, 60 by "
-                "default).",
+                "default). Ray tells of a lost node some seconds later; where the next fault came sooner, "
+                "both were recovered from at once, and the seconds stand with the latter.",
                 "",
                 "| fault | seen as | recovered, s | lost, s |",
                 "|---|---|---|---|",
