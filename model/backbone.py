@@ -55,7 +55,7 @@ class Backbone(nn.Module, ABC):
         """The velocity of noisy latents `x` [B, F, C, H, W], and what else is asked for.
 
         Args:
-            timestep: [B] or [B, F], 0..1000.
+            timestep: [1], [B] or [B, F], 0..1000.
             context: [B, text_len, text_dim], or what `encode_context` made of that.
             chunk: where given, frames see their own chunk of so many and what `window` holds of earlier ones,
                 as in a rollout; else every frame sees every frame.
@@ -94,6 +94,27 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def new_prompts(self, rows: int, device: torch.device | str) -> PromptSlots:
         """Preallocated memory for what `encode_context` makes of a prompt a row."""
+
+
+class Prepared(Protocol):
+    """A network whose weights stand still."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        prompts: Sequence[KeyValue],
+        *,
+        history: History,
+        return_live: bool = False,
+    ) -> Output:
+        """The velocity of one live chunk `x` [B, f, C, H, W] after its history, and what else is asked for.
+
+        Args:
+            timesteps: One a row, 0..1000.
+            prompts: What `encode_context` made.
+        """
+        ...
 
 
 def velocity_of(network: Any, x: Tensor, timestep: Tensor, context: Tensor, **how: Any) -> Tensor:

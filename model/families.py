@@ -1,15 +1,18 @@
 """The families of networks that there are: a card's sizes say which one a model is of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from model.backbone import Backbone
+from model.backbone import Backbone, Prepared
+from model.prepared import PreparedTransformer
 from model.transformer import TransformerConfig, WanTransformer
 
 FAMILIES: Mapping[str, tuple[type, type[Backbone]]] = {"wan": (TransformerConfig, WanTransformer)}
 """Name on a model's card → its sizes and its network."""
+PREPARED: Mapping[type, Callable[..., Prepared]] = {WanTransformer: PreparedTransformer}
+"""A network's class → what makes it ready for many calls."""
 
 
 def family_of(sizes: Any) -> str:
@@ -34,3 +37,10 @@ def on_meta(sizes: Any) -> Backbone:
 def shapes_of(sizes: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of such a network, by name."""
     return {name: tuple(weight.shape) for name, weight in on_meta(sizes).state_dict().items()}
+
+
+def prepared(network: Backbone) -> Prepared | None:
+    """The network as it is now, for many calls without gradient; None where its weights are not all here."""
+    if any(weight.numel() == 0 for weight in network.parameters()):  # as ZeRO-3 leaves them between calls
+        return None
+    return PREPARED[type(network)](network)

@@ -50,8 +50,11 @@ class History(Protocol):
     where all may."""
     absolute: bool  # whether the cache stores keys rotated
 
-    def layer(self, index: int) -> KeyValue | None:
-        """Rotated keys and values of a layer, None if there is no history yet."""
+    def joined(self, index: int, key: Tensor, value: Tensor) -> KeyValue:
+        """Rotated keys and values of a layer's history, and the live chunk's behind them.
+
+        Without gradient they may lie in memory that the next call with this history writes to.
+        """
         ...
 
 
@@ -100,22 +103,30 @@ class _BlockHistory:
         self._tokens = tokens
         self._joined: dict[int, KeyValue] = {}
 
-    def layer(self, index: int) -> KeyValue | None:
+    def joined(self, index: int, key: Tensor, value: Tensor) -> KeyValue:
         if not self._spans:
-            return None
-        if index in self._joined and not torch.is_grad_enabled():
-            return self._joined[index]
-        parts = [
-            [tensor[:, first * self._tokens : last * self._tokens] for tensor in block.layers[index]]
-            for block, first, last in self._spans
-        ]
-        key, value = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+            return key, value
+        if torch.is_grad_enabled():  # a graph would keep whatever is shared alive
+            return self._join(index, key, value)
+        if index not in self._joined:
+            self._joined[index] = self._join(index, key, value)
+        else:
+            # The history is the same for all calls of a chunk, so only what is live is written.
+            for joined, live in zip(self._joined[index], (key, value), strict=True):
+                joined[:, joined.shape[1] - live.shape[1] :] = live
+        return self._joined[index]
+
+    def _join(self, index: int, key: Tensor, value: Tensor) -> KeyValue:
+        keys, values = (
+            [
+                block.layers[index][which][:, first * self._tokens : last * self._tokens]
+                for block, first, last in self._spans
+            ]
+            for which in (0, 1)
+        )
         if self._key_phase is not None:
-            key = rope.rotate(key, self._key_phase)
-        # Joined once for all the calls of a chunk, but never where a graph would keep the copy alive.
-        if not torch.is_grad_enabled():
-            self._joined[index] = (key, value)
-        return key, value
+            keys = [rope.rotate(torch.cat(keys, dim=1), self._key_phase)]
+        return torch.cat([*keys, key], dim=1), torch.cat([*values, value], dim=1)
 
 
 class BlockCache:
@@ -203,15 +214,22 @@ class _SlotHistory:
         self._rows = rows
         self._length = length
 
-    def layer(self, index: int) -> KeyValue | None:
+    def joined(self, index: int, key: Tensor, value: Tensor) -> KeyValue:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "slots are overwritten in place and cannot be read under a gradient; use BlockCache."
             )
         if self._length == 0:
-            return None
-        part = slice(0, self._length)
-        return self._keys[index, self._rows, part], self._slots[index, 1, self._rows, part]
+            return key, value
+        length, end = self._length, self._length + key.shape[1]
+        past = self._keys[index], self._slots[index, 1]
+        if isinstance(self._rows, slice) and end <= past[0].shape[1]:
+            # There is room behind the history, so the live chunk is written where attention reads.
+            for slots, live in zip(past, (key, value), strict=True):
+                slots[self._rows, length:end] = live
+            return past[0][self._rows, :end], past[1][self._rows, :end]
+        keys, values = (slots[self._rows, :length] for slots in past)
+        return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
 
 
 class SlotCache:

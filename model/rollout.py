@@ -9,7 +9,7 @@ only the call at `exit_step` carries a gradient, and its x0 is the chunk. Then o
 writes the chunk's keys and values into the cache, which later chunks read as constants.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from infra.settings import part
-from model.backbone import Backbone
+from model.backbone import Backbone, Output
+from model.families import prepared
 from model.kv_cache import Cache, History, KeyValue
 from model.noise import NoiseSource
 from model.rollout_plan import RolloutConfig, RolloutPlan
@@ -30,10 +31,10 @@ class NetworkCall:
     """One forward of the student over one chunk."""
 
     x: Tensor  # the chunk as the network sees it, [B, f, C, H, W]
-    timestep: Tensor  # [B, f]
+    timestep: float  # of all its frames, 0..1000
     history: History
-    gradient: bool
-    keeps_live: bool  # whether the call's keys and values are wanted
+    gradient: bool = False
+    keeps_live: bool = False  # whether the call's keys and values are wanted
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Rollout:
             history = self.cache.history(config.chunk)
             x = self._draw((batch, config.chunk, *frame), 0)
             for step in range(exit_step):
-                velocity, _ = yield self._call(x, timesteps[step], history)
+                velocity, _ = yield NetworkCall(x, timesteps[step], history)
                 if config.sampler == "ode":
                     x = euler_step(x, velocity.float(), sigmas[step], sigmas[step + 1])
                 else:
@@ -139,7 +140,7 @@ class Rollout:
                 # A graph keeps its history long after the chunk, so it gets one that holds no joined copies,
                 # and those of the steps before it are let go.
                 history = self.cache.history(config.chunk)
-            velocity, live = yield self._call(
+            velocity, live = yield NetworkCall(
                 x, timesteps[exit_step], history, gradient=gradient, keeps_live=released
             )
             if gradient:
@@ -162,7 +163,7 @@ class Rollout:
             yield from self._commit(frames, self.cache.history(frames.shape[1]))
 
     def _commit(self, context: Tensor, history: History, exit_live: Sequence[KeyValue] = ()) -> Steps:
-        _, live = yield self._call(context, 0.0, history, keeps_live=True)
+        _, live = yield NetworkCall(context, 0.0, history, keeps_live=True)
         if exit_live:
             # The value of the clean call with the graph of the call at `exit_step`, as released.
             with torch.enable_grad():
@@ -174,14 +175,6 @@ class Rollout:
 
     def _draw(self, shape: Sequence[int], step: int) -> Tensor:
         return self.noise.draw(shape, self.start // self.config.chunk, step)
-
-    @staticmethod
-    def _call(
-        x: Tensor, timestep: float, history: History, *, gradient: bool = False, keeps_live: bool = False
-    ) -> NetworkCall:
-        return NetworkCall(
-            x, torch.full(x.shape[:2], timestep, device=x.device), history, gradient, keeps_live
-        )
 
     def _remember(self, context: Tensor) -> None:
         """Move on, and keep what the cache may still show: few numbers beside their keys and values."""
@@ -210,21 +203,37 @@ def generate(
     plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows is
     the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
     """
+    answer = answering(model, context, recorded=rollout.plan.grad_frames > 0)
     while (pending := rollout.pending) is not None:
         if isinstance(pending, Tensor):
             yield pending
         if not isinstance(pending, NetworkCall):
             rollout.send()
             continue
-        with torch.set_grad_enabled(pending.gradient):
-            velocity, live, *_ = model(
-                pending.x,
-                pending.timestep,
-                context,
-                history=pending.history,
-                return_live=pending.keeps_live,
-            )
-            if guidance:
-                cond, uncond = velocity.chunk(2)
-                velocity = guide(cond, uncond, guidance).repeat(2, 1, 1, 1, 1)
-            rollout.send((velocity, live))
+        velocity, live, *_ = answer(pending)
+        if guidance:
+            cond, uncond = velocity.chunk(2)
+            velocity = guide(cond, uncond, guidance).repeat(2, 1, 1, 1, 1)
+        rollout.send((velocity, live))
+
+
+def answering(model: Backbone, context: Tensor, *, recorded: bool) -> Callable[[NetworkCall], Output]:
+    """What answers the calls of one rollout, the weights standing still.
+
+    `recorded` says that some carry a gradient: else nothing of the rollout can be part of a graph later.
+    """
+    ready = prepared(model)
+    off = torch.no_grad if recorded else torch.inference_mode
+    with off():
+        prompts = None if ready is None else model.encode_context(context)
+
+    def answer(call: NetworkCall) -> Output:
+        how: dict[str, Any] = {"history": call.history, "return_live": call.keeps_live}
+        if ready is not None and prompts is not None and not call.gradient:
+            with off():
+                return ready(call.x, [call.timestep] * len(call.x), prompts, **how)
+        with torch.set_grad_enabled(call.gradient):
+            timestep = torch.full((1,), call.timestep, device=call.x.device)
+            return model(call.x, timestep, context, **how)
+
+    return answer

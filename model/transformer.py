@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.settings import Invalid, at_least, positive
 from model import rope
+from model.attention import attend
 from model.backbone import EVERYTHING, Backbone, Output
 from model.chunk_view import ChunkView, chunk_views
 from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
@@ -101,14 +102,6 @@ def sinusoidal(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention on [B, L, heads, head_dim] → [B, L, heads · head_dim]."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    )
-    return out.transpose(1, 2).flatten(2)
-
-
 class Attention(nn.Module):
     """Projections shared by self- and cross-attention."""
 
@@ -145,7 +138,7 @@ class SelfAttention(Attention):
         q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
         if history is None:
             return self.o(attend(q, rotated, v)), (rotated, v)
-        out = self._with_history(q, rotated, v, history, layer)
+        out = attend(q, *history.joined(layer, rotated, v), history.mask)
         return self.o(out), (rotated if history.absolute else k, v)
 
     @staticmethod
@@ -153,13 +146,6 @@ class SelfAttention(Attention):
         keys, values = (torch.cat([x[:, span] for span in chunk.keys], dim=1) for x in (k, v))
         queries = rope.rotate(q[:, chunk.queries], chunk.query_phase)
         return attend(queries, rope.rotate(keys, chunk.key_phase), values)
-
-    @staticmethod
-    def _with_history(q: Tensor, k: Tensor, v: Tensor, history: History, layer: int) -> Tensor:
-        past = history.layer(layer)
-        if past is None:
-            return attend(q, k, v)
-        return attend(q, torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1), history.mask)
 
 
 class CrossAttention(Attention):
@@ -172,13 +158,13 @@ class CrossAttention(Attention):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens `x` [B, L, D], scaled by 1 + `scale` and shifted, [B, 1 or F, D] each in fp32, per frame."""
+    """Tokens `x` [B, L, D], scaled by 1 + `scale` and shifted per frame, by [1 or B, 1 or F, D] in fp32."""
     frames = x.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2).to(x.dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Tokens `x` plus `y`, [B, L, D] each, the latter scaled per frame by [B, 1 or F, D] in fp32."""
+    """Tokens `x` plus `y`, [B, L, D] each, the latter scaled per frame by [1 or B, 1 or F, D] in fp32."""
     frames, added = (tokens.unflatten(1, (scale.shape[1], -1)) for tokens in (x, y))
     return torch.addcmul(frames, added, scale[:, :, None]).flatten(1, 2).to(x.dtype)
 
@@ -303,6 +289,14 @@ class WanTransformer(Backbone):
         """What it computes in."""
         return self.head.head.bias.dtype
 
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedding [1 or B, 1 or F, dim] of timesteps [1], [B] or [B, F], and what it modulates every
+        block by, [1 or B, 1 or F, 6, dim]; both in fp32."""
+        embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim))
+        if embedded.ndim == 2:
+            embedded = embedded[:, None]
+        return embedded, self.time_projection(embedded).unflatten(2, (6, -1))
+
     def encode_context(self, context: Tensor) -> list[KeyValue]:
         embedded = self.text_embedding(context.to(self.dtype))
         return [block.cross_attn.key_value(embedded) for block in self.blocks]  # type: ignore[operator, union-attr]
@@ -370,10 +364,7 @@ class WanTransformer(Backbone):
             timestep = timestep[:, None].expand(-1, frames) if timestep.ndim == 1 else timestep
             x, timestep = torch.cat([clean, x], 1), torch.cat([torch.zeros_like(timestep), timestep], 1)
         tokens = self.patch_embedding(x.to(dtype))
-        embedded = self.time_embedding(sinusoidal(timestep, self.config.freq_dim))
-        if embedded.ndim == 2:
-            embedded = embedded[:, None]
-        time = self.time_projection(embedded).unflatten(2, (6, -1))
+        embedded, time = self.embed_time(timestep)
         prompts: Sequence[Tensor | KeyValue]
         if isinstance(context, Tensor):
             prompts = [self.text_embedding(context.to(dtype))] * len(self.blocks)

@@ -7,8 +7,10 @@ as it now is.
 Asking returns at once, and a group works through what it was asked in order. A verb is asked for when all
 that it needs is there: else, where a rank is lost, some ranks of another group would get what it made and
 wait in a collective for those that did not. The only places that wait are the calls of `wait`. Between two
-student updates the student's weights stand still, so whatever rollout comes next is requested before the
-critic is waited for. What is computed is the same to the bit; only when it is computed changes.
+student updates the student's weights stand still, so the rollouts that come next are requested before the
+critic is waited for; and the teacher's weights always do, so it scores the next student update's first
+videos while the critic still trains. What is computed is the same to the bit; only when it is computed
+changes.
 """
 
 import math
@@ -27,7 +29,11 @@ from workers.batch import Batch, Read
 
 Metrics = dict[str, float]
 Asked = tuple[Batch, list[Request]]
-"""References to what will be there, and the requests that make it, in the order in which they were made."""
+"""References to what will be there, and the requests that make it, in the order in which they were made;
+those that were waited for are left out."""
+AHEAD = 4
+"""Iterations at most whose rollouts are made before their turn, each of which holds its videos in the object
+store."""
 
 
 class NotFinite(FloatingPointError):
@@ -51,7 +57,8 @@ class Coordinator:
     groups: Mapping[str, WorkerGroup]
     """`student`, `critic`, and `teacher` where the objective reads what it makes."""
     since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
-    ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
+    ahead: dict[tuple[int, str, int], Asked] = field(default_factory=dict)
+    """What was asked before its turn: iteration, purpose of a rollout or role of a scorer, micro-batch."""
     steps: dict[str, int] = field(default_factory=dict)
     """Optimizer steps that each role has made, once it has told."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -125,22 +132,30 @@ class Coordinator:
     def score(self, made: Batch, iteration: int, part: int) -> Asked:
         """The predictions that the objective reads. A scorer keeps its graph where gradient will flow
         back."""
-        objective = self.config.distill.objective
         predictions, requests = Batch(made.samples), []
         for scorer in self.scorers:
-            if names := [name for name in scorer.makes if name in objective.reads]:
-                gradient = any(name in objective.flows for name in names)
-                plan = self.plan.score(iteration, "score", gradient=gradient)
-                request, answer = scorer.scatter("score", plan, made, makes=names)
-                predictions |= answer
-                requests.append(request)
-            if names := [name for name in scorer.makes if f"data_{name}" in objective.reads]:
-                data = self.data(self.plan.position(iteration, "student", part), made.samples)
-                # At the same timesteps: else what tells data from videos would be how noisy they are.
-                plan = self.plan.score(iteration, "score-data", like="score")
-                request, answer = scorer.scatter("score", plan, data, makes=names)
-                predictions |= answer.prefixed("data_")
-                requests.append(request)
+            asked = self.ahead.pop((iteration, scorer.role, part), None)
+            answer, own = asked or self.score_by(scorer, made, iteration, part)
+            predictions |= answer
+            requests += own
+        return predictions, requests
+
+    def score_by(self, scorer: WorkerGroup, made: Batch, iteration: int, part: int) -> Asked:
+        objective = self.config.distill.objective
+        predictions, requests = Batch(made.samples), []
+        if names := [name for name in scorer.makes if name in objective.reads]:
+            gradient = any(name in objective.flows for name in names)
+            plan = self.plan.score(iteration, "score", gradient=gradient)
+            request, answer = scorer.scatter("score", plan, made, makes=names)
+            predictions |= answer
+            requests.append(request)
+        if names := [name for name in scorer.makes if f"data_{name}" in objective.reads]:
+            data = self.data(self.plan.position(iteration, "student", part), made.samples)
+            # At the same timesteps: else what tells data from videos would be how noisy they are.
+            plan = self.plan.score(iteration, "score-data", like="score")
+            request, answer = scorer.scatter("score", plan, data, makes=names)
+            predictions |= answer.prefixed("data_")
+            requests.append(request)
         return predictions, requests
 
     def pull_back(self, cotangents: Batch) -> Asked:
@@ -177,14 +192,29 @@ class Coordinator:
             updated, _ = self.critic.scatter("update", plan, batch.rows(start, start + size))
             updates.append(updated)
         if self.config.distill.overlap:
-            self.look_ahead(iteration + 1)
+            self.roll_out_ahead(iteration + 1)
+            self.score_ahead(iteration + 1, wait)
         wait(updates)
 
-    def look_ahead(self, iteration: int) -> None:
-        """Request the first rollout of a coming iteration; its weights are those of now."""
-        if iteration < self.config.distill.iterations:
-            purpose: Purpose = "student" if self.plan.updates_student(iteration) else "critic"
-            self.ahead[iteration, purpose, 0] = self.rollout(iteration, purpose, 0)
+    def roll_out_ahead(self, iteration: int) -> None:
+        """Request coming rollouts, as far as the student's weights are those of now: all those for the
+        critic, and the first for the next student update, whose graph it then keeps."""
+        for coming in range(iteration, min(iteration + AHEAD, self.config.distill.iterations)):
+            purpose: Purpose = "student" if self.plan.updates_student(coming) else "critic"
+            for part in range(1 if purpose == "student" else self.plan.parts):
+                if (coming, purpose, part) not in self.ahead:
+                    self.ahead[coming, purpose, part] = self.rollout(coming, purpose, part)
+            if purpose == "student":
+                return
+
+    def score_ahead(self, iteration: int, wait: Callable[[Iterable[Request]], None]) -> None:
+        """Request the teacher's scores of what was rolled out for the next student update, once it is
+        there."""
+        if (iteration, "student", 0) in self.ahead and "teacher" in self.groups:
+            made, requests = self.ahead[iteration, "student", 0]
+            wait(requests)
+            self.ahead[iteration, "student", 0] = made, []
+            self.ahead[iteration, "teacher", 0] = self.score_by(self.groups["teacher"], made, iteration, 0)
 
     def rollout(self, iteration: int, purpose: Purpose, part: int) -> Asked:
         """`video` and `context` of one micro-batch, unless they were requested already."""

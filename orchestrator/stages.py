@@ -304,7 +304,8 @@ class DistillConfig(Places):
     """Parts of a batch with exit steps of their own, which together take every step as often as another; 1
     draws one for all, as published. A divisor of roles.student.engine.accumulation."""
     overlap: bool = True
-    """Request the next rollout while the critic trains; the results are the same to the bit."""
+    """Request coming rollouts and the teacher's coming scores while the critic trains; the results are the
+    same to the bit."""
     cache_gradient: Literal["constant", "released"] = "constant"
     """Cached keys and values are constants, or pass gradient on as the released code does."""
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -13,6 +13,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from model.families import prepared
 from model.kv_cache import Parked
 from model.noise import SampleNoise
 from model.rollout import NetworkCall, Rollout
@@ -95,6 +96,9 @@ class Streamer:
         self.card = source.card
         video = source.card.video
         self.network = whole(source, self.device)
+        ready = prepared(self.network)
+        assert ready is not None, "all its weights are here"
+        self.prepared = ready
         self.text = self.encoder or source.text_encoder(self.device)
         self.cache = self.network.new_slots(
             self.config.context_window(),
@@ -233,9 +237,9 @@ class Streamer:
             if self._written[row] is not stream.context:
                 self.prompts.write(row, self.network.encode_context(stream.context))
                 self._written[row] = stream.context
-        velocity, live, *_ = self.network(
+        velocity, live, *_ = self.prepared(
             x,
-            torch.cat([call.timestep for call in calls]),
+            [call.timestep for call in calls],
             self.prompts.join(rows),
             history=self.cache.join(rows, [call.history.phase for call in calls]),
             return_live=True,

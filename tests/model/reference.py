@@ -5,12 +5,19 @@ attention is a plain softmax, and the cache is a list with one entry a frame who
 they are read.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from model import rollout as rollout_module
+from model.backbone import Output
 from model.noise import SampleNoise
+from model.rollout import NetworkCall
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.transformer import TransformerConfig, WanTransformer
 
@@ -42,6 +49,20 @@ def tiny_model(*, activation_checkpointing: bool = False, seed: int = 0) -> WanT
             spread = 0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
             parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@contextmanager
+def calls_recorded() -> Iterator[list[NetworkCall]]:
+    """Inside the block, the network calls that rollouts ask for, in order."""
+    calls: list[NetworkCall] = []
+    original = rollout_module.answering
+
+    def answering(*arguments: Any, **how: Any) -> Callable[[NetworkCall], Output]:
+        answer = original(*arguments, **how)
+        return lambda call: (calls.append(call), answer(call))[1]
+
+    with mock.patch.object(rollout_module, "answering", answering):
+        yield calls
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,16 @@ from model.rollout import NetworkCall, Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.sampler import euler_step, guide
 from model.schedule import FlowSchedule
-from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
+from tests.model.reference import (
+    CONFIG,
+    HEIGHT,
+    WIDTH,
+    calls_recorded,
+    difference,
+    normal,
+    prompt,
+    tiny_model,
+)
 from tests.model.test_rollout import block_cache, keys, run, slot_cache
 
 FRAMES = 6
@@ -64,12 +73,11 @@ def test_the_first_chunk_may_have_steps_of_its_own() -> None:
     assert config.every_step == (1000, 750, 500)
     plan = RolloutPlan.full(config, FRAMES)
     assert (plan.exit_step, plan.first_exit_step) == (0, 2)
-    calls: list[float] = []
     model = tiny_model()
-    model.register_forward_pre_hook(lambda _, args: calls.append(args[1].unique().item()))
-    video = run(model, config, plan)
+    with calls_recorded() as calls:
+        video = run(model, config, plan)
     warped = FlowSchedule(config.shift).few_steps
-    assert calls == pytest.approx([*warped((1000, 750, 500)), 0, 1000, 0, 1000])
+    assert [call.timestep for call in calls] == pytest.approx([*warped((1000, 750, 500)), 0, 1000, 0, 1000])
     # Its frames are those of a rollout with these steps throughout.
     same = run(model, replace(CONFIGS, steps=(1000, 750, 500)), RolloutPlan(2, 2))
     assert torch.equal(video[:, :2], same)
@@ -82,9 +90,9 @@ def test_the_first_chunk_may_have_steps_of_its_own() -> None:
         run(model, config, RolloutPlan(FRAMES, 0))
     # A given first frame is a past, so what follows it is no first chunk.
     initial = normal(2, 2, CONFIG.in_dim, HEIGHT, WIDTH)
-    calls.clear()
-    run(model, config, RolloutPlan.full(config, 4), initial=initial)
-    assert calls == pytest.approx([0, 1000])
+    with calls_recorded() as calls:
+        run(model, config, RolloutPlan.full(config, 4), initial=initial)
+    assert [call.timestep for call in calls] == pytest.approx([0, 1000])
 
 
 def test_the_ode_sampler_follows_the_velocity() -> None:
@@ -169,7 +177,8 @@ def test_writing_the_cache_anew_means_the_same_in_both_backings(config: RolloutC
         chunks = []
         while (pending := rollout.pending) is not None:
             if isinstance(pending, NetworkCall):
-                x, timestep, history = pending.x, pending.timestep, pending.history
+                x, history = pending.x, pending.history
+                timestep = torch.full(x.shape[:2], pending.timestep)
                 velocity, live, *_ = model(x, timestep, context, history=history, return_live=True)
                 rollout.send((velocity, live if pending.keeps_live else []))
             elif isinstance(pending, Tensor):

@@ -249,20 +249,13 @@ def test_later_chunks_do_not_change_earlier_ones() -> None:
 
 def test_calls_are_the_published_ones() -> None:
     """Denoise, exit with a gradient, commit without; the last chunk needs no commit, no input has a graph."""
-    calls: list[tuple[float, bool, bool]] = []
-    model = tiny_model()
-    model.register_forward_pre_hook(
-        lambda module, args: calls.append(
-            (args[1].unique().item(), torch.is_grad_enabled(), args[0].requires_grad)
-        )
-    )
-    video = run(model, SHAPES[0], RolloutPlan(6, 1, grad_frames=6))
+    with reference.calls_recorded() as calls:
+        video = run(tiny_model(), SHAPES[0], RolloutPlan(6, 1, grad_frames=6))
     assert video.shape == (BATCH, 6, CONFIG.in_dim, HEIGHT, WIDTH)
-    times, with_gradient, graphs = zip(*calls, strict=True)
     warped = 5000 / 6  # 500 at shift 5
-    assert times == pytest.approx((1000, warped, 0, 1000, warped))
-    assert with_gradient == (False, True, False, False, True)
-    assert not any(graphs)
+    assert [call.timestep for call in calls] == pytest.approx([1000, warped, 0, 1000, warped])
+    assert [call.gradient for call in calls] == [False, True, False, False, True]
+    assert not any(call.x.requires_grad for call in calls)
 
 
 def test_plans_are_drawn_from_their_key_and_cover_every_exit() -> None:
