@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,15 @@ class Output(NamedTuple):
     time: Tensor | None  # time embedding [B, 1 or F, D], where blocks are tapped
 
 
+@dataclass(frozen=True)
+class Past:
+    """What chunks of a video see of it besides themselves, as constants."""
+
+    frames: Tensor  # clean, from the video's first on, [B, f, C, H, W]
+    sizes: tuple[int, ...]  # of all its chunks, in frames
+    chosen: tuple[int, ...]  # the chunks that are there, rising
+
+
 class Backbone(nn.Module, ABC):
     """A network that predicts the velocity of a noisy latent video. `config` holds its sizes.
 
@@ -48,6 +58,7 @@ class Backbone(nn.Module, ABC):
         chunk: int | None = None,
         window: Window = EVERYTHING,
         clean: Tensor | None = None,
+        past: Past | None = None,
         history: History | None = None,
         return_live: bool = False,
         taps: Sequence[int] = (),
@@ -61,6 +72,9 @@ class Backbone(nn.Module, ABC):
                 as in a rollout; else every frame sees every frame.
             clean: a video like `x`; with `chunk`, the earlier frames seen are its own at timestep 0 instead
                 of those of `x` (teacher forcing).
+            past: where given, `x` are its chosen chunks, one after the other, each of which sees what
+                `window` holds of the clean frames before it, at timestep 0, and no gradient flows into
+                those.
             history: where given, all of `x` is one live chunk after it.
             return_live: also answer the live chunk's keys and values.
             taps: blocks, from 0, whose hidden states are answered too.

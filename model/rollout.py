@@ -21,6 +21,7 @@ from model.backbone import Backbone, Output
 from model.families import prepared
 from model.kv_cache import Cache, History, KeyValue
 from model.noise import NoiseSource
+from model.replay import Exit, Tape
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.sampler import euler_step, guide
 from model.schedule import FlowSchedule, clean, interpolate
@@ -90,6 +91,8 @@ class Rollout:
         self.start = 0
         self.past: list[tuple[int, Tensor]] = []
         """Committed frames that the cache may still show, and the first one's place, for `reencode`."""
+        self.tape = Tape()
+        """What the gradient needs, where the plan says that it is replayed."""
         self._steps = self._chunks(initial)
         self.pending = next(self._steps)
 
@@ -134,7 +137,11 @@ class Rollout:
                 else:
                     x0 = clean(x, velocity.float(), sigmas[step])
                     x = interpolate(x0, self._draw(x.shape, step + 1), sigmas[step + 1])
-            gradient = self.start >= plan.frames - plan.grad_frames
+            carries = self.start >= plan.frames - plan.grad_frames
+            if carries and plan.replayed:
+                chunk = len(self.tape.seen)
+                self.tape.exits.append(Exit(chunk, x, timesteps[exit_step], sigmas[exit_step]))
+            gradient = carries and not plan.replayed
             released = gradient and plan.cache_gradient == "released"
             if gradient:
                 # A graph keeps its history long after the chunk, so it gets one that holds no joined copies,
@@ -178,6 +185,8 @@ class Rollout:
 
     def _remember(self, context: Tensor) -> None:
         """Move on, and keep what the cache may still show: few numbers beside their keys and values."""
+        if self.plan.replayed:
+            self.tape.seen.append(context)
         self.past.append((self.start, context))
         self.start += context.shape[1]
         sink, latest = self.config.context_window().kept(self.start, self.config.chunk)
@@ -203,7 +212,7 @@ def generate(
     plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows is
     the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
     """
-    answer = answering(model, context, recorded=rollout.plan.grad_frames > 0)
+    answer = answering(model, context, recorded=rollout.plan.keeps_graph)
     while (pending := rollout.pending) is not None:
         if isinstance(pending, Tensor):
             yield pending

@@ -85,6 +85,11 @@ class RolloutPlan:
     """Cached keys and values are constants, or pass gradient on to their chunk's own call, as released."""
     first_exit_step: int | None = None  # the same for the first chunk where it has steps of its own
     given_frames: int = 0  # frames of the video that are given, not generated
+    replayed: bool = False  # whether the gradient is that of a later replay, so that there is no graph
+
+    @property
+    def keeps_graph(self) -> bool:
+        return self.grad_frames > 0 and not self.replayed
 
     @classmethod
     def draw(
@@ -98,6 +103,7 @@ class RolloutPlan:
         grad_frames: int,
         cache_gradient: Literal["constant", "released"] = "constant",
         given_frames: int = 0,
+        replayed: bool = False,
         group: int | None = None,
     ) -> "RolloutPlan":
         """A training plan: uniformly drawn exit steps, and gradient over the last `grad_frames` frames.
@@ -115,7 +121,7 @@ class RolloutPlan:
         exit_step = drawn(config.steps, "exit")
         first = config.first_steps
         first_exit = None if first is None else drawn(first, "first-exit")
-        return cls(frames, exit_step, key, grad_frames, cache_gradient, first_exit, given_frames)
+        return cls(frames, exit_step, key, grad_frames, cache_gradient, first_exit, given_frames, replayed)
 
     @classmethod
     def full(

@@ -9,6 +9,7 @@ under a block-causal mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from infra.settings import Invalid, at_least, positive
 from model import rope
 from model.attention import attend
-from model.backbone import EVERYTHING, Backbone, Output
-from model.chunk_view import ChunkView, chunk_views
+from model.backbone import EVERYTHING, Backbone, Output, Past
+from model.chunk_view import ChunkView, chunk_views, replay_views, uniform
 from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
 
 
@@ -128,24 +129,39 @@ class SelfAttention(Attention):
     """Self-attention over all tokens, over chunks causally, or over a history and the live chunk."""
 
     def forward(
-        self, x: Tensor, phase: Tensor, chunks: list[ChunkView] | None, history: History | None, layer: int
+        self,
+        x: Tensor,
+        phase: Tensor,
+        chunks: list[ChunkView] | None,
+        history: History | None,
+        layer: int,
+        past: KeyValue | None,
     ) -> tuple[Tensor, KeyValue]:
         q, (k, v) = self.query(x), self.key_value(x)
         if chunks is not None:
+            if chunks[0].phases is None:
+                q, k = rope.rotate(q, phase), rope.rotate(k, phase)
+            keys, values = (
+                (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
+            )
             # Every chunk sees itself and what the window holds of the past: slices of the keys, so no mask is
             # ever materialised.
-            return self.o(torch.cat([self._over_chunk(q, k, v, chunk) for chunk in chunks], dim=1)), (k, v)
+            return self.o(torch.cat([_over_chunk(q, keys, values, chunk) for chunk in chunks], dim=1)), (k, v)
         q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
         if history is None:
             return self.o(attend(q, rotated, v)), (rotated, v)
         out = attend(q, *history.joined(layer, rotated, v), history.mask)
         return self.o(out), (rotated if history.absolute else k, v)
 
-    @staticmethod
-    def _over_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: ChunkView) -> Tensor:
-        keys, values = (torch.cat([x[:, span] for span in chunk.keys], dim=1) for x in (k, v))
-        queries = rope.rotate(q[:, chunk.queries], chunk.query_phase)
-        return attend(queries, rope.rotate(keys, chunk.key_phase), values)
+
+def _over_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: ChunkView) -> Tensor:
+    queries = q[:, chunk.queries]
+    keys, values = (torch.cat([x[:, span] for span in chunk.keys], dim=1) for x in (k, v))
+    if chunk.phases is not None:
+        queries, keys = (
+            rope.rotate(x, phase) for x, phase in zip((queries, keys), chunk.phases, strict=True)
+        )
+    return attend(queries, keys, values)
 
 
 class CrossAttention(Attention):
@@ -204,9 +220,10 @@ class Block(nn.Module):
         chunks: list[ChunkView] | None,
         history: History | None,
         layer: int,
+        past: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
-        y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunks, history, layer)
+        y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunks, history, layer, past)
         x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
         x = add_gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
@@ -348,6 +365,7 @@ class WanTransformer(Backbone):
         chunk: int | None = None,
         window: Window = EVERYTHING,
         clean: Tensor | None = None,
+        past: Past | None = None,
         history: History | None = None,
         return_live: bool = False,
         taps: Sequence[int] = (),
@@ -370,17 +388,23 @@ class WanTransformer(Backbone):
             prompts = [self.text_embedding(context.to(dtype))] * len(self.blocks)
         else:
             prompts = context
+        chunks, before = None, None
         if history is not None:
             phase = history.phase
+        elif past is not None:
+            before = _Before(self, past, window, prompts, height, width)
+            phase, chunks = before.phase, before.chunks
         else:
             phase = rope.phases([range(frames)], rows, columns, self.config.head_dim, x.device)
-        chunks = None
         if chunk is not None:
-            chunks = chunk_views(frames, chunk, window, phase, streams=1 if clean is None else 2)
+            streams = 1 if clean is None else 2
+            chunks = chunk_views(uniform(frames, chunk), window, phase, streams=streams)
+            phase = torch.cat([phase] * streams, dim=1)
         live, states = [], {}
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            arguments = (tokens, time, prompts[layer], phase, chunks, history, layer)
+            seen = None if before is None else before(layer, block)
+            arguments = (tokens, time, prompts[layer], phase, chunks, history, layer, seen)
             if recompute:
                 tokens, pair = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -401,3 +425,44 @@ class WanTransformer(Backbone):
             q=self.config.patch_size[2],
         )
         return Output(velocity, live, [states[layer] for layer in taps], embedded.to(dtype) if taps else None)
+
+
+class _Before:
+    """The clean frames that chunks see, block by block beside them and without a gradient."""
+
+    def __init__(
+        self,
+        network: WanTransformer,
+        past: Past,
+        window: Window,
+        prompts: Sequence[Tensor | KeyValue],
+        height: int,
+        width: int,
+    ):
+        frames, device = past.frames.shape[1], past.frames.device
+        starts = list(accumulate([0, *past.sizes]))
+        if frames not in starts:
+            raise ValueError(f"{frames} clean frames are no whole chunks of {past.sizes} frames.")
+        rows, columns = network.config.grid(height, width)
+        whole = rope.phases([range(starts[-1])], rows, columns, network.config.head_dim, device)
+        tokens = whole.shape[1] // starts[-1]
+        self.chunks = replay_views(past.sizes, past.chosen, window, whole, frames)
+        self.phase = torch.cat(
+            [whole[:, starts[chunk] * tokens : starts[chunk + 1] * tokens] for chunk in past.chosen], dim=1
+        )
+        self._phase = whole[:, : frames * tokens]
+        self._prompts = prompts
+        with torch.no_grad():
+            self._tokens = network.patch_embedding(past.frames.to(network.dtype))
+            _, self._time = network.embed_time(torch.zeros(1, device=device))
+        self._chunks = chunk_views(past.sizes[: starts.index(frames)], window, self._phase) if frames else []
+
+    @torch.no_grad()
+    def __call__(self, layer: int, block: nn.Module) -> KeyValue | None:
+        """Their keys and values in the next block."""
+        if not self._chunks:
+            return None
+        self._tokens, pair = block(
+            self._tokens, self._time, self._prompts[layer], self._phase, self._chunks, None, layer
+        )
+        return pair

@@ -30,6 +30,7 @@ from model.objectives.gan import (
     relativistic_generator_loss,
 )
 from model.objectives.sid import sid_loss
+from model.replay import replay
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.sampler import guide
@@ -109,16 +110,21 @@ def check_rollout(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
     )
     yield "steps", error(torch.tensor(FlowSchedule(config.shift).few_steps(config.steps)), tensors["steps"])
     later = [tensors[name] for name in sorted(tensors) if name.startswith("renoise.")]
-    for variant, prefix in (("constant", "grad_detached."), ("released", "grad.")):
+    for variant, prefix in (
+        ("constant", "grad_detached."),
+        ("replayed", "grad_detached."),
+        ("released", "grad."),
+    ):
         wanted = bool(select(tensors, prefix))
-        if not wanted and variant == "released":
+        if not wanted and variant != "constant":
             continue
         model = build(tensors, meta, "sd.")
         plan = RolloutPlan(
             frames,
             int(meta["exit_step"]),
             grad_frames=int(meta.get("grad_frames", frames)) if wanted else 0,
-            cache_gradient=variant,
+            cache_gradient="released" if variant == "released" else "constant",
+            replayed=variant == "replayed",
         )
         grid = model.config.grid(*output.shape[3:])
         rollout = Rollout(
@@ -133,7 +139,11 @@ def check_rollout(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
         video = torch.cat([tensors["initial"], *chunks] if "initial" in tensors else chunks, dim=1)
         yield f"output ({variant})", error(video.detach(), output)
         if wanted:
-            (video * tensors["cotangent"]).sum().backward()
+            cotangent = tensors["cotangent"]
+            if variant == "replayed":
+                video = replay(model, rollout.tape, tensors["context"], config.context_window())
+                cotangent = cotangent[:, -rollout.tape.frames :]
+            (video * cotangent).sum().backward()
             yield from compare_gradients(model, tensors, prefix)
 
 
