@@ -16,7 +16,7 @@ changes.
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from model.watch import for_a_band, pooled
@@ -28,6 +28,7 @@ from orchestrator.worker_group import Request, WorkerGroup
 from workers.batch import Batch, Read
 
 Metrics = dict[str, float]
+PURPOSES = ("student", "critic")
 Asked = tuple[Batch, list[Request]]
 """References to what will be there, and the requests that make it, in the order in which they were made;
 those that were waited for are left out."""
@@ -45,6 +46,10 @@ class NotFinite(FloatingPointError):
         self.iteration, self.since = iteration, since
 
 
+def score_of(scorer: WorkerGroup) -> str:
+    return f"score of the {scorer.role}"
+
+
 def _raise(fault: Fault) -> None:
     raise fault
 
@@ -58,7 +63,7 @@ class Coordinator:
     """`student`, `critic`, and `teacher` where the objective reads what it makes."""
     since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
     ahead: dict[tuple[int, str, int], Asked] = field(default_factory=dict)
-    """What was asked before its turn: iteration, purpose of a rollout or role of a scorer, micro-batch."""
+    """What was asked before its turn: iteration, purpose of a rollout or score of whom, micro-batch."""
     steps: dict[str, int] = field(default_factory=dict)
     """Optimizer steps that each role has made, once it has told."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -100,6 +105,9 @@ class Coordinator:
         def wait(*requests: Request) -> None:
             self.wait(requests, timer, iteration=iteration, purpose="student")
 
+        if self.config.distill.overlap and self.config.distill.replay:
+            self.roll_out_ahead(iteration)
+            self.score_ahead(iteration, wait, self.scorers)
         for part in range(self.plan.parts):
             made, rolled_out = self.rollout(iteration, "student", part)
             wait(*rolled_out)
@@ -128,13 +136,15 @@ class Coordinator:
                 return gradients
             except Fault as fault:
                 self.mend(fault)
+                for key in [key for key in self.ahead if key[1] not in PURPOSES]:
+                    del self.ahead[key]
 
     def score(self, made: Batch, iteration: int, part: int) -> Asked:
         """The predictions that the objective reads. A scorer keeps its graph where gradient will flow
         back."""
         predictions, requests = Batch(made.samples), []
         for scorer in self.scorers:
-            asked = self.ahead.pop((iteration, scorer.role, part), None)
+            asked = self.ahead.pop((iteration, score_of(scorer), part), None)
             answer, own = asked or self.score_by(scorer, made, iteration, part)
             predictions |= answer
             requests += own
@@ -193,28 +203,36 @@ class Coordinator:
             updates.append(updated)
         if self.config.distill.overlap:
             self.roll_out_ahead(iteration + 1)
-            self.score_ahead(iteration + 1, wait)
+            self.score_ahead(iteration + 1, lambda *requests: wait(requests), self.scorers[:-1])
         wait(updates)
 
     def roll_out_ahead(self, iteration: int) -> None:
         """Request coming rollouts, as far as the student's weights are those of now: all those for the
-        critic, and the first for the next student update, whose graph it then keeps."""
+        critic, and for the next student update those that the student can hold, of graphs one."""
         for coming in range(iteration, min(iteration + AHEAD, self.config.distill.iterations)):
             purpose: Purpose = "student" if self.plan.updates_student(coming) else "critic"
-            for part in range(1 if purpose == "student" else self.plan.parts):
+            one = purpose == "student" and not self.config.distill.replay
+            for part in range(1 if one else self.plan.parts):
                 if (coming, purpose, part) not in self.ahead:
                     self.ahead[coming, purpose, part] = self.rollout(coming, purpose, part)
             if purpose == "student":
                 return
 
-    def score_ahead(self, iteration: int, wait: Callable[[Iterable[Request]], None]) -> None:
-        """Request the teacher's scores of what was rolled out for the next student update, once it is
-        there."""
-        if (iteration, "student", 0) in self.ahead and "teacher" in self.groups:
-            made, requests = self.ahead[iteration, "student", 0]
-            wait(requests)
-            self.ahead[iteration, "student", 0] = made, []
-            self.ahead[iteration, "teacher", 0] = self.score_by(self.groups["teacher"], made, iteration, 0)
+    def score_ahead(self, iteration: int, wait: Callable[..., None], scorers: Sequence[WorkerGroup]) -> None:
+        """Request scores of what was rolled out ahead for a student update, once it is there, from scorers
+        whose weights are those of then. A scorer holds one graph, so those through which gradient flows back
+        are asked for the first alone."""
+        for part in range(self.plan.parts):
+            if (iteration, "student", part) not in self.ahead:
+                return
+            made, requests = self.ahead[iteration, "student", part]
+            wait(*requests)
+            self.ahead[iteration, "student", part] = made, []
+            for scorer in scorers:
+                key = iteration, score_of(scorer), part
+                flows = any(name in self.config.distill.objective.flows for name in scorer.makes)
+                if key not in self.ahead and not (flows and part):
+                    self.ahead[key] = self.score_by(scorer, made, iteration, part)
 
     def rollout(self, iteration: int, purpose: Purpose, part: int) -> Asked:
         """`video` and `context` of one micro-batch, unless they were requested already."""

@@ -308,6 +308,10 @@ class DistillConfig(Places):
     same to the bit."""
     cache_gradient: Literal["constant", "released"] = "constant"
     """Cached keys and values are constants, or pass gradient on as the released code does."""
+    replay: bool = False
+    """Roll out without a graph, and make the gradient by one forward over all chunks at their exit steps: the
+    same but for rounding. Needs two forwards more a chunk, and holds a graph while it is pulled back only, so
+    that all micro-batches are rolled out and scored ahead."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """The loss on the whole video."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -349,6 +353,10 @@ class DistillConfig(Places):
             )
         if self.exit_groups > 1 and self.inputs != "rollout":
             raise Invalid("exit_groups", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
+        if self.replay and self.inputs != "rollout":
+            raise Invalid("replay", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
+        if self.replay and self.cache_gradient != "constant":
+            raise Invalid("replay", "has constant caches, so it needs distill.cache_gradient constant.")
         at_least(self, 0, "given_frames", "sample_every", "keep_every")
         positive(self, "checkpoint_minutes")
         _check_not_finite(self)

@@ -86,5 +86,6 @@ class UpdatePlan:
             grad_frames=carried if gradient else 0,
             cache_gradient=distill.cache_gradient,
             given_frames=distill.given_frames,
+            replayed=distill.replay and gradient,
             group=part * distill.exit_groups // self.parts if distill.exit_groups > 1 else None,
         )

@@ -40,6 +40,8 @@ from model.transformer import TransformerConfig, WanTransformer
 from workers.foreign.checkpoint import ForeignCheckpoint
 
 TOLERANCE = 1e-4
+VARIANTS = (("constant", "grad_detached."), ("replayed", "grad_detached."), ("released", "grad."))
+"""Ways of a rollout's gradient, and the golden tensors that it is to equal."""
 Tensors = dict[str, Tensor]
 Result = tuple[str, float]
 """A quantity and its relative error."""
@@ -97,47 +99,55 @@ class Replay:
         return self.noise[:, first : self.start]
 
 
-def check_rollout(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
-    """A rollout, and its gradient with constant and with released cache gradients."""
-    output = tensors["output"]
-    frames, window = int(meta["frames"]), int(meta["local"])
+def rollout_of(
+    tensors: Tensors, meta: dict[str, str], variant: str
+) -> tuple[WanTransformer, RolloutConfig, Rollout]:
+    """The file's model, how it generates, and its rollout, whose gradient is `constant`, `released` or
+    `replayed`."""
+    output, initial = tensors["output"], tensors.get("initial")
+    frames, window, shift = int(meta["frames"]), int(meta["local"]), float(meta.get("shift", 5.0))
     config = RolloutConfig(
-        shift=float(meta.get("shift", 5.0)),
-        steps=tuple(unwarp(tensors["steps"], float(meta.get("shift", 5.0)))),
+        shift=shift,
+        steps=tuple(unwarp(tensors["steps"], shift)),
         chunk=int(meta["chunk"]),
         window=None if window < 0 else window,
         sink=int(meta["sink"]),
     )
-    yield "steps", error(torch.tensor(FlowSchedule(config.shift).few_steps(config.steps)), tensors["steps"])
-    later = [tensors[name] for name in sorted(tensors) if name.startswith("renoise.")]
-    for variant, prefix in (
-        ("constant", "grad_detached."),
-        ("replayed", "grad_detached."),
-        ("released", "grad."),
-    ):
+    model = build(tensors, meta, "sd.")
+    wanted = any(name.startswith(("grad.", "grad_detached.")) for name in tensors)
+    plan = RolloutPlan(
+        frames,
+        int(meta["exit_step"]),
+        grad_frames=int(meta.get("grad_frames", frames)) if wanted else 0,
+        cache_gradient="released" if variant == "released" else "constant",
+        replayed=variant == "replayed",
+    )
+    rollout = Rollout(
+        config,
+        plan,
+        noise=Replay(tensors["noise"], [tensors[name] for name in sorted(tensors) if "renoise." in name]),
+        cache=BlockCache(
+            config.context_window(), model.config.grid(*output.shape[3:]), model.config.head_dim
+        ),
+        shape=(output.shape[0], *output.shape[2:]),
+        initial=initial,
+    )
+    return model, config, rollout
+
+
+def check_rollout(tensors: Tensors, meta: dict[str, str]) -> Iterator[Result]:
+    """A rollout, and its gradient with constant and with released cache gradients."""
+    for variant, prefix in VARIANTS:
         wanted = bool(select(tensors, prefix))
         if not wanted and variant != "constant":
             continue
-        model = build(tensors, meta, "sd.")
-        plan = RolloutPlan(
-            frames,
-            int(meta["exit_step"]),
-            grad_frames=int(meta.get("grad_frames", frames)) if wanted else 0,
-            cache_gradient="released" if variant == "released" else "constant",
-            replayed=variant == "replayed",
-        )
-        grid = model.config.grid(*output.shape[3:])
-        rollout = Rollout(
-            config,
-            plan,
-            noise=Replay(tensors["noise"], later),
-            cache=BlockCache(config.context_window(), grid, model.config.head_dim),
-            shape=(output.shape[0], *output.shape[2:]),
-            initial=tensors.get("initial"),
-        )
+        model, config, rollout = rollout_of(tensors, meta, variant)
+        if variant == "constant":
+            steps = FlowSchedule(config.shift).few_steps(config.steps)
+            yield "steps", error(torch.tensor(steps), tensors["steps"])
         chunks = list(generate(model, rollout, tensors["context"]))
         video = torch.cat([tensors["initial"], *chunks] if "initial" in tensors else chunks, dim=1)
-        yield f"output ({variant})", error(video.detach(), output)
+        yield f"output ({variant})", error(video.detach(), tensors["output"])
         if wanted:
             cotangent = tensors["cotangent"]
             if variant == "replayed":
@@ -306,11 +316,14 @@ def form(tensors: Tensors, meta: dict[str, str]) -> Check | None:
     return None
 
 
+def read(path: Path) -> tuple[Tensors, dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
 def check_file(path: Path) -> Iterator[Result]:
     """Every quantity of one file; ValueError where its form is unknown."""
-    with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    tensors, meta = read(path)
     check = form(tensors, meta)
     if check is None:
         raise ValueError("unknown form")

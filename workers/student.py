@@ -1,6 +1,5 @@
 """The student: generates by self-rollout, keeps the graph, pulls a gradient back through it, and steps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -8,13 +7,14 @@ import torch
 from torch import Tensor
 
 from infra import storage
-from model import watch
+from model import replay, watch
 from model.adapters import AdapterConfig
 from model.backbone import Backbone
 from model.codec import to_uint8
 from model.forcing import ForcedPlan
 from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
+from model.replay import Tape
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.score import ScoreConfig, ScorePlan
@@ -29,10 +29,12 @@ from workers.step_watch import StepWatch
 
 @dataclass(frozen=True)
 class _Graph:
-    """A video whose graph is alive, the weights it was made with, and what the objective sends it."""
+    """A video whose gradient is to come, the weights it was made with, and what the objective sends it."""
 
     video: Tensor
     version: int
+    replayed: tuple[Tape, Tensor] | None = None
+    """Where the video has no graph: what its gradient is made from, and the prompts."""
     gradient: Tensor | None = None
 
 
@@ -64,7 +66,8 @@ class StudentWorker(TrainedRank):
         self.engine_config = engine
         self.activation_checkpointing = activation_checkpointing
         self.adapters = adapters
-        self._graph: _Graph | None = None
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        """By their samples: one alone, or any number of those that are replayed."""
 
     def build(self) -> None:
         self.engine = build.trained(
@@ -76,8 +79,8 @@ class StudentWorker(TrainedRank):
         self.watch = StepWatch(self.engine, directions=self.directions)
 
     def forget(self) -> None:
-        """Drop the graph that is alive, if any."""
-        self._graph = None
+        """Drop the graphs that are alive, if any."""
+        self._graphs.clear()
 
     def refer(self, reference: watch.Reference | None) -> None:
         """Take what the latents of the student's videos are compared with."""
@@ -91,39 +94,45 @@ class StudentWorker(TrainedRank):
         """A `video` [F, C, H, W] for each prompt embedding `context` [text_len, text_dim].
 
         Where the plan has given frames, it starts with those of the data's `data_video`. If the plan carries
-        a gradient the graph is kept, to be consumed by `pullback`; RuntimeError if one is alive already.
+        a gradient the graph is kept, or what it is replayed from, to be consumed by `pullback`; RuntimeError
+        if a graph is alive already.
         """
-        return self._made(batch, plan.grad_frames > 0, lambda: self._generate(plan, batch))
+        self._check_room(graph=plan.keeps_graph)
+        video, tape = self._generate(plan, batch)
+        if plan.grad_frames:
+            replayed = (tape, batch["context"]) if plan.replayed else None
+            self._keep(batch, _Graph(video, self.engine.version, replayed))
+        return {}, Batch(batch.samples, {"video": video})
 
     def film(self, plan: RolloutPlan, batch: Batch) -> tuple[Stats, Batch]:
         """The `frames` uint8 [T, height, width, 3] of a rollout, decoded here, for people to look at."""
         codec = self.source.card.video.make_codec()
         assert codec is not None, "there is nothing to look at without a codec"
-        videos = self._generate(plan, batch)
+        videos, _ = self._generate(plan, batch)
         frames = [torch.from_numpy(to_uint8(codec.decode(video[None])[0])) for video in videos]
         return {}, Batch(batch.samples, {"frames": torch.stack(frames)})
 
     def predict(self, plan: ForcedPlan, batch: Batch) -> tuple[Stats, Batch]:
         """What `rollout` answers, predicted on the data's noised `data_video` instead."""
 
-        def make() -> Tensor:
-            data, context = batch["data_video"], batch["context"]
-            return plan.predict(self.network, self.config, data, context, batch.samples)
+        self._check_room(graph=plan.gradient)
+        data, context = batch["data_video"], batch["context"]
+        video = plan.predict(self.network, self.config, data, context, batch.samples)
+        if plan.gradient:
+            self._keep(batch, _Graph(video, self.engine.version))
+        return {}, Batch(batch.samples, {"video": video})
 
-        return self._made(batch, plan.gradient, make)
-
-    def _made(self, batch: Batch, gradient: bool, make: Callable[[], Tensor]) -> tuple[Stats, Batch]:
-        if gradient and self._graph is not None:
+    def _check_room(self, *, graph: bool) -> None:
+        if graph and self._graphs:
             raise RuntimeError(
                 "a video with gradient was asked for while the graph of the last one is alive; pull it "
                 "back first."
             )
-        video = make()
-        if gradient:
-            self._graph = _Graph(video, self.engine.version)
-        return {}, Batch(batch.samples, {"video": video})
 
-    def _generate(self, plan: RolloutPlan, batch: Batch) -> Tensor:
+    def _keep(self, batch: Batch, graph: _Graph) -> None:
+        self._graphs[tuple(batch.samples)] = graph
+
+    def _generate(self, plan: RolloutPlan, batch: Batch) -> tuple[Tensor, Tape]:
         shape, device = self.source.card.video, self.engine.device
         given = batch["data_video"][:, : plan.given_frames] if plan.given_frames else None
         rollout = Rollout(
@@ -135,7 +144,8 @@ class StudentWorker(TrainedRank):
             initial=given,
         )
         chunks = list(generate(self.network, rollout, batch["context"]))
-        return self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
+        video = self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
+        return video, rollout.tape
 
     def _last(self, video: Tensor) -> Tensor:
         """The frames of a video that scorers look at: the last ones, if it is longer than they are trained
@@ -161,16 +171,17 @@ class StudentWorker(TrainedRank):
         a graph. Its gradient with respect to the video is kept for `pullback`; those with respect to the
         predictions through which it flows are returned under their names. RuntimeError if there is no graph.
         """
-        if self._graph is None:
+        graph = self._graphs.get(tuple(batch.samples))
+        if graph is None:
             raise RuntimeError("judge needs the graph of a rollout with gradient, and none is alive.")
         flows = self.objective.flows
-        leaves: dict[str, Tensor] = {**batch.columns, "video": self._graph.video.detach()}
+        leaves: dict[str, Tensor] = {**batch.columns, "video": graph.video.detach()}
         wanted = [leaves[name].requires_grad_() for name in ("video", *flows)]
         loss = self.objective(leaves)
         # A loss that does not look at the video itself, such as the adversarial one, sends it nothing
         # directly.
         gradient, *cotangents = torch.autograd.grad(loss * finite(loss), wanted, materialize_grads=True)
-        self._graph = replace(self._graph, gradient=gradient)
+        self._keep(batch, replace(graph, gradient=gradient))
         stats = {"loss": loss.item(), **self.objective.statistics(leaves)}
         stats |= watch.of_latents(leaves["video"], self.reference)
         if "real" in leaves and "fake" in leaves:
@@ -179,25 +190,27 @@ class StudentWorker(TrainedRank):
         return stats, Batch(batch.samples, dict(zip(flows, cotangents, strict=True)))
 
     def pullback(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
-        """Backward through the kept video. The batch's columns are gradients with respect to it, one from
-        each scorer that the objective flows through; they add to what `judge` kept.
+        """Backward through the kept video, or its replay. The batch's columns are gradients with respect to
+        it, one from each scorer that the objective flows through; they add to what `judge` kept.
 
         RuntimeError if nothing was judged, or if the weights have changed since the rollout.
         """
-        graph, self._graph = self._graph, None
+        graph = self._graphs.pop(tuple(batch.samples), None)
         if graph is None or graph.gradient is None:
             raise RuntimeError("pullback needs a rollout with gradient that was judged, and there is none.")
         if graph.version != self.engine.version:
             raise RuntimeError(
                 f"the graph was made with weights {graph.version}, and they are now {self.engine.version}."
             )
-        gradient = sum(batch.columns.values(), start=graph.gradient)
-        self.engine.backward((graph.video * gradient).sum())
+        gradient, video = sum(batch.columns.values(), start=graph.gradient), graph.video
+        if graph.replayed is not None:
+            video = replay.replay(self.network, *graph.replayed, self.config.context_window())
+        self.engine.backward((video * gradient[:, -video.shape[1] :]).sum())
         return {}, Batch(batch.samples)
 
     def step(self, plan: None, batch: Batch) -> tuple[Stats, Batch]:
         """One optimizer step once all micro-batches are pulled back; RuntimeError while a graph is alive."""
-        if self._graph is not None:
+        if self._graphs:
             raise RuntimeError("step was called while the graph of a rollout is alive; pull it back first.")
         self.watch.before()
         result = self.engine.step()

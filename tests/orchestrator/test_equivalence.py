@@ -356,8 +356,41 @@ def test_whatever_the_student_starts_from_the_first_update_is_that_of_one_graph(
     check(replace(found, metrics=[values]), reference)
 
 
-def test_overlap_changes_no_bit(groups: Groups, config: RunConfig) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"ranks": 2, "stage": 3, "teacher": (2, 3), "checkpointing": True},
+        {"ranks": 2, "stage": 2, "accumulation": 2},
+        {"accumulation": 4},
+    ],
+    ids=["2-ranks-zero-3-recomputed", "2-ranks-zero-2-accumulated", "1-rank-accumulated"],
+)
+def test_a_replayed_gradient_changes_no_number(
+    groups: Groups, base: Outcome, config: RunConfig, how: dict
+) -> None:
+    replayed = replace(config, distill=replace(config.distill, replay=True))
+    check(run(groups, spread(replayed, **how)), base)
+
+
+def test_a_replay_is_the_gradient_where_it_flows_through_the_scores_and_over_long_rollouts(
+    groups: Groups, config: RunConfig
+) -> None:
+    for changes in (
+        {"objective": ObjectiveConfig({"sid": 1.0})},
+        {"rollout_frames": 24},
+        {"given_frames": 2},
+    ):
+        distill = replace(config.distill, iterations=2, **changes)
+        plain = replace(config, data=with_real(config), distill=distill)
+        expected = run(groups, spread(plain, accumulation=2))
+        replayed = replace(plain, distill=replace(distill, replay=True))
+        check(run(groups, spread(replayed, accumulation=2)), expected)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_overlap_changes_no_bit(groups: Groups, config: RunConfig, replayed: bool) -> None:
     config = spread(config, ranks=2, stage=2, accumulation=2, teacher=(2, 0))
+    config = replace(config, distill=replace(config.distill, replay=replayed))
     outcomes = []
     for overlap in (True, False):
         distill = replace(config.distill, student_every=2, overlap=overlap)
@@ -372,11 +405,12 @@ def test_overlap_changes_no_bit(groups: Groups, config: RunConfig) -> None:
             # The teacher scores what the student made for its next update while the critic still trains.
             for done, asked in enumerate(ahead[:-1], start=1):
                 student = done + done % 2
-                coming = {(student, "student", 0), (student, "teacher", 0)} if student < UPDATES else set()
+                held = range(parts if replayed else 1) if student < UPDATES else range(0)
+                coming = {(student, "student", part) for part in held}
                 if done % 2:
-                    coming = {(done, "critic", part) for part in range(parts)} | coming - {
-                        (student, "teacher", 0)
-                    }
+                    coming |= {(done, "critic", part) for part in range(parts)}
+                else:
+                    coming |= {(student, "score of the teacher", part) for part in held}
                 assert asked == coming
         else:
             assert not any(ahead)
