@@ -6,11 +6,13 @@ straight line of tensor operations. Its numbers are those of the network itself,
 product does not depend on how many columns are computed at once.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from model import rope
@@ -66,13 +68,22 @@ class Table(NamedTuple):
 class PreparedTransformer:
     """A network's weights as its calls want them. They are those of now: a step of training needs another."""
 
-    def __init__(self, network: WanTransformer):
-        """The weights of a frozen network become views of what is made here, so that they are there once."""
+    def __init__(self, network: WanTransformer, *, compiled: bool = False, shared: bool = False):
+        """With `shared` the weights of the network, which is never trained, become views of what is made
+        here, so that they are there once.
+
+        With `compiled` what surrounds self-attention goes through TorchInductor, once for all blocks of all
+        networks of a size: the history, which grows, is in neither part.
+        """
         self.network, self.config = network, network.config
+        self._before: Callable[..., Any] = _compiled(before) if compiled else before
+        self._after: Callable[..., Any] = _compiled(after) if compiled else after
+        patches = network.patch_embedding
+        self.patches = Linear(_data(patches.weight).flatten(1), _data(patches.bias))
         blocks = [block for block in network.blocks if isinstance(block, Block)]
-        self.layers = [_layer(block) for block in blocks]
+        self.layers = [_layer(block, shared) for block in blocks]
         self.modulation = torch.stack([_data(block.modulation)[0] for block in blocks])
-        self.head = _linear(network.head.head)
+        self.head, self.head_modulation = _linear(network.head.head), _data(network.head.modulation)
         self._tables: dict[tuple[float, ...], Table] = {}
 
     @torch.no_grad()
@@ -86,22 +97,22 @@ class PreparedTransformer:
         return_live: bool = False,
     ) -> Output:
         """See `model.backbone.Prepared`."""
-        frames, height, width = x.shape[1], x.shape[3], x.shape[4]
-        rows, columns = self.config.grid(height, width)
+        rows, columns = self.config.grid(*x.shape[3:])
         table = self._table(timesteps, x.device)
-        tokens = self.network.patch_embedding(x.to(self.network.dtype)).unflatten(1, (frames, -1))
+        _, p, q = self.config.patch_size
+        cut = rearrange(x.to(self.head.bias.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q)
+        tokens = F.linear(cut, *self.patches)
         phase, live = history.phase[:, :, None], []
         for index, (layer, modulation) in enumerate(zip(self.layers, table.blocks, strict=True)):
-            q, k, v, unturned = before(tokens, layer, modulation, phase, self.config)
+            query, k, v, unturned = self._before(tokens, layer, modulation, phase, self.config)
             if return_live:
                 live.append((k if history.absolute else unturned, v))
-            attended = attend(q, *history.joined(index, k, v), history.mask)
-            tokens = after(tokens, attended, layer, modulation, prompts[index], self.config)
+            attended = attend(query, *history.joined(index, k, v), history.mask)
+            tokens = self._after(tokens, attended, layer, modulation, prompts[index], self.config)
         shift, scale = table.head
         out = F.linear(_modulated(tokens, shift, scale, self.config.eps), *self.head)
-        _, p, q = self.config.patch_size
-        patches = out.view(-1, frames, rows, columns, p, q, self.config.out_dim)
-        return Output(patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape), live, [], None)
+        velocity = rearrange(out, "b f (h w) (p q c) -> b f c (h p) (w q)", h=rows, w=columns, p=p, q=q)
+        return Output(velocity, live, [], None)
 
     def _table(self, timesteps: Sequence[float], device: torch.device) -> Table:
         """For all rows at once where they are at one timestep, else row by row."""
@@ -119,7 +130,7 @@ class PreparedTransformer:
         """From a time embedding [rows, dim] and its projection [rows, 6, dim]."""
         blocks = self.modulation[:, None] + time
         blocks[:, :, (1, 4)] += 1
-        shift, scale = (_data(self.network.head.modulation) + embedded[:, None]).unbind(1)
+        shift, scale = (self.head_modulation + embedded[:, None]).unbind(1)
         return Table(
             [Modulation(*block[:, :, None, None].unbind(1)) for block in blocks],
             (shift[:, None, None], 1 + scale[:, None, None]),
@@ -160,6 +171,11 @@ def after(
     return torch.addcmul(tokens, fed, modulation.gate2).to(tokens.dtype)
 
 
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True)
+
+
 def _modulated(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     normed = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
     return torch.addcmul(shift, normed, scale).to(tokens.dtype)
@@ -185,11 +201,11 @@ def _linear(layer: nn.Module) -> Linear:
     return Linear(weight, _data(layer.bias))
 
 
-def _one(layers: Sequence[nn.Module]) -> Linear:
-    """Layers of the same input as one. Where they are frozen, theirs become views of it."""
+def _one(layers: Sequence[nn.Module], shared: bool) -> Linear:
+    """Layers of the same input as one, of which theirs become views where they are `shared`."""
     weights, biases = zip(*map(_linear, layers), strict=True)
     whole = Linear(torch.cat(weights), torch.cat(biases))
-    if not any(parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+    if shared:
         for layer, weight, bias in zip(layers, *(each.chunk(len(layers)) for each in whole), strict=True):
             layer.weight.data, layer.bias.data = weight, bias
     return whole
@@ -200,12 +216,12 @@ def _norms(*norms: nn.Module) -> Tensor | None:
     return torch.stack(weights) if weights else None
 
 
-def _layer(block: Block) -> Layer:
+def _layer(block: Block, shared: bool) -> Layer:
     own, cross = block.self_attn, block.cross_attn
     up, _, down = block.ffn
     norm3 = block.norm3
     return Layer(
-        qkv=_one([own.q, own.k, own.v]),
+        qkv=_one([own.q, own.k, own.v], shared),
         qk_norm=_norms(own.norm_q, own.norm_k),
         o=_linear(own.o),
         norm3=Linear(_data(norm3.weight), _data(norm3.bias)) if isinstance(norm3, nn.LayerNorm) else None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from infra.settings import part
-from model.backbone import Backbone, Output
+from model.backbone import Backbone, Output, Prepared
 from model.families import prepared
 from model.kv_cache import Cache, History, KeyValue
 from model.noise import NoiseSource
@@ -204,15 +204,21 @@ class Rollout:
 
 
 def generate(
-    model: Backbone, rollout: Rollout, context: Tensor, *, guidance: float = 0.0
+    model: Backbone,
+    rollout: Rollout,
+    context: Tensor,
+    *,
+    guidance: float = 0.0,
+    ready: Prepared | None = None,
 ) -> Iterator[Tensor]:
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
     `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the
     plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows is
     the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
+    `ready` is the model prepared for it, which else is done here, where its weights are.
     """
-    answer = answering(model, context, recorded=rollout.plan.keeps_graph)
+    answer = answering(model, ready or prepared(model), context, recorded=rollout.plan.keeps_graph)
     while (pending := rollout.pending) is not None:
         if isinstance(pending, Tensor):
             yield pending
@@ -226,12 +232,13 @@ def generate(
         rollout.send((velocity, live))
 
 
-def answering(model: Backbone, context: Tensor, *, recorded: bool) -> Callable[[NetworkCall], Output]:
+def answering(
+    model: Backbone, ready: Prepared | None, context: Tensor, *, recorded: bool
+) -> Callable[[NetworkCall], Output]:
     """What answers the calls of one rollout, the weights standing still.
 
     `recorded` says that some carry a gradient: else nothing of the rollout can be part of a graph later.
     """
-    ready = prepared(model)
     off = torch.no_grad if recorded else torch.inference_mode
     with off():
         prompts = None if ready is None else model.encode_context(context)

@@ -56,6 +56,10 @@ def phases(
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
     """Turn pairs of channels of `x` [B, L, heads, head_dim] by `phase`, in float32."""
+    if torch.compiler.is_compiling():  # which fuses what follows, and knows no complex numbers
+        (one, two), (cosine, sine) = x.float().unflatten(-1, (-1, 2)).unbind(-1), phase.unbind(-1)
+        turned = torch.stack([one * cosine - two * sine, one * sine + two * cosine], dim=-1)
+        return turned.flatten(-2).to(x.dtype)
     # Pairs are complex numbers: one product, where real arithmetic would take six passes over memory.
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.view_as_complex(phase)).flatten(-2).to(x.dtype)

@@ -74,6 +74,8 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
             "objective": distill.objective,
             "score": config.score,
             "directions": distill.alarms.directions,
+            "compile": distill.compile,
+            "gather": distill.gather,
             **learning(roles.student),
         },
         "teacher": {

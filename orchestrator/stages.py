@@ -312,6 +312,12 @@ class DistillConfig(Places):
     """Roll out without a graph, and make the gradient by one forward over all chunks at their exit steps: the
     same but for rounding. Needs two forwards more a chunk, and holds a graph while it is pulled back only, so
     that all micro-batches are rolled out and scored ahead."""
+    compile: bool = False
+    """Compile a rollout's calls without gradient with TorchInductor; on a CPU that needs a C++ compiler, and
+    is seldom faster."""
+    gather: bool = False
+    """Under roles.student.engine.zero_stage 3, have the student's weights whole on every rank for each
+    rollout, gathered once, in place of gathering them at each of its calls."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """The loss on the whole video."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -353,6 +359,14 @@ class DistillConfig(Places):
             )
         if self.exit_groups > 1 and self.inputs != "rollout":
             raise Invalid("exit_groups", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
+        sharded = self.roles.student.engine.zero_stage == 3
+        if self.gather and not sharded:
+            raise Invalid("gather", "is for roles.student.engine.zero_stage 3; leave it out.")
+        if self.compile and sharded and not self.gather:
+            raise Invalid("compile", "needs whole weights: set gather, or roles.student.engine.zero_stage 2.")
+        for name, used in (("compile", self.compile), ("gather", self.gather)):
+            if used and self.inputs != "rollout":
+                raise Invalid(name, "is of rollouts, so it needs distill.inputs rollout; leave it out.")
         if self.replay and self.inputs != "rollout":
             raise Invalid("replay", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
         if self.replay and self.cache_gradient != "constant":

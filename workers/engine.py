@@ -8,6 +8,7 @@ those. Knows nothing of Ray, of losses or of where checkpoints belong; DeepSpeed
 import math
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,11 @@ class TrainEngine:
     @property
     def _trained(self) -> dict[str, zero.Slice]:
         return {name: piece for name, piece in self._zero.slices.items() if piece.trained}
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """Inside the block the weights are whole on every rank, which all enter at once. What still refers to
+        one afterwards keeps it."""
+        return self._zero.whole()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar `loss`, the mean over this rank's samples, once per micro-batch.

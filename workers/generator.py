@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.backbone import velocity_of
 from model.codec import Codec
+from model.families import prepared
 from model.noise import Key, SampleNoise
 from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
@@ -30,6 +31,7 @@ class Generator:
         self.card = self.source.card
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = whole(self.source, self.device)
+        self.ready = prepared(self.model, shared=True) if self.card.rollout else None
         self.text = self.source.text_encoder(self.device)
         self.codec = self.card.video.shown_by(light_decoder)
 
@@ -76,7 +78,8 @@ class Generator:
             shape=(len(prompts), video.channels, video.height, video.width),
             initial=initial,
         )
-        chunks = generate(self.model, rollout, self.text.encode(prompts), guidance=self.card.guidance)
+        context = self.text.encode(prompts)
+        chunks = generate(self.model, rollout, context, guidance=self.card.guidance, ready=self.ready)
         whole = [*([] if initial is None else [initial]), *chunks]
         return torch.cat([chunk[:count].cpu() for chunk in whole], dim=1)
 

@@ -90,13 +90,15 @@ class Streamer:
 
     encoder: TextEncoder | None = None
     """What embeds prompts in place of the model's own encoder, as that would."""
+    compiled: bool = False
+    """Whether its calls go through TorchInductor, which takes a while when they are first made."""
 
     def __post_init__(self) -> None:
         source, self.config = check(self.model)
         self.card = source.card
         video = source.card.video
         self.network = whole(source, self.device)
-        ready = prepared(self.network)
+        ready = prepared(self.network, compiled=self.compiled, shared=True)
         assert ready is not None, "all its weights are here"
         self.prepared = ready
         self.text = self.encoder or source.text_encoder(self.device)

@@ -9,8 +9,9 @@ from torch import Tensor
 from infra import storage
 from model import replay, watch
 from model.adapters import AdapterConfig
-from model.backbone import Backbone
+from model.backbone import Backbone, Prepared
 from model.codec import to_uint8
+from model.families import prepared
 from model.forcing import ForcedPlan
 from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
@@ -53,6 +54,8 @@ class StudentWorker(TrainedRank):
         objective: ObjectiveConfig,
         score: ScoreConfig,
         directions: bool,
+        compile: bool,
+        gather: bool,
         engine: EngineConfig,
         activation_checkpointing: bool,
         adapters: AdapterConfig,
@@ -62,6 +65,7 @@ class StudentWorker(TrainedRank):
         self.config = rollout
         self.objective, self.score = objective, score
         self.directions = directions
+        self.compile, self.gather = compile, gather
         self.reference: watch.Reference | None = None
         self.engine_config = engine
         self.activation_checkpointing = activation_checkpointing
@@ -143,9 +147,16 @@ class StudentWorker(TrainedRank):
             shape=(len(batch), shape.channels, shape.height, shape.width),
             initial=given,
         )
-        chunks = list(generate(self.network, rollout, batch["context"]))
+        chunks = list(generate(self.network, rollout, batch["context"], ready=self._ready()))
         video = self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
         return video, rollout.tape
+
+    def _ready(self) -> Prepared | None:
+        """The network for a rollout's calls without gradient; None where its weights stay sharded."""
+        if self.engine_config.zero_stage == 3 and not self.gather:
+            return None
+        with self.engine.whole():
+            return prepared(self.network, compiled=self.compile)
 
     def _last(self, video: Tensor) -> Tensor:
         """The frames of a video that scorers look at: the last ones, if it is longer than they are trained

@@ -184,6 +184,13 @@ class ZeroModel:
         owners = self._whole_owners() if self.stage == 0 else {}
         self.slices = {name: self._locate(parameter, owners) for name, parameter in self.parameters.items()}
 
+    def whole(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside the block the weights are whole on every rank, which all enter at once. What still refers to
+        one afterwards keeps it."""
+        if self.stage < 3:
+            return contextlib.nullcontext()
+        return deepspeed().zero.GatheredParameters(list(self.parameters.values()))
+
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         """Add a micro-batch's gradient, the `first` or `last` of its update; over ranks, reduced by the
         last."""

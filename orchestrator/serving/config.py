@@ -78,6 +78,9 @@ class ServeConfig:
     """Streams that run at once on a replica."""
     queue: int = 32
     """WebSocket viewers who may wait for a slot of a replica."""
+    compile: bool = False
+    """Compile the model's calls with TorchInductor before a replica takes viewers; on a CPU that needs a C++
+    compiler, and is seldom faster."""
     replicas: int = 1
     """Replicas to begin with, and the fewest."""
     most_replicas: int | None = None

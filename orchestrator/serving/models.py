@@ -40,21 +40,28 @@ def locate(config: ServeConfig) -> tuple[str, str]:
     return find(config.model, config.registry)
 
 
-def load(path: str, slots: int, encoder: DeploymentHandle | None = None) -> Streamer:
-    """A streamer that has made a chunk, so that the first viewer need not wait for what happens once.
+def load(
+    path: str, slots: int, encoder: DeploymentHandle | None = None, *, compiled: bool = False
+) -> Streamer:
+    """A streamer that has made a chunk, so that the first viewer need not wait for what happens once; and
+    nobody for what is `compiled` when there are several, at steps of their own.
 
     Prompts are embedded by the deployment `encoder` where the model does not bring an encoder of its own.
     """
     card, text = ModelDirectory(path, verified=True).card, None
     if encoder is not None and card.text.path is not None:
         text = SharedEncoder(encoder, card.text.path, card.transformer.text_len)
-    streamer = Streamer(path, slots, encoder=text)
-    stream = streamer.open("warm-up", seed=0)
+    streamer = Streamer(path, slots, encoder=text, compiled=compiled)
+    streams = [streamer.open("warm-up", seed=0)]
     try:
-        while not streamer.tick():
-            pass
+        for _ in range(min(slots, 3) if compiled else 1):
+            while not streamer.tick():
+                pass
+            if streamer.free:
+                streams.append(streamer.open("warm-up", seed=0))
     finally:
-        streamer.close(stream)
+        for stream in streams:
+            streamer.close(stream)
     return streamer
 
 
@@ -73,7 +80,8 @@ class Models:
         """Why the registry could not be followed when it was last looked at."""
 
     def _serve(self, version: str, path: str) -> Served:
-        streamer, light = load(path, self.config.slots, self._encoder), self.config.light_decoder
+        compiled, light = self.config.compile, self.config.light_decoder
+        streamer = load(path, self.config.slots, self._encoder, compiled=compiled)
         engine = Engine(streamer, self.config.queue, self._decoder, light_decoder=light)
         return Served(self.config.name, version, engine)
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from model.adapters import AdapterConfig, adapt
 from model.backbone import Output
@@ -77,7 +79,7 @@ def test_the_weights_of_a_frozen_network_are_there_once_and_those_of_a_trained_o
     frozen, trained = tiny_model().requires_grad_(False), tiny_model()
     before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     for network, shared in ((frozen, True), (trained, False)):
-        layer, attention = PreparedTransformer(network).layers[1], network.blocks[1].self_attn
+        layer, attention = PreparedTransformer(network, shared=shared).layers[1], network.blocks[1].self_attn
         storage = layer.qkv.weight.untyped_storage().data_ptr()
         for each in (attention.q, attention.k, attention.v):
             assert (each.weight.untyped_storage().data_ptr() == storage) is shared
@@ -96,6 +98,22 @@ def test_adapters_are_part_of_the_weights() -> None:
     network = adapt(tiny_model(), AdapterConfig(rank=2, alpha=3.0))
     plain, own = both(filled(network), [750.0] * BATCH)
     assert difference(own.velocity, plain.velocity) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_it_answers_the_same_and_compiles_once_for_a_window_that_rolls() -> None:
+    """For all blocks together, whether there is a history or not, and however long it is."""
+    network, config = tiny_model(), RolloutConfig(steps=(1000, 500), chunk=CHUNK, window=5, sink=1)
+    plan = RolloutPlan(100, 1)
+    dynamo.reset()
+    counters.clear()
+    expected = run(network, config, plan)
+    assert not counters["stats"]
+    with dynamo.config.patch(error_on_recompile=True):
+        ready = PreparedTransformer(network, compiled=True)
+        found = run(network, config, plan, ready=ready)
+    assert counters["stats"]["unique_graphs"] == 2, "what is before attention, and what is after it"
+    assert difference(found, expected) < 1e-5 and not torch.equal(found, expected)
 
 
 def test_weights_that_lie_elsewhere_cannot_be_made_ready_and_the_rollout_asks_the_network() -> None:

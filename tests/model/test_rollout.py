@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model import rope
+from model.backbone import Prepared
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
 from model.rollout import Rollout, generate
@@ -69,6 +70,7 @@ def run(
     context: Tensor | None = None,
     noise: SampleNoise | None = None,
     initial: Tensor | None = None,
+    ready: Prepared | None = None,
 ) -> Tensor:
     context = prompt(BATCH) if context is None else context
     rollout = Rollout(
@@ -79,7 +81,7 @@ def run(
         shape=(len(context), CONFIG.in_dim, HEIGHT, WIDTH),
         initial=initial,
     )
-    chunks = list(generate(model, rollout, context))
+    chunks = list(generate(model, rollout, context, ready=ready))
     return torch.cat(chunks if initial is None else [initial, *chunks], dim=1)
 
 

@@ -372,6 +372,15 @@ def test_a_replayed_gradient_changes_no_number(
     check(run(groups, spread(replayed, **how)), base)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_gathered_once_a_rollout_are_the_same(
+    groups: Groups, base: Outcome, config: RunConfig, compiled: bool
+) -> None:
+    sharded = spread(config, ranks=2, stage=3)
+    gathered = replace(sharded, distill=replace(sharded.distill, gather=True, compile=compiled))
+    check(run(groups, gathered), base)
+
+
 def test_a_replay_is_the_gradient_where_it_flows_through_the_scores_and_over_long_rollouts(
     groups: Groups, config: RunConfig
 ) -> None:

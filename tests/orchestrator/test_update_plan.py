@@ -88,3 +88,29 @@ def test_groups_that_do_not_fit_are_refused(config: RunConfig) -> None:
         plan_of(config, 6, exit_groups=4)
     with pytest.raises(ValueError, match=r"exit_groups is of rollouts, so it needs distill\.inputs rollout"):
         plan_of(config, 2, exit_groups=2, inputs="teacher_forcing")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"gather": True}, "gather is for roles.student.engine.zero_stage 3"),
+        ({"replay": True, "cache_gradient": "released"}, "replay has constant caches"),
+        ({"replay": True, "inputs": "teacher_forcing"}, "replay is of rollouts"),
+        ({"compile": True, "inputs": "diffusion_forcing"}, "compile is of rollouts"),
+    ],
+    ids=lambda settings: "-".join(settings) if isinstance(settings, dict) else "",
+)
+def test_ways_of_rolling_out_that_have_no_object_are_refused(
+    config: RunConfig, settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan_of(config, 2, **settings)
+
+
+def test_what_is_compiled_needs_whole_weights(config: RunConfig) -> None:
+    roles = config.distill.roles
+    engine = replace(roles.student.engine, zero_stage=3)
+    sharded = replace(roles, student=replace(roles.student, engine=engine))
+    with pytest.raises(ValueError, match="compile needs whole weights: set gather"):
+        replace(config.distill, roles=sharded, compile=True)
+    assert replace(config.distill, roles=sharded, compile=True, gather=True).gather
