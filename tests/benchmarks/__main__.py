@@ -1,0 +1,135 @@
+"""How fast everything is: `python -m tests.benchmarks` makes docs/results/speed.md; `--fast` prints what CI
+does, in a minute.
+
+On a GPU, `tests/benchmarks/gpu.sh` runs all there is for a card.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from infra.provenance import versions
+from tests.benchmarks import roles, speed
+from tests.benchmarks.report import BEGIN, END
+from tests.benchmarks.speed import CUDA, Figure
+
+HEAD = ("size", "what", "it takes", "of", "median", "least to most")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how thoroughly."""
+
+    out: str | None = "docs/results/speed"
+    """Results are written here, with .jsonl and .md at the end; null writes none."""
+    parts: tuple[str, ...] = ("rollout", "update", "memory", "roles", "start")
+    """What is measured."""
+    sizes: tuple[str, ...] = ("quickstart", "30M", "wan-block")
+    """Of the models; `tiny`, `quickstart`, `30M`, `wan-block`, `wan-1.3b`."""
+    rounds: int = 9
+    """Turns of each comparison."""
+    compiled: bool = True
+    """Also measure what is compiled, and bf16."""
+
+
+FAST = Settings(out=None, parts=("rollout", "update"), sizes=("tiny", "quickstart"), rounds=3, compiled=False)
+
+
+def measured(settings: Settings) -> Iterator[Figure]:
+    parts: dict[str, Callable[[str], Iterator[Figure]]] = {
+        "rollout": lambda size: speed.rollouts(size, settings.rounds, compiled=settings.compiled),
+        "update": lambda size: speed.updates(size, settings.rounds),
+        "memory": lambda size: speed.memory(size, settings.rounds),
+        "roles": lambda size: roles.overlap(size, settings.rounds),
+        "start": lambda size: roles.start(size, settings.rounds),
+    }
+    for part in settings.parts:
+        for size in settings.sizes:
+            yield from parts[part](size)
+
+
+def rows(figures: list[Figure]) -> Iterator[tuple[str, list[str]]]:
+    for each in figures:
+        one = each.what == each.against
+        spread = "–" if one else f"{each.low:.3g} to {each.high:.3g}"
+        yield (
+            each.part,
+            [
+                each.size, each.what, f"{each.value:.4g} {each.unit}", "–" if one else each.against,
+                "–" if one else f"{each.ratio:.3g}", spread,
+            ],
+        )  # fmt: skip
+
+
+def show(figures: list[Figure]) -> None:
+    wide = Console(width=150)
+    for part in dict.fromkeys(each.part for each in figures):
+        table = Table(*HEAD, title=part, title_justify="left")
+        for name, row in rows(figures):
+            if name == part:
+                table.add_row(*row)
+        wide.print(table)
+
+
+def machine() -> str:
+    if CUDA:
+        return f"one {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}), one thread"
+
+
+def page(figures: list[Figure], path: Path) -> None:
+    """Tables, with the findings that people wrote left as they are."""
+    old = path.read_text() if path.exists() else f"{BEGIN}\n{END}"
+    findings = old[old.index(BEGIN) : old.index(END) + len(END)]
+    lines = [
+        "# Speed",
+        "",
+        f"`python -m tests.benchmarks` on {machine()}; "
+        + ", ".join(f"{name.removeprefix('version.')} {version}" for name, version in versions().items())
+        + ". Every ratio is between two things measured in turns in one run: its median over the rounds, the "
+        "least and the most. Times are of CPU on a CPU, but under `roles` and `start`, where they are of the "
+        "wall.",
+        "",
+        findings,
+        "",
+    ]
+    for part in dict.fromkeys(each.part for each in figures):
+        lines += [f"## {part}", "", "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for name, row in rows(figures) if name == part]
+        lines.append("")
+    path.write_text("\n".join(lines))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--peak"]:
+        print(speed.peak(*sys.argv[2:]))
+        return
+    parser = ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_class_arguments(Settings, None)
+    parser.add_argument("--fast", action="store_true", help="what CI prints, in a minute")
+    if "--fast" in sys.argv:
+        parser.set_defaults(asdict(FAST))
+    options = parser.parse_args()
+    settings = Settings(**{name: options[name] for name in Settings.__dataclass_fields__})
+    torch.set_num_threads(1)
+    figures: list[Figure] = []
+    for each in measured(settings):
+        figures.append(each)
+        print(json.dumps(asdict(each)), file=sys.stderr, flush=True)
+    show(figures)
+    if settings.out is not None:
+        Path(f"{settings.out}.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in figures))
+        page(figures, Path(f"{settings.out}.md"))
+
+
+if __name__ == "__main__":
+    main()
