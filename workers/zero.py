@@ -8,8 +8,9 @@ import contextlib
 import io
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,12 +26,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def deepspeed() -> Any:
-    """DeepSpeed, imported on first use: it takes seconds, and reads the accelerator from the environment."""
+    """DeepSpeed, imported on first use: it takes a while, and reads the accelerator from the environment."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with _hidden("mlflow"):
+        import deepspeed
 
     return deepspeed
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Inside the block a package that was not imported yet cannot be. DeepSpeed imports MLflow where it can,
+    for a tuner that we have no use for, and takes four times as long."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def device() -> torch.device:
