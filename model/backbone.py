@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
+from model.sequence import SequenceGroup
 
 EVERYTHING = Window(None, 0, "absolute")
 
@@ -47,6 +48,8 @@ class Backbone(nn.Module, ABC):
     """
 
     config: Any
+    sequence: SequenceGroup | None = None
+    """Ranks that share every forward but a rollout's, if there are others."""
 
     @abstractmethod
     def forward(

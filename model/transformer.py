@@ -23,6 +23,7 @@ from model.attention import attend
 from model.backbone import EVERYTHING, Backbone, Output, Past
 from model.chunk_view import ChunkView, chunk_views, replay_views, uniform
 from model.kv_cache import BlockCache, History, KeyValue, PromptSlots, SlotCache, Window
+from model.sequence import Share
 
 
 @dataclass(frozen=True)
@@ -136,22 +137,28 @@ class SelfAttention(Attention):
         history: History | None,
         layer: int,
         past: KeyValue | None,
+        share: Share | None,
     ) -> tuple[Tensor, KeyValue]:
         q, (k, v) = self.query(x), self.key_value(x)
-        if chunks is not None:
+        if share is not None:
+            q, k, v = share.to_heads(q), share.to_heads(k), share.to_heads(v)
+        if chunks is None:
+            q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
+            if history is None:
+                out, live = attend(q, rotated, v), (rotated, v)
+            else:
+                out = attend(q, *history.joined(layer, rotated, v), history.mask)
+                live = (rotated if history.absolute else k, v)
+        else:
             if chunks[0].phases is None:
                 q, k = rope.rotate(q, phase), rope.rotate(k, phase)
-            keys, values = (
-                (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
-            )
+            keys, values = live = k, v
+            if past is not None:
+                keys, values = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
             # Every chunk sees itself and what the window holds of the past: slices of the keys, so no mask is
             # ever materialised.
-            return self.o(torch.cat([_over_chunk(q, keys, values, chunk) for chunk in chunks], dim=1)), (k, v)
-        q, rotated = rope.rotate(q, phase), rope.rotate(k, phase)
-        if history is None:
-            return self.o(attend(q, rotated, v)), (rotated, v)
-        out = attend(q, *history.joined(layer, rotated, v), history.mask)
-        return self.o(out), (rotated if history.absolute else k, v)
+            out = torch.cat([_over_chunk(q, keys, values, chunk) for chunk in chunks], dim=1)
+        return self.o(out if share is None else share.to_tokens(out)), live
 
 
 def _over_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: ChunkView) -> Tensor:
@@ -221,9 +228,11 @@ class Block(nn.Module):
         history: History | None,
         layer: int,
         past: KeyValue | None = None,
+        share: Share | None = None,
     ) -> tuple[Tensor, KeyValue]:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
-        y, live = self.self_attn(modulate(self.norm1(x), shift1, scale1), phase, chunks, history, layer, past)
+        normed = modulate(self.norm1(x), shift1, scale1)
+        y, live = self.self_attn(normed, phase, chunks, history, layer, past, share)
         x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), context)
         x = add_gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
@@ -381,7 +390,12 @@ class WanTransformer(Backbone):
                 )
             timestep = timestep[:, None].expand(-1, frames) if timestep.ndim == 1 else timestep
             x, timestep = torch.cat([clean, x], 1), torch.cat([torch.zeros_like(timestep), timestep], 1)
+        share = None
+        if self.sequence is not None and history is None:
+            share, x = Share(self.sequence, x.shape[1]), self.sequence.shared(x)
         tokens = self.patch_embedding(x.to(dtype))
+        if share is not None:
+            tokens = share.own(tokens)
         embedded, time = self.embed_time(timestep)
         prompts: Sequence[Tensor | KeyValue]
         if isinstance(context, Tensor):
@@ -404,7 +418,7 @@ class WanTransformer(Backbone):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             seen = None if before is None else before(layer, block)
-            arguments = (tokens, time, prompts[layer], phase, chunks, history, layer, seen)
+            arguments = (tokens, time, prompts[layer], phase, chunks, history, layer, seen, share)
             if recompute:
                 tokens, pair = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -412,11 +426,12 @@ class WanTransformer(Backbone):
             if return_live:
                 live.append(pair)
             if layer in taps:
-                states[layer] = tokens
+                states[layer] = tokens if share is None else share.whole(tokens)
         if clean is not None:
             tokens, embedded = tokens[:, tokens.shape[1] // 2 :], embedded[:, frames:]
+        patches = self.head(tokens, embedded)
         velocity = rearrange(
-            self.head(tokens, embedded),
+            patches if share is None else Share(share.sequence, frames).whole(patches),
             "b (f h w) (p q c) -> b f c (h p) (w q)",
             f=frames,
             h=rows,
@@ -454,6 +469,10 @@ class _Before:
         self._prompts = prompts
         with torch.no_grad():
             self._tokens = network.patch_embedding(past.frames.to(network.dtype))
+            self._share = None
+            if network.sequence is not None and frames:
+                self._share = Share(network.sequence, frames)
+                self._tokens = self._share.own(self._tokens)
             _, self._time = network.embed_time(torch.zeros(1, device=device))
         self._chunks = chunk_views(past.sizes[: starts.index(frames)], window, self._phase) if frames else []
 
@@ -462,7 +481,6 @@ class _Before:
         """Their keys and values in the next block."""
         if not self._chunks:
             return None
-        self._tokens, pair = block(
-            self._tokens, self._time, self._prompts[layer], self._phase, self._chunks, None, layer
-        )
+        arguments = (self._phase, self._chunks, None, layer, None, self._share)
+        self._tokens, pair = block(self._tokens, self._time, self._prompts[layer], *arguments)
         return pair

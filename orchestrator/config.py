@@ -19,6 +19,7 @@ from orchestrator.stages import (
     InitializeConfig,
     PlacementConfig,
     PretrainConfig,
+    ScoringRole,
     TrainRole,
 )
 from workers.model_directory import TextConfig, VideoConfig
@@ -116,14 +117,24 @@ class RunConfig:
         _check_batch("distill", self.distill.batch, roles.student, "roles.student.")
         _check_batch("distill", self.distill.batch, roles.critic, "roles.critic.")
         scored = self.distill.batch // roles.student.engine.accumulation
-        scorers = {"critic": roles.critic.ranks}
+        scorers: dict[str, ScoringRole] = {"critic": roles.critic}
         if self.distill.needs_teacher:
-            scorers = {"teacher": roles.teacher.ranks, **scorers}
-        for name, ranks in scorers.items():
-            if scored % ranks:
+            scorers = {"teacher": roles.teacher, **scorers}
+        rows, columns = self.student.grid(height, width)
+        for name, role in scorers.items():
+            if scored % role.groups:
+                what = f"ranks of {role.ranks}" + (
+                    f" / sequence of {role.sequence}" if role.sequence > 1 else ""
+                )
                 raise ValueError(
-                    f"distill.roles.{name}.ranks of {ranks} does not divide the {scored} videos scored at "
+                    f"distill.roles.{name}.{what} does not divide the {scored} videos scored at "
                     "once (distill.batch / roles.student.engine.accumulation)."
+                )
+            heads = (self.teacher if name == "teacher" else self.student).num_heads
+            if heads % role.sequence or rows * columns % role.sequence:
+                raise ValueError(
+                    f"distill.roles.{name}.sequence of {role.sequence} does not divide the model's {heads} "
+                    f"heads and the {rows * columns} tokens of a frame; use a divisor of both."
                 )
         objective, discriminator = self.distill.objective, self.distill.discriminator
         if ("logits" in objective.reads) != bool(discriminator.taps):
@@ -216,7 +227,7 @@ def _located(part: Any, root: Path) -> Any:
 
 
 def _check_batch(stage: str, batch: int, role: TrainRole, prefix: str = "role.") -> None:
-    parts = role.ranks * role.engine.accumulation
+    parts = role.groups * role.engine.accumulation
     if batch < 1 or batch % parts:
         raise ValueError(
             f"{stage}.batch of {batch} is not divisible by {stage}.{prefix}ranks x engine.accumulation = "

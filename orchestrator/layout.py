@@ -38,14 +38,16 @@ def fitted(config: RunConfig, most: Mapping[str, int]) -> RunConfig | None:
 
 def _ranks(config: RunConfig, role: Any, size: int, most: int) -> int:
     """The most ranks of a role that share micro-batches of `size` evenly; 0 where there are none."""
-    limit = config.distill.batch // config.distill.roles.student.engine.accumulation // role.ranks
-    choices = range(min(most, role.ranks), (role.min_ranks or role.ranks) - 1, -1)
-    return next((ranks for ranks in choices if size % ranks == 0 and size // ranks <= limit), 0)
+    limit = config.distill.batch // config.distill.roles.student.engine.accumulation // role.groups
+    together = role.ranks // role.groups  # ranks that share their videos
+    choices = range(min(most, role.ranks) // together, ((role.min_ranks or role.ranks) - 1) // together, -1)
+    groups = next((groups for groups in choices if size % groups == 0 and size // groups <= limit), 0)
+    return groups * together
 
 
 def _accumulation(config: RunConfig, ranks: int) -> int | None:
     """The fewest micro-batches in which so many ranks of the critic learn from a batch."""
     role, batch = config.distill.roles.critic, config.distill.batch
-    choices = range(role.engine.accumulation, batch + 1)
-    least = role.ranks * role.engine.accumulation
-    return next((each for each in choices if batch % (ranks * each) == 0 and ranks * each >= least), None)
+    choices, groups = range(role.engine.accumulation, batch + 1), ranks // role.sequence
+    least = role.groups * role.engine.accumulation
+    return next((each for each in choices if batch % (groups * each) == 0 and groups * each >= least), None)

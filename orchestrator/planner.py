@@ -113,22 +113,22 @@ def plan(config: RunConfig) -> list[Rank]:
     whole = video.frames * frame
     flows = bool(distill.objective.flows)
     if distill.needs_teacher:
-        videos = micro // teacher.ranks
+        videos = micro // teacher.groups
         sizes, low = config.teacher, DTYPES[teacher.dtype].itemsize
         weights = low * sizes.parameters() / (teacher.ranks if teacher.zero_stage == 3 else 1)
-        tokens = 2 * videos * whole  # with and without the prompt
+        tokens = 2 * videos * whole // teacher.sequence  # with and without the prompt
         kept = saved_for_backward(sizes, tokens, low, checkpointing=True)
         parts = {"weights": weights, "activations": kept if flows else passing(sizes, tokens, low)}
         if teacher.zero_stage == 3:
             parts["gathered"] = 2 * low * sizes.parameters() / sizes.num_layers
         found.append(Rank("teacher", teacher.ranks, videos, parts))
-    videos = distill.batch // critic.engine.accumulation // critic.ranks
+    videos = distill.batch // critic.engine.accumulation // critic.groups
     low, judge = DTYPES[critic.engine.dtype].itemsize, distill.discriminator
     # A discriminator also looks at data, and at both again with noise for the penalties, in one graph.
     looks = 1 + (1 + bool(judge.r1_weight) + bool(judge.r2_weight) if judge.taps else 0)
-    seen = max(looks * videos, micro // critic.ranks if flows else 0)
+    seen = max(looks * videos, micro // critic.groups if flows else 0)
     kept = saved_for_backward(
-        config.student, seen * whole, low, checkpointing=critic.activation_checkpointing
+        config.student, seen * whole // critic.sequence, low, checkpointing=critic.activation_checkpointing
     )
     found.append(
         Rank("critic", critic.ranks, videos, {**state_of(config.student, critic), "activations": kept})

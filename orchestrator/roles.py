@@ -85,6 +85,7 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
             "zero_stage": roles.teacher.zero_stage,
             "dtype": roles.teacher.dtype,
             "guidance": roles.teacher.guidance,
+            "sequence": roles.teacher.sequence,
             "negative_prompt": roles.teacher.negative_prompt,
             "negative_embedding": roles.teacher.negative_embedding,
         },
@@ -94,6 +95,7 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
             "score": config.score,
             "discriminator": distill.discriminator,
             "relativistic": "data_logits" in distill.objective.reads,
+            "sequence": roles.critic.sequence,
             **learning(roles.critic),
         },
     }
@@ -131,7 +133,9 @@ class Roles:
     def make(self) -> None:
         """Create every group's actors; they know nothing of each other yet."""
         for role in self.options:
-            self.groups[role] = WorkerGroup(role, self._actors(role), self.workers[role].makes)
+            ranks = ranks_of(self.config)[role]
+            together = ranks.ranks // ranks.groups
+            self.groups[role] = WorkerGroup(role, self._actors(role), self.workers[role].makes, together)
 
     def start(self, *roles: str) -> None:
         """Build the models of some groups, side by side, and give each what it needs of the others."""

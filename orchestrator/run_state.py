@@ -53,7 +53,7 @@ _SHAPE_PARTS = frozenset((
 ))
 _SHAPE_WORDS = frozenset(("adapters", "taps", "concat_time", "method"))
 """Parts or whole names, and words of names, of what a checkpoint's numbers have the shape of."""
-_LAYOUT = frozenset(("ranks", "zero_stage", "accumulation"))
+_LAYOUT = frozenset(("ranks", "zero_stage", "accumulation", "sequence", "gather"))
 """Last names of settings that spread the same numbers out otherwise: they differ by rounding alone."""
 # fmt: on
 _RENAMED = {f"{stage}.warmup": f"{stage}.role.engine.schedule.warmup" for stage in ("pretrain", "initialize")}

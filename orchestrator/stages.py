@@ -31,6 +31,11 @@ class RanksConfig:
         at_least(self, 1, "ranks", "threads")
         at_least(self, 0, "cpus", "gpus")
 
+    @property
+    def groups(self) -> int:
+        """Parts of a batch that the ranks have at once."""
+        return self.ranks
+
 
 @dataclass(frozen=True)
 class TrainRole(RanksConfig):
@@ -69,7 +74,31 @@ class DistilledRole(AdaptedRole):
 
 
 @dataclass(frozen=True)
-class TeacherRole(RanksConfig, Places):
+class ScoringRole(RanksConfig):
+    """A role that looks at whole videos: teacher or critic."""
+
+    sequence: int = 1
+    """Ranks that share the tokens of every video; a divisor of `ranks`, of the model's heads and of a frame's
+    tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "sequence")
+        if self.ranks % self.sequence:
+            raise Invalid("sequence", f"of {self.sequence} does not divide the {self.ranks} ranks.")
+
+    @property
+    def groups(self) -> int:
+        return self.ranks // self.sequence
+
+
+@dataclass(frozen=True)
+class CriticRole(DistilledRole, ScoringRole):
+    """The critic."""
+
+
+@dataclass(frozen=True)
+class TeacherRole(ScoringRole, Places):
     """The frozen teacher."""
 
     INPUTS = STORED = ("negative_embedding",)
@@ -219,7 +248,7 @@ class RolesConfig:
         engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40)
     )
     teacher: TeacherRole = TeacherRole()
-    critic: DistilledRole = DistilledRole(engine=EngineConfig(learning_rate=4e-4))
+    critic: CriticRole = CriticRole(engine=EngineConfig(learning_rate=4e-4))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ class Supervisor:
                 found = self.pulses.survey(self.roles.groups)
                 if lost := next((role for role in LEARNING if role in found), None):
                     raise next(iter(found[lost].values()))
-                alone = self.roles.config.distill.roles.teacher.zero_stage == 0
+                teacher = self.roles.config.distill.roles.teacher
+                alone = teacher.zero_stage == 0 and teacher.sequence == 1
                 if alone and fault.role in found:
                     self.roles.replace(fault.role, found[fault.role])
                 else:

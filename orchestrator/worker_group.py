@@ -24,11 +24,15 @@ LOOK_EVERY_S = 2.0
 class WorkerGroup:
     """The actors of one role, rank by rank."""
 
-    def __init__(self, role: str, actors: Sequence[ActorHandle], makes: Sequence[str] = ()):
-        """`makes` are the predictions that they can be asked for, if they are scorers."""
+    def __init__(
+        self, role: str, actors: Sequence[ActorHandle], makes: Sequence[str] = (), together: int = 1
+    ):
+        """`makes` are the predictions that they can be asked for, if they are scorers; `together` is how many
+        ranks get the same samples, and share the work on them."""
         self.role = role
         self.actors = list(actors)
         self.makes = tuple(makes)
+        self.together = together
         self.look: Callable[[], None] = lambda: None
         """Called now and then while somebody waits; raises what keeps the answer from ever coming."""
 
@@ -49,23 +53,30 @@ class WorkerGroup:
     def scatter(
         self, verb: str, plan: Any, batch: Batch, makes: Sequence[str] = ()
     ) -> tuple["Request", Batch]:
-        """Ask for a verb, samples shared out evenly: each rank gets the plan and a part of each column.
+        """Ask for a verb, samples shared out evenly: each rank, or ranks that work together, gets the plan
+        and a part of each column.
 
         Returns what to wait for, and the columns `makes` of what the verb makes, in the order of the samples;
         what nobody names is neither sent nor kept. `Worker.answer` is the other half.
         """
-        share = len(batch) // len(self.actors)
-        if share * len(self.actors) != len(batch):
-            raise ValueError(f"{len(batch)} samples do not divide over {len(self.actors)} {self.role} ranks.")
+        groups = len(self.actors) // self.together
+        share = len(batch) // groups
+        if share * groups != len(batch):
+            raise ValueError(f"{len(batch)} samples do not divide over {groups} {self.role} ranks.")
         stats: list[ObjectRef] = []
         made: dict[str, list[ObjectRef]] = {name: [] for name in makes}
         for rank, actor in enumerate(self.actors):
-            part = batch.rows(rank * share, (rank + 1) * share)
+            group, place = divmod(rank, self.together)
+            part = batch.rows(group * share, (group + 1) * share)
             references = [reference for column in part.columns.values() for reference in column]
-            ask: Any = actor.answer.options(name=f"{self.role}.{verb}", num_returns=1 + len(made) * share)
-            answer = ask.remote(verb, plan, part.samples, list(part.columns), list(made), *references)
-            first, *rest = answer if made else [answer]
+            # What ranks make together, the first of them has as well.
+            wanted = list(made) if place == 0 else []
+            ask: Any = actor.answer.options(name=f"{self.role}.{verb}", num_returns=1 + len(wanted) * share)
+            answer = ask.remote(verb, plan, part.samples, list(part.columns), wanted, *references)
+            first, *rest = answer if wanted else [answer]
             stats.append(first)
+            if not wanted:
+                continue
             for index, column in enumerate(made.values()):
                 column += rest[index * share : (index + 1) * share]
         return Request(self, verb, stats), Batch(batch.samples, made)

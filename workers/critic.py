@@ -1,5 +1,7 @@
 """The critic: learns the score of the student's videos, and perhaps to tell them from data."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from model.objectives.gan import (
     relativistic_discriminator_loss,
 )
 from model.score import ScoreConfig, ScorePlan
+from model.sequence import groups_of
 from workers import build
 from workers.actor import Stats, TrainedRank
 from workers.batch import Batch
@@ -37,12 +40,14 @@ class CriticWorker(Scorer, TrainedRank):
         score: ScoreConfig,
         discriminator: DiscriminatorConfig,
         relativistic: bool,
+        sequence: int,
         engine: EngineConfig,
         activation_checkpointing: bool,
         adapters: AdapterConfig,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, data=data, score=score)
         self.discriminator, self.relativistic = discriminator, relativistic
+        self.sequence = sequence
         self.engine_config, self.activation_checkpointing = engine, activation_checkpointing
         self.adapters = adapters
 
@@ -54,6 +59,9 @@ class CriticWorker(Scorer, TrainedRank):
             adapters=self.adapters,
             branch=self.discriminator if self.discriminator.taps else None,
         )
+        network: Any = self.engine.module
+        network = network.transformer if self.discriminator.taps else network
+        network.sequence = groups_of(self.sequence)
 
     def _answer(self, noisy: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:
         """Velocity and, where there is a branch, logits."""

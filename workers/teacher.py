@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from model.score import ScoreConfig, guided_x0
+from model.sequence import groups_of
 from workers import build
 from workers.prompts import TrainingData
 from workers.scorer import Predictions, Scorer
@@ -29,21 +30,24 @@ class TeacherWorker(Scorer):
         guidance: float,
         negative_prompt: str,
         negative_embedding: str | None,
+        sequence: int,
     ):
         super().__init__(rank=rank, ranks=ranks, threads=threads, model=model, data=data, score=score)
         self.zero_stage, self.dtype, self.guidance = zero_stage, dtype, guidance
         self.negative_prompt = negative_prompt, negative_embedding
+        self.sequence = sequence
 
     def start(self, address: str, port: int, timeout_s: float) -> None:
-        """Join the others only where they share one model; a replicated rank needs none, and restarts
-        alone."""
-        if self.zero_stage == 0:
+        """Join the others only where they share one model or its work; a replicated rank needs none, and
+        restarts alone."""
+        if self.zero_stage == 0 and self.sequence == 1:
             self.build()
         else:
             super().start(address, port, timeout_s)
 
     def build(self) -> None:
         self.engine = build.frozen(self.source, zero_stage=self.zero_stage, dtype=self.dtype)
+        self.engine.module.sequence = groups_of(self.sequence)
         # What scores are guided away from, [text_len, text_dim].
         self.negative = self.data.prompts.negative(*self.negative_prompt).to(self.engine.device)
 

@@ -34,7 +34,10 @@ class _Reusable(Rank):
 
     def start(self, address: str, port: int, timeout_s: float) -> None:
         """Whatever it becomes, its group is there; a replicated teacher that is made anew needs none."""
-        if "engine" not in self._settings and self._settings.get("zero_stage") == 0:
+        if (
+            "engine" not in self._settings
+            and self._settings.get("zero_stage") == 0 == self._settings["sequence"] - 1
+        ):
             self.build()
         else:
             Rank.start(self, address, port, timeout_s)
@@ -131,6 +134,7 @@ class Groups:
         groups = {role: self.made[role, each.ranks] for role, each in ranks.items()}
         for role, group in groups.items():
             self._repair(group, ranks[role].ranks)
+            group.together = ranks[role].ranks // ranks[role].groups
         options = {role: [{"num_cpus": 0}] * len(group.actors) for role, group in groups.items()}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}
         for role, group in groups.items():

@@ -381,6 +381,30 @@ def test_weights_gathered_once_a_rollout_are_the_same(
     check(run(groups, gathered), base)
 
 
+@pytest.mark.parametrize("loss", ["dmd", "sid", "gan"])
+def test_ranks_that_share_the_tokens_of_every_video_change_no_number(
+    groups: Groups, config: RunConfig, loss: str
+) -> None:
+    """Teacher, replicated, and critic under ZeRO-2: each one group of two ranks."""
+    distill, data = replace(config.distill, iterations=2), config.data
+    if loss == "sid":
+        distill = replace(distill, objective=ObjectiveConfig({"sid": 1.0}))
+    if loss == "gan":
+        data = with_real(config)
+        objective = ObjectiveConfig({"dmd": 1.0, "gan": 0.5})
+        branch = DiscriminatorConfig(taps=(0, 1), concat_time=True, r1_weight=0.3, r1_sigma=0.5)
+        distill = replace(distill, objective=objective, discriminator=branch)
+    plain = spread(replace(config, data=data, distill=distill), stage=2)
+    expected, roles = run(groups, plain), plain.distill.roles
+    roles = replace(
+        roles,
+        teacher=replace(roles.teacher, ranks=2, sequence=2),
+        critic=replace(roles.critic, ranks=2, sequence=2),
+    )
+    shared = replace(plain, distill=replace(plain.distill, roles=roles))
+    check(run(groups, shared), expected, tolerance=1e-4 if loss == "gan" else 1e-5)
+
+
 def test_a_replay_is_the_gradient_where_it_flows_through_the_scores_and_over_long_rollouts(
     groups: Groups, config: RunConfig
 ) -> None:

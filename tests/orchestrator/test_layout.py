@@ -67,3 +67,31 @@ def test_more_fewest_than_ranks_is_refused() -> None:
     for fewest in (0, 3):
         with pytest.raises(ValueError, match="min_ranks is"):
             replace(DistilledRole(engine=EngineConfig(learning_rate=1.0)), ranks=2, min_ranks=fewest)
+
+
+def test_ranks_that_share_their_videos_leave_together() -> None:
+    whole = config(8, 1, student=(4, 1, 1), critic=(4, 1, 1), teacher=(4, 1, 1))
+    roles = whole.distill.roles
+    shared = replace(
+        roles, teacher=replace(roles.teacher, sequence=2), critic=replace(roles.critic, sequence=2)
+    )
+    paired = replace(whole, distill=replace(whole.distill, roles=shared))
+    assert paired.distill.roles.critic.groups == 2
+    assert sizes(fitted(paired, {"student": 4, "critic": 3, "teacher": 3})) == {
+        "student": (4, 2),
+        "critic": (2, 2),
+        "teacher": (2, 1),
+    }
+    assert fitted(paired, {"student": 4, "critic": 1, "teacher": 4}) is None
+
+
+def test_a_share_that_does_not_come_out_even_is_refused() -> None:
+    base = config(8, 1, student=(1, 1, 1), critic=(1, 1, 1), teacher=(1, 1, 1))
+    roles = base.distill.roles
+    with pytest.raises(ValueError, match="sequence of 2 does not divide the 3 ranks"):
+        replace(roles.teacher, ranks=3, sequence=2)
+    thirds = replace(roles, critic=replace(roles.critic, ranks=3, sequence=3))
+    with pytest.raises(
+        ValueError, match=r"critic\.sequence of 3 does not divide the model's 2 heads and the 16"
+    ):
+        replace(base, distill=replace(base.distill, roles=thirds))
