@@ -8,8 +8,9 @@ export OMP_NUM_THREADS ?= 1
 quickstart: .venv/installed  ## distil a streaming generator of moving digits and measure it
 	$(BIN)/self-forcing run quickstart
 
-test: test-fast  ## every test that CI runs, and the slowest of them by name
+test: test-fast  ## every test that CI runs, the slowest of them by name, and how fast the rollout is
 	$(BIN)/python -m pytest -m "slow and not by_hand" --durations=25
+	$(BIN)/python -m tests.benchmarks --fast
 
 test-fast: .venv/installed  ## the tests that take seconds, two at a time
 	$(BIN)/python -m pytest -m "not slow and not by_hand" -n 2 --dist loadfile

@@ -124,7 +124,8 @@ def main() -> None:
     figures: list[Figure] = []
     for each in measured(settings):
         figures.append(each)
-        print(json.dumps(asdict(each)), file=sys.stderr, flush=True)
+        if settings.out is not None:  # it takes a while
+            print(json.dumps(asdict(each)), file=sys.stderr, flush=True)
     show(figures)
     if settings.out is not None:
         Path(f"{settings.out}.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in figures))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -69,6 +69,15 @@ SIZES = {
         ),
         (60, 104),
         rollout=RolloutConfig(window=21),
+        dtype=torch.bfloat16,
+    ),
+    "wan-1.3b-framewise": Size(
+        TransformerConfig(
+            dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, freq_dim=256,
+            text_len=512, text_dim=4096,
+        ),
+        (60, 104),
+        rollout=RolloutConfig(window=21, chunk=1),
         dtype=torch.bfloat16,
     ),
     "tiny": Size(
@@ -377,8 +386,3 @@ def memory(name: str, rounds: int) -> Iterator[Figure]:
     base = next(iter(taken))
     for what, values in taken.items():
         yield figure("memory", name, what, base, values, taken[base], values, "MiB")
-
-
-def smaller(name: str, batch: int) -> None:
-    """Have a size use another batch from here on."""
-    SIZES[name] = replace(SIZES[name], batch=batch)
