@@ -20,7 +20,7 @@ from rich.table import Table
 from infra.provenance import versions
 from tests.benchmarks import roles, speed
 from tests.benchmarks.report import BEGIN, END
-from tests.benchmarks.speed import CUDA, Figure
+from tests.benchmarks.speed import CUDA, SMALL, Figure
 
 HEAD = ("size", "what", "it takes", "of", "median", "least to most")
 
@@ -35,26 +35,26 @@ class Settings:
     """What is measured."""
     sizes: tuple[str, ...] = ("quickstart", "30M", "wan-block")
     """Of the models; `tiny`, `quickstart`, `30M`, `wan-block`, `wan-1.3b`."""
-    rounds: int = 9
-    """Turns of each comparison."""
+    rounds: int = 3
+    """Turns of each comparison; three times as many where models are small."""
     compiled: bool = True
     """Also measure what is compiled, and bf16."""
 
 
-FAST = Settings(out=None, parts=("rollout", "update"), sizes=("tiny", "quickstart"), rounds=3, compiled=False)
+FAST = Settings(out=None, parts=("rollout", "update"), sizes=("tiny", "quickstart"), rounds=1, compiled=False)
 
 
 def measured(settings: Settings) -> Iterator[Figure]:
-    parts: dict[str, Callable[[str], Iterator[Figure]]] = {
-        "rollout": lambda size: speed.rollouts(size, settings.rounds, compiled=settings.compiled),
-        "update": lambda size: speed.updates(size, settings.rounds),
-        "memory": lambda size: speed.memory(size, settings.rounds),
-        "roles": lambda size: roles.overlap(size, settings.rounds),
-        "start": lambda size: roles.start(size, settings.rounds),
+    parts: dict[str, Callable[[str, int], Iterator[Figure]]] = {
+        "rollout": lambda size, rounds: speed.rollouts(size, rounds, compiled=settings.compiled),
+        "update": speed.updates,
+        "memory": speed.memory,
+        "roles": roles.overlap,
+        "start": roles.start,
     }
     for part in settings.parts:
         for size in settings.sizes:
-            yield from parts[part](size)
+            yield from parts[part](size, settings.rounds * (3 if size in SMALL else 1))
 
 
 def rows(figures: list[Figure]) -> Iterator[tuple[str, list[str]]]:

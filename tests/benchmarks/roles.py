@@ -28,6 +28,8 @@ EVERY = 5
 """Critic updates for one of the student: a cycle."""
 CYCLES = 2
 """That are timed of each run, after one that is not."""
+FRAMES = 9
+"""Latent frames of a video at most."""
 PINNED = {"student": {0}, "teacher": {1}, "critic": {1}}
 BOTH = {role: {0, 1} for role in PINNED}
 
@@ -70,7 +72,7 @@ def config_of(size: str, root: Path) -> RunConfig:
     # fmt: on
     channels, (height, width) = sizes.network.in_dim, sizes.side
     video = {
-        "frames": sizes.frames, "channels": channels, "height": height, "width": width, "codec": "none",
+        "frames": min(sizes.frames, FRAMES), "channels": channels, "height": height, "width": width, "codec": "none",
     }  # fmt: skip
     device = ["--distill.roles.student.gpus=0.33", "--distill.roles.teacher.gpus=0.33"]
     return furnished(

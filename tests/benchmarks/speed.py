@@ -28,6 +28,7 @@ from model.sampler import guide
 from model.schedule import FlowSchedule
 from model.transformer import TransformerConfig, WanTransformer
 
+SMALL = ("tiny", "quickstart")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
