@@ -5,7 +5,7 @@ itself, so that the base keeps its names, and ZeRO-3 gathers a layer's weights a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,19 @@ def adapt(network: Any, config: AdapterConfig) -> Any:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, AdaptedLinear(layer, config))
     return network
+
+
+def effective(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A network's weights by the names of one without adapters, whose products are added."""
+    for name, weight in network.named_parameters():
+        parent, _, own = name.rpartition(".")
+        if own in ("lora_A", "lora_B"):
+            continue
+        layer = network.get_submodule(parent)
+        if own == "weight" and isinstance(layer, AdaptedLinear):
+            yield name, weight.detach() + layer.scale * (layer.lora_B.detach() @ layer.lora_A.detach())
+        else:
+            yield name, weight.detach()
 
 
 class AdaptedWeights:

@@ -8,7 +8,7 @@ without a gradient, as the rollout's commits did. Some chunks alone have their p
 chunk needs another, so chunks can be shared out over ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from model.backbone import Past
 from model.kv_cache import Window
-from model.schedule import clean, per_frame
+from model.rollout_plan import RolloutConfig, RolloutPlan
+from model.schedule import FlowSchedule, clean, per_frame
+
+COLUMNS = ("exits", "seen")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,27 @@ class Tape:
     def frames(self) -> int:
         """Frames of the chunks that carry a gradient, which are a video's last ones."""
         return sum(each.x.shape[1] for each in self.exits)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Its latents, to be sent, frame after frame: `COLUMNS`."""
+        exits = torch.cat([each.x for each in self.exits], dim=1)
+        return {"exits": exits, "seen": torch.cat([*self.seen, exits[:, :0]], dim=1)}
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor], config: RolloutConfig, plan: RolloutPlan) -> "Tape":
+        """The tape of a rollout of that plan, from its columns."""
+        schedule, chunk, given = FlowSchedule(config.shift), config.chunk, plan.given_frames
+        seen = columns["seen"]
+        whole = [seen[:, :given]] * (given > 0) + list(seen[:, given:].split(chunk, dim=1))
+        tape = cls([each for each in whole if each.shape[1]])
+        noisy = columns["exits"].split(chunk, dim=1)
+        for back, x in enumerate(noisy):
+            start = plan.frames - (len(noisy) - back) * chunk
+            steps = schedule.few_steps(config.steps_at(start))
+            step = plan.exit_at(start)
+            sigma = schedule.sigma(torch.tensor(steps)).tolist()[step]
+            tape.exits.append(Exit((given > 0) + (start - given) // chunk, x, steps[step], sigma))
+        return tape
 
     @property
     def nbytes(self) -> int:

@@ -124,8 +124,7 @@ class Rollout:
         while True:
             while (yield Boundary()):
                 yield from self._write_anew()
-            first = plan.first_exit_step if self.start == 0 else None
-            exit_step = plan.exit_step if first is None else first
+            exit_step = plan.exit_at(self.start)
             timesteps = self.schedule.few_steps(config.steps_at(self.start))
             sigmas = self.schedule.sigma(torch.tensor(timesteps)).tolist()
             history = self.cache.history(config.chunk)

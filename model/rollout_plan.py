@@ -86,6 +86,11 @@ class RolloutPlan:
     first_exit_step: int | None = None  # the same for the first chunk where it has steps of its own
     given_frames: int = 0  # frames of the video that are given, not generated
     replayed: bool = False  # whether the gradient is that of a later replay, so that there is no graph
+    version: int | None = None  # steps that the weights have made which it is for; None is whatever there is
+
+    def exit_at(self, frame: int) -> int:
+        """Index of the last step of the chunk that starts at `frame`."""
+        return self.exit_step if frame > 0 or self.first_exit_step is None else self.first_exit_step
 
     @property
     def keeps_graph(self) -> bool:

@@ -120,6 +120,12 @@ class RunConfig:
         scorers: dict[str, ScoringRole] = {"critic": roles.critic}
         if self.distill.needs_teacher:
             scorers = {"teacher": roles.teacher, **scorers}
+        replicas = roles.rollout.ranks
+        if replicas and scored % replicas:
+            raise ValueError(
+                f"distill.roles.rollout.ranks of {replicas} does not divide the {scored} videos rolled out "
+                "at once (distill.batch / roles.student.engine.accumulation)."
+            )
         rows, columns = self.student.grid(height, width)
         for name, role in scorers.items():
             if scored % role.groups:

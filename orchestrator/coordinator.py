@@ -17,8 +17,10 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from model.replay import COLUMNS
+from model.rollout_plan import RolloutPlan
 from model.watch import for_a_band, pooled
 from orchestrator.config import RunConfig
 from orchestrator.fault import Fault
@@ -68,6 +70,8 @@ class Coordinator:
     """Optimizer steps that each role has made, once it has told."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Updates of each role in a row that were dropped."""
+    version: int = 0
+    """Times that replicas were given the student's weights."""
     mend: Callable[[Fault], None] = _raise
     """Makes a scorer that was lost in the middle of an update anew, or raises what cannot be mended there."""
 
@@ -93,9 +97,10 @@ class Coordinator:
 
         Raises NotFinite, naming role, iteration and batch, where a number is not finite.
         """
+        self.share_weights()
         for iteration in range(start, self.config.distill.iterations):
             began = time.perf_counter()
-            timer = Timer(group.role for group in (self.student, *self.scorers))
+            timer = Timer(self.groups)
             if self.plan.updates_student(iteration):
                 self.update_student(iteration, timer)
             self.update_critic(iteration, timer)
@@ -111,11 +116,23 @@ class Coordinator:
         for part in range(self.plan.parts):
             made, rolled_out = self.rollout(iteration, "student", part)
             wait(*rolled_out)
+            if "rollout" in self.groups:
+                _, plan = self.plan.videos(iteration, "student", part)
+                adopted, _ = self.student.scatter("adopt", plan, made)
+                wait(adopted)
             gradients = self.judged(made, iteration, part, wait)
             pulled, _ = self.student.scatter("pullback", None, gradients)
             wait(pulled)
         stepped, _ = self.student.scatter("step", None, Batch())
         wait(stepped)
+        self.share_weights()
+
+    def share_weights(self) -> None:
+        """Give replicas the student's weights of now; what they roll out next is made with those."""
+        if replicas := self.groups.get("rollout"):
+            weights, *_ = self.student.wait(self.student.broadcast("shared_weights"))
+            self.version += 1
+            replicas.wait(replicas.broadcast("take_weights", weights, self.version))
 
     def judged(self, made: Batch, iteration: int, part: int, wait: Callable[..., None]) -> Batch:
         """Gradients with respect to videos, from each scorer that the objective flows through; the student
@@ -152,7 +169,7 @@ class Coordinator:
 
     def score_by(self, scorer: WorkerGroup, made: Batch, iteration: int, part: int) -> Asked:
         objective = self.config.distill.objective
-        predictions, requests = Batch(made.samples), []
+        predictions, requests, made = Batch(made.samples), [], made.select("video", "context")
         if names := [name for name in scorer.makes if name in objective.reads]:
             gradient = any(name in objective.flows for name in names)
             plan = self.plan.score(iteration, "score", gradient=gradient)
@@ -241,8 +258,13 @@ class Coordinator:
         samples = list(range(part * self.plan.size, (part + 1) * self.plan.size))
         inputs = self.inputs(self.plan.position(iteration, purpose, part), samples)
         verb, plan = self.plan.videos(iteration, purpose, part)
-        request, videos = self.student.scatter(verb, plan, inputs, makes=("video",))
-        return videos | inputs.select("context"), [request]
+        if replicas := self.groups.get("rollout"):
+            assert isinstance(plan, RolloutPlan)
+            makes = ("video", *(COLUMNS if plan.replayed else ()))
+            request, made = replicas.scatter(verb, replace(plan, version=self.version), inputs, makes=makes)
+        else:
+            request, made = self.student.scatter(verb, plan, inputs, makes=("video",))
+        return made | inputs.select("context"), [request]
 
     def inputs(self, position: int, samples: list[int]) -> Batch:
         """What the student makes videos from: `context`, and `data_video` where it starts from those."""

@@ -104,12 +104,24 @@ def plan(config: RunConfig) -> list[Rank]:
     past = min(longest, config.rollout.window or longest) - chunk
     joined = keys_and_values(sizes, past * tokens, low)
     now = max(graph + joined / sizes.num_layers, joined + passing(sizes, chunk * tokens, low))
+    rolling = joined + passing(sizes, chunk * tokens, low)
+    activations = (video.frames // chunk - 1) * kept + now
+    if distill.replay:
+        # All chunks' calls are one, beside which the clean frames pass, whose keys and values it keeps.
+        whole = video.frames * tokens
+        graph = saved_for_backward(sizes, whole, low, checkpointing=checkpointing)
+        activations = graph + keys_and_values(sizes, whole, low) + passing(sizes, whole, low)
+    cache = keys_and_values(sizes, longest * tokens, low)
     parts = {
         **state_of(sizes, student),
-        "cache": keys_and_values(sizes, longest * tokens, low),
-        "activations": (video.frames // chunk - 1) * kept + now,
+        "cache": 0 if roles.rollout.ranks else cache,
+        "activations": activations,
     }
     found = [Rank("student", student.ranks, videos, parts)]
+    if replicas := roles.rollout.ranks:
+        videos, share, low = micro // replicas, student.ranks / replicas, DTYPES[roles.rollout.dtype].itemsize
+        made = {"cache": cache * share, "activations": rolling * share}
+        found.append(Rank("rollout", replicas, videos, {"weights": low * sizes.parameters(), **made}))
     whole = video.frames * frame
     flows = bool(distill.objective.flows)
     if distill.needs_teacher:

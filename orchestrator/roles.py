@@ -24,6 +24,7 @@ from orchestrator.worker_group import WorkerGroup
 from workers.actor import Worker
 from workers.critic import CriticWorker
 from workers.prompts import TrainingData
+from workers.rollout import RolloutWorker
 from workers.student import StudentWorker
 from workers.teacher import TeacherWorker
 
@@ -31,6 +32,7 @@ WORKERS: dict[str, type[Worker]] = {
     "student": StudentWorker,
     "teacher": TeacherWorker,
     "critic": CriticWorker,
+    "rollout": RolloutWorker,
 }
 
 
@@ -44,7 +46,8 @@ def ranks_of(config: RunConfig) -> dict[str, RanksConfig]:
     """The roles with devices that the run needs. A teacher that the objective does not read is none."""
     roles = config.distill.roles
     teacher: dict[str, RanksConfig] = {"teacher": roles.teacher} if config.distill.needs_teacher else {}
-    return {"student": roles.student, **teacher, "critic": roles.critic}
+    replicas: dict[str, RanksConfig] = {"rollout": roles.rollout} if roles.rollout.ranks else {}
+    return {"student": roles.student, **teacher, "critic": roles.critic, **replicas}
 
 
 def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -77,6 +80,13 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
             "compile": distill.compile,
             "gather": distill.gather,
             **learning(roles.student),
+        },
+        "rollout": {
+            "model": distill.student,
+            "data": data,
+            "rollout": config.rollout,
+            "dtype": roles.rollout.dtype,
+            "compile": distill.compile,
         },
         "teacher": {
             "model": distill.teacher,

@@ -241,14 +241,33 @@ class InitializeConfig(MethodConfig, Places):
 
 
 @dataclass(frozen=True)
+class RolloutRole(RanksConfig):
+    """Replicas of the student that roll out in its place."""
+
+    ranks: int = 0
+    """Replicas; 0 has the student roll out itself."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type that they compute in."""
+    min_ranks: int | None = None
+    """Fewest ranks that the run goes on with while nodes are missing; null waits for as many as it has."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "ranks", "cpus", "gpus")
+        at_least(self, 1, "threads")
+        if self.ranks:
+            _check_fewest(self)
+
+
+@dataclass(frozen=True)
 class RolesConfig:
-    """The three roles of distillation."""
+    """The roles of distillation."""
 
     student: DistilledRole = DistilledRole(
         engine=EngineConfig(learning_rate=2e-4, ema_decay=0.9, ema_start=40)
     )
     teacher: TeacherRole = TeacherRole()
     critic: CriticRole = CriticRole(engine=EngineConfig(learning_rate=4e-4))
+    rollout: RolloutRole = RolloutRole()
 
 
 @dataclass(frozen=True)
@@ -388,7 +407,11 @@ class DistillConfig(Places):
             )
         if self.exit_groups > 1 and self.inputs != "rollout":
             raise Invalid("exit_groups", "is of rollouts, so it needs distill.inputs rollout; leave it out.")
-        sharded = self.roles.student.engine.zero_stage == 3
+        if self.roles.rollout.ranks and not self.replay:
+            raise Invalid("roles.rollout.ranks", "are replicas, which keep no graph: set distill.replay.")
+        if self.roles.rollout.ranks and self.gather:
+            raise Invalid("gather", "is for a student that rolls out itself; leave roles.rollout.ranks out.")
+        sharded = self.roles.student.engine.zero_stage == 3 and not self.roles.rollout.ranks
         if self.gather and not sharded:
             raise Invalid("gather", "is for roles.student.engine.zero_stage 3; leave it out.")
         if self.compile and sharded and not self.gather:

@@ -3,20 +3,20 @@
 from dataclasses import dataclass, replace
 from typing import cast
 
+import ray
 import torch
+from ray import ObjectRef
 from torch import Tensor
 
 from infra import storage
 from model import replay, watch
-from model.adapters import AdapterConfig
+from model.adapters import AdapterConfig, effective
 from model.backbone import Backbone, Prepared
 from model.codec import to_uint8
 from model.families import prepared
 from model.forcing import ForcedPlan
-from model.noise import SampleNoise
 from model.objectives import ObjectiveConfig
 from model.replay import Tape
-from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutConfig, RolloutPlan
 from model.score import ScoreConfig, ScorePlan
 from workers import build
@@ -25,6 +25,7 @@ from workers.batch import Batch
 from workers.engine import EngineConfig, finite
 from workers.model_directory import ModelCard, ModelDirectory, ModelWriter
 from workers.prompts import TrainingData
+from workers.rollout import roll_out
 from workers.step_watch import StepWatch
 
 
@@ -137,19 +138,21 @@ class StudentWorker(TrainedRank):
         self._graphs[tuple(batch.samples)] = graph
 
     def _generate(self, plan: RolloutPlan, batch: Batch) -> tuple[Tensor, Tape]:
-        shape, device = self.source.card.video, self.engine.device
-        given = batch["data_video"][:, : plan.given_frames] if plan.given_frames else None
-        rollout = Rollout(
-            self.config,
-            plan,
-            noise=SampleNoise([(*plan.noise, sample) for sample in batch.samples], device),
-            cache=self.network.new_cache(self.config.context_window(), shape.height, shape.width, device),
-            shape=(len(batch), shape.channels, shape.height, shape.width),
-            initial=given,
-        )
-        chunks = list(generate(self.network, rollout, batch["context"], ready=self._ready()))
-        video = self._last(torch.cat([*([] if given is None else [given]), *chunks], dim=1))
-        return video, rollout.tape
+        ready, device = self._ready(), self.engine.device
+        return roll_out(self.network, self.source, self.config, plan, batch, device, ready)
+
+    def adopt(self, plan: RolloutPlan, batch: Batch) -> tuple[Stats, Batch]:
+        """Keep `video`s that replicas have rolled out, with what their gradient is replayed from."""
+        tape = Tape.of(batch.columns, self.config, plan)
+        self._keep(batch, _Graph(batch["video"], self.engine.version, (tape, batch["context"])))
+        return {}, Batch(batch.samples)
+
+    def shared_weights(self) -> dict[str, ObjectRef]:
+        """The weights, whole, one object each in Ray's store, from rank 0; on all ranks at once."""
+        with self.engine.whole():
+            if self.rank > 0:
+                return {}
+            return {name: ray.put(weight.cpu()) for name, weight in effective(self.network)}
 
     def _ready(self) -> Prepared | None:
         """The network for a rollout's calls without gradient; None where its weights stay sharded."""
@@ -157,23 +160,6 @@ class StudentWorker(TrainedRank):
             return None
         with self.engine.whole():
             return prepared(self.network, compiled=self.compile)
-
-    def _last(self, video: Tensor) -> Tensor:
-        """The frames of a video that scorers look at: the last ones, if it is longer than they are trained
-        for.
-
-        A latent video's first frame is special (a causal VAE makes it of one frame of pixels, and later ones
-        of several), so the window's is made anew: decoded with its past, its last frame of pixels encoded as
-        an image.
-        """
-        window = self.source.card.video.frames
-        if video.shape[1] <= window:
-            return video
-        codec = self.source.card.video.make_codec()
-        assert codec is not None, "the config asks for a codec where rollouts are longer than a video"
-        past, rest = video[:, : 1 - window], video[:, 1 - window :]
-        first = codec.encode(codec.decode(past.detach())[:, -1:])
-        return torch.cat([first, rest], dim=1)
 
     def judge(self, plan: ScorePlan, batch: Batch) -> tuple[Stats, Batch]:
         """The objective of the kept video, from the predictions that it reads, which are the batch's columns.

@@ -71,8 +71,9 @@ def config_of(size: str, root: Path) -> RunConfig:
     )}
     # fmt: on
     channels, (height, width) = sizes.network.in_dim, sizes.side
+    frames = min(sizes.frames, FRAMES)
     video = {
-        "frames": min(sizes.frames, FRAMES), "channels": channels, "height": height, "width": width, "codec": "none",
+        "frames": frames, "channels": channels, "height": height, "width": width, "codec": "none",
     }  # fmt: skip
     device = ["--distill.roles.student.gpus=0.33", "--distill.roles.teacher.gpus=0.33"]
     return furnished(

@@ -21,6 +21,7 @@ from orchestrator.roles import Roles, actor_class, ranks_of, settings_of
 from orchestrator.worker_group import WorkerGroup
 from workers.actor import Rank, Worker
 from workers.critic import CriticWorker
+from workers.rollout import RolloutWorker
 from workers.student import StudentWorker
 from workers.teacher import TeacherWorker
 
@@ -87,10 +88,15 @@ class ReusableCritic(_Reusable, CriticWorker):
     pass
 
 
+class ReusableRollout(_Reusable, RolloutWorker):
+    pass
+
+
 KINDS: dict[str, type[Worker]] = {
     "student": ReusableStudent,
     "teacher": ReusableTeacher,
     "critic": ReusableCritic,
+    "rollout": ReusableRollout,
 }
 
 

@@ -405,6 +405,20 @@ def test_ranks_that_share_the_tokens_of_every_video_change_no_number(
     check(run(groups, shared), expected, tolerance=1e-4 if loss == "gan" else 1e-5)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    "how",
+    [{"stage": 2, "accumulation": 2}, {"ranks": 2, "stage": 3, "teacher": (2, 0)}],
+    ids=["1-rank-accumulated", "2-ranks-zero-3"],
+)
+def test_replicas_that_roll_out_for_the_student_change_no_number(
+    groups: Groups, base: Outcome, config: RunConfig, replicas: int, how: dict
+) -> None:
+    shared = spread(config, **how)
+    roles = replace(shared.distill.roles, rollout=replace(shared.distill.roles.rollout, ranks=replicas))
+    check(run(groups, replace(shared, distill=replace(shared.distill, replay=True, roles=roles))), base)
+
+
 def test_a_replay_is_the_gradient_where_it_flows_through_the_scores_and_over_long_rollouts(
     groups: Groups, config: RunConfig
 ) -> None:

@@ -74,6 +74,19 @@ def test_four_faults_change_no_number(distilled: Callable[..., str], tmp_path: P
     assert tracked(config, "disturbed") == tracked(config, "whole")
 
 
+def test_a_lost_replica_is_made_anew_and_rolls_out_with_the_weights_of_now(
+    distilled: Callable[..., str], tmp_path: Path
+) -> None:
+    furnished(tmp_path)
+    settings = (*SETTINGS, "replay=true", "roles.rollout.ranks=1", "roles.rollout.cpus=0.5")
+    distilled(*settings, "output=whole")
+    with injected({Moment("rollout", "rollout", 5): send(SIGKILL)}) as left:
+        said = distilled(*settings, "output=disturbed")
+    assert not left and said.count("FAULT") == 1
+    whole, disturbed = weights(tmp_path, "whole"), weights(tmp_path, "disturbed")
+    assert all(torch.equal(disturbed[name], tensor) for name, tensor in whole.items())
+
+
 def test_a_lost_process_costs_one_update_where_snapshots_are_in_memory(
     distilled: Callable[..., str], tmp_path: Path
 ) -> None:

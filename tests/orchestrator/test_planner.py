@@ -91,3 +91,17 @@ def test_the_table_of_the_page_is_what_the_command_says(capsys: pytest.CaptureFi
     assert cli.main(["plan", str(TINY_RECIPE)]) == 0
     said = capsys.readouterr().out
     assert all(role in said for role in ("student", "teacher", "critic")) and "in all" in said
+
+
+def test_replicas_hold_weights_and_caches_and_the_student_a_replay() -> None:
+    more = ["--distill.replay=true", "--distill.roles.rollout.ranks=8", "--distill.roles.rollout.dtype=bf16"]
+    plain, replayed = (
+        {rank.role: rank for rank in plan(cli.parse("distill", ["wan-1.3b-dmd-14b", *words])[0])}
+        for words in ([], more)
+    )
+    assert set(replayed) == {*plain, "rollout"}
+    assert replayed["rollout"].parts["weights"] == 2 * 1_418_996_800
+    assert replayed["student"].parts["cache"] == 0 < plain["student"].parts["cache"]
+    # One forward over all chunks keeps what the calls of each did, and the keys and values of clean frames.
+    ratio = replayed["student"].parts["activations"] / plain["student"].parts["activations"]
+    assert 1 < ratio < 2.2

@@ -114,3 +114,17 @@ def test_what_is_compiled_needs_whole_weights(config: RunConfig) -> None:
     with pytest.raises(ValueError, match="compile needs whole weights: set gather"):
         replace(config.distill, roles=sharded, compile=True)
     assert replace(config.distill, roles=sharded, compile=True, gather=True).gather
+
+
+def test_replicas_need_a_replay_and_a_batch_that_they_share_evenly(config: RunConfig) -> None:
+    roles = config.distill.roles
+    replicas = replace(roles, rollout=replace(roles.rollout, ranks=3))
+    with pytest.raises(
+        ValueError, match=r"rollout\.ranks are replicas, which keep no graph: set distill\.replay"
+    ):
+        replace(config.distill, roles=replicas)
+    distill = replace(config.distill, roles=replicas, replay=True, batch=BATCH)
+    with pytest.raises(
+        ValueError, match=r"rollout\.ranks of 3 does not divide the 16 videos rolled out at once"
+    ):
+        replace(config, distill=distill)
