@@ -22,6 +22,7 @@ from tests.benchmarks import roles, speed
 from tests.benchmarks.report import BEGIN, END
 from tests.benchmarks.speed import CUDA, SMALL, Figure
 
+PARTS = ("rollout", "update", "cycle", "memory", "roles", "start")
 HEAD = ("size", "what", "it takes", "of", "median", "least to most")
 
 
@@ -30,7 +31,8 @@ class Settings:
     """What is measured, and how thoroughly."""
 
     out: str | None = "docs/results/speed"
-    """Results are written here, with .jsonl and .md at the end; null writes none."""
+    """Results are written here, with .jsonl and .md at the end, those there of other parts being kept; null
+    writes none."""
     parts: tuple[str, ...] = ("rollout", "update", "memory", "roles", "start")
     """What is measured."""
     sizes: tuple[str, ...] = ("quickstart", "30M", "wan-block")
@@ -55,6 +57,14 @@ def measured(settings: Settings) -> Iterator[Figure]:
     for part in settings.parts:
         for size in settings.sizes:
             yield from parts[part](size, settings.rounds * (3 if size in SMALL else 1))
+
+
+def kept(path: Path, anew: set[str]) -> Iterator[Figure]:
+    """Figures that were measured before, of parts that were not measured `anew`."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        figure = Figure(**json.loads(line))
+        if figure.part not in anew:
+            yield figure
 
 
 def rows(figures: list[Figure]) -> Iterator[tuple[str, list[str]]]:
@@ -128,6 +138,8 @@ def main() -> None:
             print(json.dumps(asdict(each)), file=sys.stderr, flush=True)
     show(figures)
     if settings.out is not None:
+        figures = [*kept(Path(f"{settings.out}.jsonl"), {each.part for each in figures}), *figures]
+        figures.sort(key=lambda each: PARTS.index(each.part))
         Path(f"{settings.out}.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in figures))
         page(figures, Path(f"{settings.out}.md"))
 

@@ -4,13 +4,12 @@ Every figure is a ratio of two things measured in the same rounds of one run: a 
 minute to minute, and with it seconds, but hardly what one thing costs of another.
 """
 
-import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -371,10 +370,16 @@ def peak(name: str, what: str) -> float:
         before: float = torch.cuda.memory_allocated()
         MEMORY[what](bench)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of imports
+    before = _kib("VmRSS")
     MEMORY[what](bench)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return (_kib("VmHWM") - before) / 2**10
+
+
+def _kib(name: str) -> float:
+    """A line of this process's status, proc(5)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 def memory(name: str, rounds: int) -> Iterator[Figure]:
