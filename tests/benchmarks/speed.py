@@ -364,7 +364,8 @@ def peak(name: str, what: str) -> float:
     bench = Bench(name)
     bench.network.activation_checkpointing = what.endswith("recomputed")
     short = Bench("tiny")
-    short.sequential()  # what PyTorch keeps for itself
+    short.network.activation_checkpointing = bench.network.activation_checkpointing
+    short.sequential()  # what PyTorch imports and keeps for itself
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before: float = torch.cuda.memory_allocated()
