@@ -318,9 +318,10 @@ class SlotCache:
     def _phase(self, row: int, chunk: int) -> Tensor:
         """Of the next `chunk` frames of a row."""
         start = self.held[row] if self.window.positions == "relative" else self.seen[row]
-        return self._phases(start, chunk)
+        return self.phases(start, chunk)
 
-    def _phases(self, start: int, frames: int) -> Tensor:
+    def phases(self, start: int, frames: int) -> Tensor:
+        """Rotary phase of `frames` frames from position `start` on."""
         return rope.phases([range(start, start + frames)], *self.grid, self.head_dim, self.slots.device)
 
     def _turn(self, row: int, first: int = 0) -> None:
@@ -329,7 +330,7 @@ class SlotCache:
         if self.window.positions == "absolute":
             return
         part = slice(first * self.tokens, self.held[row] * self.tokens)
-        phase = self._phases(first, self.held[row] - first)
+        phase = self.phases(first, self.held[row] - first)
         for keys, slots in zip(self.keys[:, row, part], self.slots[:, 0, row, part], strict=True):
             keys.copy_(rope.rotate(slots[None], phase)[0])
 

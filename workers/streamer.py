@@ -8,7 +8,7 @@ where none is free; nobody is dropped or started again for another.
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, product
 
 import torch
 from torch import Tensor
@@ -116,6 +116,22 @@ class Streamer:
         self._numbers = count()
         self._written: list[Tensor | None] = [None] * self.slots
         """The embeddings whose keys and values are in `prompts`."""
+
+    @torch.inference_mode()
+    def compile_all(self) -> None:
+        """Have whatever is compiled be compiled now: for one row and several, at one step and age or
+        several."""
+        video, chunk = self.card.video, self.config.chunk
+        for size in range(1, min(self.slots, 3) + 1):
+            rows, numbers = list(range(size)), range(size)
+            for steps, ages in product([[1.0] * size, [*map(float, numbers)]], [[0] * size, numbers]):
+                self.prepared(
+                    torch.zeros(size, chunk, *video.shape[1:], device=self.device),
+                    steps,
+                    self.prompts.join(rows),
+                    history=self.cache.join(rows, [self.cache.phases(age, chunk) for age in ages]),
+                    return_live=True,
+                )
 
     def open(
         self, prompt: str, seed: int, frames: int | None = None, *, context: Tensor | None = None

@@ -43,8 +43,7 @@ def locate(config: ServeConfig) -> tuple[str, str]:
 def load(
     path: str, slots: int, encoder: DeploymentHandle | None = None, *, compiled: bool = False
 ) -> Streamer:
-    """A streamer that has made a chunk, so that the first viewer need not wait for what happens once; and
-    nobody for what is `compiled` when there are several, at steps of their own.
+    """A streamer that has made a chunk, so that the first viewer need not wait for what happens once.
 
     Prompts are embedded by the deployment `encoder` where the model does not bring an encoder of its own.
     """
@@ -52,16 +51,14 @@ def load(
     if encoder is not None and card.text.path is not None:
         text = SharedEncoder(encoder, card.text.path, card.transformer.text_len)
     streamer = Streamer(path, slots, encoder=text, compiled=compiled)
-    streams = [streamer.open("warm-up", seed=0)]
+    if compiled:
+        streamer.compile_all()
+    stream = streamer.open("warm-up", seed=0)
     try:
-        for _ in range(min(slots, 3) if compiled else 1):
-            while not streamer.tick():
-                pass
-            if streamer.free:
-                streams.append(streamer.open("warm-up", seed=0))
+        while not streamer.tick():
+            pass
     finally:
-        for stream in streams:
-            streamer.close(stream)
+        streamer.close(stream)
     return streamer
 
 

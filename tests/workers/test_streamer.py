@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from model.rollout import NetworkCall
 from model.rollout_plan import RolloutConfig
 from model.transformer import TransformerConfig
+from orchestrator.serving.models import load
 from tests.fixtures import write_model
 from tests.model.reference import difference
 from workers.generator import Generator
@@ -200,3 +203,21 @@ def test_what_cannot_stream_is_named(tmp_path: Path) -> None:
         Streamer(str(tmp_path / "teacher"), slots=1)
     with pytest.raises(ValueError, match=r"has no rollout.window, and its cache would grow for ever"):
         Streamer(str(tmp_path / "open"), slots=1)
+
+
+@pytest.mark.slow
+def test_compiled_streams_are_the_same_and_nothing_is_compiled_once_viewers_come(model: str) -> None:
+    dynamo.reset()
+    counters.clear()
+    streamer = load(model, 3, compiled=True)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled >= 2 and streamer.free == [0, 1, 2]
+    made: dict[int, list[Tensor]] = {}
+    streams = []
+    for viewer in range(3):
+        streams.append(streamer.open(PROMPTS[viewer], viewer, FRAMES))
+        watch(streamer, made, 2 + viewer)
+    watch(streamer, made, 60)
+    for viewer, stream in enumerate(streams):
+        assert difference(video(made, stream), alone(model, viewer)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == compiled
