@@ -78,6 +78,17 @@ def state_of(sizes: TransformerConfig, role: AdaptedRole) -> dict[str, float]:
     }
 
 
+def made_ready(sizes: TransformerConfig, role: AdaptedRole, itemsize: int, *, gathered: bool) -> float:
+    """Bytes of the copies of weights with which a student rolls out: those of one product for queries, keys
+    and values, those with an adapter's added, or all where they are gathered."""
+    if role.engine.zero_stage == 3:
+        return itemsize * sizes.parameters() if gathered else 0
+    layers = role.adapters.layers(on_meta(sizes)) if role.adapters.rank else {}
+    elsewhere = ("self_attn.q", "self_attn.k", "self_attn.v", "cross_attn.k", "cross_attn.v")
+    adapted = sum(layer.weight.numel() for name, layer in layers.items() if not name.endswith(elsewhere))
+    return itemsize * (3 * sizes.dim**2 * sizes.num_layers + adapted)
+
+
 def learned(sizes: TransformerConfig, adapters: AdapterConfig) -> int:
     """How many weights adapters have."""
     layers = adapters.layers(on_meta(sizes)).values()
@@ -112,8 +123,10 @@ def plan(config: RunConfig) -> list[Rank]:
         graph = saved_for_backward(sizes, whole, low, checkpointing=checkpointing)
         activations = graph + keys_and_values(sizes, whole, low) + passing(sizes, whole, low)
     cache = keys_and_values(sizes, longest * tokens, low)
+    ready = made_ready(sizes, student, low, gathered=distill.gather)
     parts = {
         **state_of(sizes, student),
+        "ready": 0 if roles.rollout.ranks else ready,
         "cache": 0 if roles.rollout.ranks else cache,
         "activations": activations,
     }
