@@ -79,6 +79,10 @@ class AdaptedLinear(nn.Linear):
         low = F.linear(F.linear(input, self.lora_A), self.lora_B)
         return F.linear(input, self.weight, self.bias) + self.scale * low
 
+    def whole_weight(self) -> Tensor:
+        """The weight with the adapter's product added, without a gradient."""
+        return self.weight.detach() + self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+
 
 def adapt(network: Any, config: AdapterConfig) -> Any:
     """Freeze `network` and adapt each layer that `config` names, in place; without a rank, nothing."""
@@ -98,7 +102,7 @@ def effective(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         layer = network.get_submodule(parent)
         if own == "weight" and isinstance(layer, AdaptedLinear):
-            yield name, weight.detach() + layer.scale * (layer.lora_B.detach() @ layer.lora_A.detach())
+            yield name, layer.whole_weight()
         else:
             yield name, weight.detach()
 

@@ -195,9 +195,7 @@ def _data(parameter: Tensor) -> Tensor:
 def _linear(layer: nn.Module) -> Linear:
     """A layer's weights, with its adapter's product added."""
     assert isinstance(layer, nn.Linear)
-    weight = _data(layer.weight)
-    if isinstance(layer, AdaptedLinear):
-        weight = weight + layer.scale * (_data(layer.lora_B) @ _data(layer.lora_A))
+    weight = layer.whole_weight() if isinstance(layer, AdaptedLinear) else _data(layer.weight)
     return Linear(weight, _data(layer.bias))
 
 

@@ -62,7 +62,8 @@ class Coordinator:
 
     config: RunConfig
     groups: Mapping[str, WorkerGroup]
-    """`student`, `critic`, and `teacher` where the objective reads what it makes."""
+    """`student`, `critic`, `teacher` where the objective reads what it makes, and `rollout` where replicas
+    make the student's videos."""
     since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
     ahead: dict[tuple[int, str, int], Asked] = field(default_factory=dict)
     """What was asked before its turn: iteration, purpose of a rollout or score of whom, micro-batch."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from infra.settings import Invalid
-from model.adapters import AdaptedWeights, AdapterConfig, adapt, merged
-from tests.model.reference import CONFIG, tiny_model
+from model.adapters import AdaptedWeights, AdapterConfig, adapt, effective, merged
+from tests.model.reference import CONFIG, difference, normal, tiny_model
 from tests.model.test_transformer import inputs
 
 
@@ -60,3 +60,13 @@ def test_what_cannot_be_adapted_is_one_sentence(settings: dict, sentence: str) -
     with pytest.raises(Invalid) as caught:
         AdapterConfig(**settings).layers(tiny_model())
     assert sentence in str(caught.value)
+
+
+def test_weights_in_effect_have_the_names_of_a_plain_network_and_answer_as_the_adapted_one() -> None:
+    model, plain = adapt(tiny_model(), AdapterConfig(rank=2, alpha=3.0)), tiny_model(seed=1)
+    with torch.no_grad():
+        for index, (name, weight) in enumerate(model.named_parameters()):
+            if "lora" in name:
+                weight.copy_(normal(*weight.shape, seed=index))
+    plain.load_state_dict(dict(effective(model)))
+    assert difference(plain(*inputs()).velocity, model(*inputs()).velocity) < 1e-5
