@@ -209,15 +209,19 @@ def generate(
     *,
     guidance: float = 0.0,
     ready: Prepared | None = None,
+    sharded: bool = False,
 ) -> Iterator[Tensor]:
     """Drive one rollout to its end, yielding each chunk [B, f, C, H, W] as it is finished.
 
     `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the
     plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows is
     the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
-    `ready` is the model prepared for it, which else is done here, where its weights are.
+    `ready` is the model prepared for it, which else is done here, unless its weights are `sharded`: then all
+    calls are the network's own, whatever happens to be gathered now.
     """
-    answer = answering(model, ready or prepared(model), context, recorded=rollout.plan.keeps_graph)
+    if ready is None and not sharded:
+        ready = prepared(model)
+    answer = answering(model, ready, context, recorded=rollout.plan.keeps_graph)
     while (pending := rollout.pending) is not None:
         if isinstance(pending, Tensor):
             yield pending

@@ -107,7 +107,7 @@ def roll_out(
         shape=(len(batch), shape.channels, shape.height, shape.width),
         initial=given,
     )
-    chunks = list(generate(network, rollout, batch["context"], ready=ready))
+    chunks = list(generate(network, rollout, batch["context"], ready=ready, sharded=ready is None))
     return _last(source, torch.cat([*([] if given is None else [given]), *chunks], dim=1)), rollout.tape
 
 
