@@ -39,12 +39,10 @@ def shapes_of(sizes: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in on_meta(sizes).state_dict().items()}
 
 
-def prepared(network: Backbone, *, compiled: bool = False, shared: bool = False) -> Prepared | None:
-    """The network as it is now, for many calls without gradient; None where its weights are not all here.
+def prepared(network: Backbone, *, compiled: bool = False, shared: bool = False) -> Prepared:
+    """The network as it is now, all of its weights being here, for many calls without gradient.
 
     `compiled` says whether by TorchInductor; `shared` that the network is never trained, and may have its
     weights where these are.
     """
-    if any(weight.numel() == 0 for weight in network.parameters()):  # as ZeRO-3 leaves them between calls
-        return None
     return PREPARED[type(network)](network, compiled=compiled, shared=shared)

@@ -79,11 +79,11 @@ class PreparedTransformer:
         self._before: Callable[..., Any] = _compiled(before) if compiled else before
         self._after: Callable[..., Any] = _compiled(after) if compiled else after
         patches = network.patch_embedding
-        self.patches = Linear(_data(patches.weight).flatten(1), _data(patches.bias))
+        self.patches = Linear(patches.weight.detach().flatten(1), patches.bias.detach())
         blocks = [block for block in network.blocks if isinstance(block, Block)]
         self.layers = [_layer(block, shared) for block in blocks]
-        self.modulation = torch.stack([_data(block.modulation)[0] for block in blocks])
-        self.head, self.head_modulation = _linear(network.head.head), _data(network.head.modulation)
+        self.modulation = torch.stack([block.modulation.detach()[0] for block in blocks])
+        self.head, self.head_modulation = _linear(network.head.head), network.head.modulation.detach()
         self._tables: dict[tuple[float, ...], Table] = {}
 
     @torch.no_grad()
@@ -188,15 +188,11 @@ def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float()).to(x.dtype)
 
 
-def _data(parameter: Tensor) -> Tensor:
-    return parameter.detach()
-
-
 def _linear(layer: nn.Module) -> Linear:
     """A layer's weights, with its adapter's product added."""
     assert isinstance(layer, nn.Linear)
-    weight = layer.whole_weight() if isinstance(layer, AdaptedLinear) else _data(layer.weight)
-    return Linear(weight, _data(layer.bias))
+    weight = layer.whole_weight() if isinstance(layer, AdaptedLinear) else layer.weight.detach()
+    return Linear(weight, layer.bias.detach())
 
 
 def _one(layers: Sequence[nn.Module], shared: bool) -> Linear:
@@ -210,7 +206,7 @@ def _one(layers: Sequence[nn.Module], shared: bool) -> Linear:
 
 
 def _norms(*norms: nn.Module) -> Tensor | None:
-    weights = [_data(norm.weight) for norm in norms if isinstance(norm, nn.RMSNorm)]
+    weights = [norm.weight.detach() for norm in norms if isinstance(norm, nn.RMSNorm)]
     return torch.stack(weights) if weights else None
 
 
@@ -222,7 +218,7 @@ def _layer(block: Block, shared: bool) -> Layer:
         qkv=_one([own.q, own.k, own.v], shared),
         qk_norm=_norms(own.norm_q, own.norm_k),
         o=_linear(own.o),
-        norm3=Linear(_data(norm3.weight), _data(norm3.bias)) if isinstance(norm3, nn.LayerNorm) else None,
+        norm3=Linear(norm3.weight.detach(), norm3.bias.detach()) if isinstance(norm3, nn.LayerNorm) else None,
         cross_q=_linear(cross.q),
         cross_q_norm=_norms(cross.norm_q),
         cross_o=_linear(cross.o),

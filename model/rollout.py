@@ -216,8 +216,8 @@ def generate(
     `context` is the prompt embedding [B, text_len, text_dim]. Gradients are enabled for the calls that the
     plan says, and for no other. With classifier-free `guidance` (see `guide`) the second half of the rows is
     the unconditional twin of the first: same noise, the negative prompt; both halves of a chunk are equal.
-    `ready` is the model prepared for it, which else is done here, unless its weights are `sharded`: then all
-    calls are the network's own, whatever happens to be gathered now.
+    `ready` is the model prepared for it, which else is done here, unless its weights are `sharded`: then the
+    network itself is asked at every call.
     """
     if ready is None and not sharded:
         ready = prepared(model)

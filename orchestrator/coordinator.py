@@ -30,7 +30,6 @@ from orchestrator.worker_group import Request, WorkerGroup
 from workers.batch import Batch, Read
 
 Metrics = dict[str, float]
-PURPOSES = ("student", "critic")
 Asked = tuple[Batch, list[Request]]
 """References to what will be there, and the requests that make it, in the order in which they were made;
 those that were waited for are left out."""
@@ -48,10 +47,6 @@ class NotFinite(FloatingPointError):
         self.iteration, self.since = iteration, since
 
 
-def score_of(scorer: WorkerGroup) -> str:
-    return f"score of the {scorer.role}"
-
-
 def _raise(fault: Fault) -> None:
     raise fault
 
@@ -65,8 +60,10 @@ class Coordinator:
     """`student`, `critic`, `teacher` where the objective reads what it makes, and `rollout` where replicas
     make the student's videos."""
     since: tuple[int, int] = (0, 0)  # an iteration, and the position in the data at which it begins
-    ahead: dict[tuple[int, str, int], Asked] = field(default_factory=dict)
-    """What was asked before its turn: iteration, purpose of a rollout or score of whom, micro-batch."""
+    ahead: dict[tuple[int, Purpose, int], Asked] = field(default_factory=dict)
+    """Rollouts that were asked before their turn, by iteration, purpose and micro-batch."""
+    scored: dict[tuple[int, str, int], Asked] = field(default_factory=dict)
+    """Scores that were, by iteration, scorer and micro-batch."""
     steps: dict[str, int] = field(default_factory=dict)
     """Optimizer steps that each role has made, once it has told."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -154,15 +151,14 @@ class Coordinator:
                 return gradients
             except Fault as fault:
                 self.mend(fault)
-                for key in [key for key in self.ahead if key[1] not in PURPOSES]:
-                    del self.ahead[key]
+                self.scored.clear()
 
     def score(self, made: Batch, iteration: int, part: int) -> Asked:
         """The predictions that the objective reads. A scorer keeps its graph where gradient will flow
         back."""
         predictions, requests = Batch(made.samples), []
         for scorer in self.scorers:
-            asked = self.ahead.pop((iteration, score_of(scorer), part), None)
+            asked = self.scored.pop((iteration, scorer.role, part), None)
             answer, own = asked or self.score_by(scorer, made, iteration, part)
             predictions |= answer
             requests += own
@@ -199,7 +195,7 @@ class Coordinator:
         return gradients, requests
 
     def update_critic(self, iteration: int, timer: "Timer") -> None:
-        def wait(requests: Iterable[Request]) -> None:
+        def wait(*requests: Request) -> None:
             self.wait(requests, timer, iteration=iteration, purpose="critic")
 
         parts, rolled_out = [], []
@@ -215,14 +211,14 @@ class Coordinator:
         updates, there = [], 0
         for start in range(0, len(batch), size):
             while there < start + size:
-                wait(rolled_out.pop(0))
+                wait(*rolled_out.pop(0))
                 there += self.plan.size
             updated, _ = self.critic.scatter("update", plan, batch.rows(start, start + size))
             updates.append(updated)
         if self.config.distill.overlap:
             self.roll_out_ahead(iteration + 1)
-            self.score_ahead(iteration + 1, lambda *requests: wait(requests), self.scorers[:-1])
-        wait(updates)
+            self.score_ahead(iteration + 1, wait, self.scorers[:-1])
+        wait(*updates)
 
     def roll_out_ahead(self, iteration: int) -> None:
         """Request coming rollouts, as far as the student's weights are those of now: all those for the
@@ -247,10 +243,10 @@ class Coordinator:
             wait(*requests)
             self.ahead[iteration, "student", part] = made, []
             for scorer in scorers:
-                key = iteration, score_of(scorer), part
+                key = iteration, scorer.role, part
                 flows = any(name in self.config.distill.objective.flows for name in scorer.makes)
-                if key not in self.ahead and not (flows and part):
-                    self.ahead[key] = self.score_by(scorer, made, iteration, part)
+                if key not in self.scored and not (flows and part):
+                    self.scored[key] = self.score_by(scorer, made, iteration, part)
 
     def rollout(self, iteration: int, purpose: Purpose, part: int) -> Asked:
         """`video` and `context` of one micro-batch, unless they were requested already."""

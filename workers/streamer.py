@@ -98,9 +98,7 @@ class Streamer:
         self.card = source.card
         video = source.card.video
         self.network = whole(source, self.device)
-        ready = prepared(self.network, compiled=self.compiled, shared=True)
-        assert ready is not None, "all its weights are here"
-        self.prepared = ready
+        self.prepared = prepared(self.network, compiled=self.compiled, shared=True)
         self.text = self.encoder or source.text_encoder(self.device)
         self.cache = self.network.new_slots(
             self.config.context_window(),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that there is to measure on a card, in one command: rollouts and updates of every size, roles that share the card, and Wan 1.3B
-# with its VAE, from its import to streams. Ten minutes on an H200; `--tiny` tries it in a few on a CPU.
+# with its VAE, from its import to streams. `--tiny` tries it on a CPU, in three minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}

@@ -179,10 +179,9 @@ class Bench:
             shape=(size.batch, *self.shape),
         )
 
-    def video(self, exit_step: int = -1, *, ready: Any = None, **how: Any) -> Tensor:
-        return torch.cat(
-            list(generate(self.network, self.rollout(exit_step, **how), self.context, ready=ready)), 1
-        )
+    def video(self, exit_step: int = -1, *, ready: Any = None, sharded: bool = False, **how: Any) -> Tensor:
+        rollout = self.rollout(exit_step, **how)
+        return torch.cat(list(generate(self.network, rollout, self.context, ready=ready, sharded=sharded)), 1)
 
     @torch.inference_mode()
     def served(self, ready: Any) -> Tensor:
@@ -262,17 +261,6 @@ class Bench:
         guide(*both.velocity.chunk(2), 3.0)
 
 
-class Plain:
-    """A network asked at every call, as it is under ZeRO-3."""
-
-    def __init__(self, bench: Bench):
-        self.bench = bench
-
-    def __call__(self, x: Tensor, timesteps: Sequence[float], prompts: Any, **how: Any) -> Any:
-        at = torch.full((1,), timesteps[0], device=DEVICE)
-        return self.bench.network(x, at, self.bench.context, **how)
-
-
 def rollouts(name: str, rounds: int, *, compiled: bool) -> Iterator[Figure]:
     """A rollout without gradient, milliseconds a chunk."""
     bench = Bench(name)
@@ -280,7 +268,7 @@ def rollouts(name: str, rounds: int, *, compiled: bool) -> Iterator[Figure]:
     own = prepared(bench.network)
     things: dict[str, Callable[[], Any]] = {
         "bare products and attention": bench.arithmetic,
-        "network asked at every call": lambda: bench.video(ready=Plain(bench)),
+        "network asked at every call": lambda: bench.video(sharded=True),
         "rollout in training": bench.video,
         "rollout served": lambda: bench.served(own),
     }

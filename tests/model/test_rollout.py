@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from model import rope
-from model.backbone import Prepared
 from model.kv_cache import BlockCache, SlotCache
 from model.noise import SampleNoise
 from model.rollout import Rollout, generate
@@ -70,7 +69,7 @@ def run(
     context: Tensor | None = None,
     noise: SampleNoise | None = None,
     initial: Tensor | None = None,
-    ready: Prepared | None = None,
+    **how: Any,
 ) -> Tensor:
     context = prompt(BATCH) if context is None else context
     rollout = Rollout(
@@ -81,7 +80,7 @@ def run(
         shape=(len(context), CONFIG.in_dim, HEIGHT, WIDTH),
         initial=initial,
     )
-    chunks = list(generate(model, rollout, context, ready=ready))
+    chunks = list(generate(model, rollout, context, **how))
     return torch.cat(chunks if initial is None else [initial, *chunks], dim=1)
 
 
