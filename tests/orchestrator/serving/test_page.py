@@ -94,7 +94,8 @@ class Page:
         """What the file says of its making, and the times of its frames in seconds."""
         eventually(lambda: viewer.part("download").is_enabled())
         viewer.part("download").click()
-        eventually(lambda: any(self.downloads.glob("*.mp4")))
+        # An empty file holds the name until the whole one is moved to its place.
+        eventually(lambda: any(file.stat().st_size for file in self.downloads.glob("*.mp4")))
         (file,) = self.downloads.glob("*.mp4")
         return read(file.read_bytes())
 
