@@ -1,5 +1,5 @@
 """Twenty faults in one run, and what each cost: `python -m tests.benchmarks.faults` makes
-docs/results/faults.md.
+docs/results/faults.md, and with `--replicas`, where those roll out, docs/results/faults_replicas.md.
 
 A tiny recipe is distilled on a Ray cluster of two nodes on this machine, by the command that a person uses,
 with a real MLflow server beside it. Faults hit at random moments that follow from a seed. The weights at the
@@ -73,13 +73,32 @@ SETTINGS = {
     "placement.mode": "disaggregated",
     "tracking.system_metrics_every_s": 0,
 }
+REPLICAS: dict[str, Any] = {
+    "distill.replay": True,
+    "distill.roles.rollout.ranks": 2,
+    "distill.roles.rollout.cpus": 0.5,
+}
+"""Settings with which the faults of student ranks that roll out are those of replicas."""
 
 
-def schedule(seed: int) -> list[tuple[str, int]]:
+def kinds(replicas: bool) -> dict[str, tuple[str, str]]:
+    """The kinds of fault, and the role and the call that each hits."""
+    if not replicas:
+        return KINDS
+    elsewhere = ("student", "rollout"), ("rollout", "rollout")
+    return {
+        kind.replace("student rank", "replica") if moment == elsewhere[0] else kind: (
+            elsewhere[1] if moment == elsewhere[0] else moment
+        )
+        for kind, moment in KINDS.items()
+    }
+
+
+def schedule(seed: int, replicas: bool) -> list[tuple[str, int]]:
     """Every kind of fault once, in a random order, with the iteration from which on it is due."""
     draw = random.Random(seed)
-    kinds = draw.sample(list(KINDS), len(KINDS))
-    return [(kind, EVERY * place + 1 + draw.randrange(2)) for place, kind in enumerate(kinds)]
+    order = draw.sample(list(kinds(replicas)), len(KINDS))
+    return [(kind, EVERY * place + 1 + draw.randrange(2)) for place, kind in enumerate(order)]
 
 
 class Log:
@@ -103,7 +122,7 @@ def action(kind: str, folder: Path) -> Action:
     rank = 1 if "other" in kind else 0
     if kind.startswith("out of memory"):
         return before(spoil("memory", rank))
-    if kind == "the store fails a student rank that reads prompts":
+    if kind.startswith("the store fails a") and kind.endswith("reads prompts"):
         return before(spoil("storage", rank))
     if kind == "the store fails a checkpoint":
         return before(lambda _: _fail_once(storage))
@@ -126,7 +145,7 @@ def _fail_once(module: Any) -> None:
     module.begin = fail
 
 
-def drive(folder: Path, seed: int, arguments: list[str]) -> int:
+def drive(folder: Path, seed: int, replicas: bool, arguments: list[str]) -> int:
     """The command, with the faults that are still to come."""
     from orchestrator.recovery import Recovery
     from pipelines import cli
@@ -134,8 +153,8 @@ def drive(folder: Path, seed: int, arguments: list[str]) -> int:
     log = Log(folder / "log.jsonl")
     had = {line["kind"] for line in log.read() if line["what"] == "injected"}
     moments = {
-        Moment(*KINDS[kind], at): (kind, action(kind, folder))
-        for kind, at in schedule(seed)
+        Moment(*kinds(replicas)[kind], at): (kind, action(kind, folder))
+        for kind, at in schedule(seed, replicas)
         if kind not in had
     }
 
@@ -162,8 +181,9 @@ def drive(folder: Path, seed: int, arguments: list[str]) -> int:
 # --- in the process that watches
 
 
-def words(root: Path, output: str, cluster: TwoNodeCluster, tracking: str) -> list[str]:
+def words(root: Path, output: str, cluster: TwoNodeCluster, tracking: str, replicas: bool) -> list[str]:
     settings = {**SETTINGS, "root": root, "distill.output": output, "tracking.uri": tracking}
+    settings |= REPLICAS if replicas else {}
     return [
         "distill",
         str(TINY_RECIPE),
@@ -198,13 +218,16 @@ class Watcher(threading.Thread):
             self.cluster.add("second")
 
 
-def disturbed(folder: Path, root: Path, seed: int, cluster: TwoNodeCluster, server: Server) -> int:
+def disturbed(
+    folder: Path, root: Path, seed: int, cluster: TwoNodeCluster, server: Server, replicas: bool
+) -> int:
     """Run the command until it ends well, handing it in again where it ends otherwise; how often."""
-    arguments, starts = words(root, f"disturbed-{seed}", cluster, server.uri), 0
+    arguments, starts = words(root, f"disturbed-{seed}", cluster, server.uri, replicas), 0
     watcher = Watcher(folder, cluster, server)
     while True:
         starts += 1
-        own = ["-m", "tests.benchmarks.faults", "--drive", str(folder), str(seed), "--"]
+        own = ["-m", "tests.benchmarks.faults", "--drive", str(folder), str(seed)]
+        own += ["--replicas", "--"] if replicas else ["--"]
         resume = ["--resume"] if starts > 1 else []
         with open(folder / f"driver-{starts}.log", "w") as log:
             driver = subprocess.run(
@@ -255,9 +278,9 @@ def served(folder: Path) -> Iterator[Server]:
         server.kill()
 
 
-def measure(seeds: list[int], out: Path) -> None:
+def measure(seeds: list[int], out: Path, replicas: bool) -> None:
     """Run every seed, and write the page anew after each."""
-    found: dict[str, Any] = {"iterations": ITERATIONS, "every": EVERY, "runs": []}
+    found: dict[str, Any] = {"iterations": ITERATIONS, "every": EVERY, "replicas": replicas, "runs": []}
     with (
         tempfile.TemporaryDirectory() as directory,
         two_node_cluster(
@@ -273,7 +296,7 @@ def measure(seeds: list[int], out: Path) -> None:
         furnished(root)
         began = time.time()
         whole = subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", *words(root, "whole", cluster, server.uri)],
+            [sys.executable, "-m", "pipelines.cli", *words(root, "whole", cluster, server.uri, replicas)],
             cwd=ROOT,
             env=cluster.environment,
             capture_output=True,
@@ -288,7 +311,7 @@ def measure(seeds: list[int], out: Path) -> None:
             folder = root / f"seed-{seed}"
             folder.mkdir()
             began = time.time()
-            starts = disturbed(folder, root, seed, cluster, server)
+            starts = disturbed(folder, root, seed, cluster, server, replicas)
             run = {"seed": seed, "seconds": time.time() - began, "began": began, "starts": starts}
             own = weights(root / f"disturbed-{seed}")
             run["equal"] = all(torch.equal(own[name], each) for name, each in expected.items())
@@ -347,7 +370,8 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """The page, its plot, and all that was measured."""
     import matplotlib
 
-    storage.write_text(folder / "faults.json", json.dumps(found))
+    name = "faults_replicas" if found["replicas"] else "faults"
+    storage.write_text(folder / f"{name}.json", json.dumps(found))
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -365,8 +389,8 @@ def write(found: dict[str, Any], folder: Path) -> None:
         axis.set_ylabel(f"updates, seed {run['seed']}")
     axes[-1, 0].set_xlabel("seconds (crosses: faults; shaded: until the run was further than before)")
     figure.tight_layout()
-    figure.savefig(folder / "faults.png", dpi=90)
-    by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    figure.savefig(folder / f"{name}.png", dpi=90)
+    by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds(found["replicas"])}
     for run in found["runs"]:
         for fault in costs(run["log"]):
             by_kind[fault["kind"]].append(fault)
@@ -389,15 +413,21 @@ def write(found: dict[str, Any], folder: Path) -> None:
         f"{'yes' if run['tracked_once_and_equal'] else 'NO'} | {', '.join(run['left']) or 'nothing'} |"
         for run in found["runs"]
     ]
+    option, titled, rolling = (
+        (" --replicas", ", where replicas roll out", "two replicas that roll out, ")
+        if found["replicas"]
+        else ("", "", "")
+    )
     storage.write_text(
-        folder / "faults.md",
+        folder / f"{name}.md",
         "\n".join(
             [
-                "# Twenty faults in one run",
+                f"# Twenty faults in one run{titled}",
                 "",
-                "`python -m tests.benchmarks.faults` distils the tests' tiny recipe on a Ray cluster of two "
-                "nodes (two raylets on one machine), with two student ranks under ZeRO-2, two replicated "
-                f"teacher ranks and a critic, for {found['iterations']} iterations, a checkpoint after every "
+                f"`python -m tests.benchmarks.faults{option}` distils the tests' tiny recipe on a Ray "
+                "cluster of two nodes (two raylets on one machine), with two student ranks under ZeRO-2, "
+                f"{rolling}two replicated teacher ranks and a critic, for {found['iterations']} iterations, "
+                "a checkpoint after every "
                 f"{found['every']}. Twenty faults hit it, one in every {found['every']} iterations, in an "
                 "order and at moments that follow from the seed. It is the command that a person uses; a "
                 "driver that ended is started again with `--resume`, and a node whose raylet was killed "
@@ -421,7 +451,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
                 "|---|---|---|---|",
                 *rows,
                 "",
-                "![The runs over time](faults.png)",
+                f"![The runs over time]({name}.png)",
                 "",
             ]
         ),
@@ -432,13 +462,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--replicas", action="store_true", help="replicas roll out")
     parser.add_argument("--drive", nargs=2, metavar=("FOLDER", "SEED"))
     parser.add_argument("words", nargs="*")
     asked = parser.parse_args()
     if asked.drive:
-        sys.exit(drive(Path(asked.drive[0]), int(asked.drive[1]), asked.words))
+        sys.exit(drive(Path(asked.drive[0]), int(asked.drive[1]), asked.replicas, asked.words))
     asked.out.mkdir(parents=True, exist_ok=True)
-    measure(asked.seeds, asked.out)
+    measure(asked.seeds, asked.out, asked.replicas)
 
 
 if __name__ == "__main__":
