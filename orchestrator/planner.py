@@ -6,7 +6,7 @@ backward pass was counted tensor by tensor and is held to 10 % by a test.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.adapters import AdapterConfig
 from model.families import on_meta
@@ -158,4 +158,39 @@ def plan(config: RunConfig) -> list[Rank]:
     found.append(
         Rank("critic", critic.ranks, videos, {**state_of(config.student, critic), "activations": kept})
     )
+    return found
+
+
+def alternatives(config: RunConfig) -> list[str]:
+    """Settings of a student update that this recipe leaves out, a sentence each with what they would bring
+    and take. Arithmetic only: the recipe alone decides, as they are part of what a run's numbers follow
+    from."""
+    distill, rollout = config.distill, config.rollout
+    found: list[str] = []
+    if distill.inputs != "rollout":
+        return found
+    student, chunks = distill.roles.student, config.video.frames // rollout.chunk
+    low, whole = DTYPES[student.engine.dtype].itemsize, config.student.parameters()
+    if student.engine.zero_stage == 3 and not distill.gather and not distill.roles.rollout.ranks:
+        received = low * whole * (student.ranks - 1) / student.ranks / 1e9
+        calls = chunks * (len(rollout.steps) + 1)
+        found.append(
+            f"distill.gather: a student rank holds {low * whole / GIB:.1f} GiB more while it rolls out, and "
+            f"receives {received:.1f} GB of weights a rollout in place of {calls * received:.0f}."
+        )
+    if not distill.replay and distill.cache_gradient == "constant":
+        # Forwards a chunk: the steps up to the exit and the commit, or clean and noisy frames at once; and
+        # for the backward pass two, or three where it computes the forward again.
+        steps, back = len(rollout.steps), 3 if student.activation_checkpointing else 2
+        last, mean = ((2 + back) / (calls + 1 + back) for calls in (steps, (steps + 1) / 2))
+        roles = replace(distill.roles, rollout=replace(distill.roles.rollout, ranks=1, dtype="bf16"))
+        changed = plan(replace(config, distill=replace(distill, gather=False, replay=True, roles=roles)))
+        then = {rank.role: rank for rank in changed}
+        now = next(rank for rank in plan(config) if rank.role == "student")
+        found.append(
+            f"distill.replay with distill.roles.rollout.ranks: a student update takes {last:.2f} of the "
+            f"forwards at the last exit step and {mean:.2f} at the mean one, a student rank "
+            f"{then['student'].total / GIB:.1f} GiB in place of {now.total / GIB:.1f}, and a replica in bf16 "
+            f"{then['rollout'].parts['weights'] / GIB:.1f} GiB of weights beside its videos' caches."
+        )
     return found

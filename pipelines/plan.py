@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.config import RunConfig
-from orchestrator.planner import GIB, plan
+from orchestrator.planner import GIB, alternatives, plan
 from pipelines.console import console, say
 
 
@@ -26,3 +26,5 @@ def command(config: RunConfig, _: Any) -> None:
     table.add_row("in all", *(f"{rank.total / GIB:.1f}" for rank in ranks))
     console.print(table)
     say("By arithmetic; a process takes some GiB more. Add up the roles that share a device.")
+    for sentence in alternatives(config):
+        say(f"Not in this recipe: {sentence}")

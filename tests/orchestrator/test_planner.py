@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from model.families import new_backbone
 from model.kv_cache import BlockCache, Window
 from model.transformer import TransformerConfig
-from orchestrator.planner import GIB, keys_and_values, learned, plan, saved_for_backward
+from orchestrator.planner import GIB, alternatives, keys_and_values, learned, plan, saved_for_backward
 from pipelines import cli
 from pipelines.recipe import RECIPES
 from tests.fixtures import TINY_RECIPE, random_weights
@@ -105,3 +105,24 @@ def test_replicas_hold_weights_and_caches_and_the_student_a_replay() -> None:
     # One forward over all chunks keeps what the calls of each did, and the keys and values of clean frames.
     ratio = replayed["student"].parts["activations"] / plain["student"].parts["activations"]
     assert 1 < ratio < 2.2
+
+
+def test_what_a_recipe_leaves_out_is_said_with_what_it_would_take() -> None:
+    def said(*words: str) -> list[str]:
+        given = [f"--distill.{word}" for word in words]
+        return alternatives(cli.parse("distill", ["wan-1.3b-dmd-14b", *given])[0])
+
+    recomputed, plain = said(), said("roles.student.activation_checkpointing=false")
+    assert len(recomputed) == len(plain) == 1
+    # By counting: (2 + 3) of (4 + 1 + 3) forwards where they are recomputed, else (2 + 2) of (4 + 1 + 2).
+    assert "takes 0.62 of the forwards at the last exit step and 0.77 at the mean one" in recomputed[0]
+    assert "takes 0.57 of the forwards at the last exit step and 0.73 at the mean one" in plain[0]
+    assert "a replica in bf16 2.6 GiB of weights" in plain[0]
+    gather, _ = said("roles.student.engine.zero_stage=3", "roles.student.ranks=8")
+    # Seven chunks of four steps and a commit, and seven eighths of 1.42 billion numbers of two bytes.
+    assert (
+        "holds 2.6 GiB more while it rolls out, and receives 2.5 GB of weights a rollout in place of 87"
+        in (gather)
+    )
+    assert said("replay=true") == []
+    assert said("cache_gradient=released") == []
