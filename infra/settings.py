@@ -6,6 +6,7 @@ A part is a frozen dataclass. It knows its fields and not under which name it is
 
 import math
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,18 +59,23 @@ def share(config: Any, *names: str) -> None:
             raise Invalid(name, f"is {value}; it must lie between 0 and 1.")
 
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins, also one that a path has taken a slash from."""
+
+
 def place(text: str, name: str, *, stored: bool) -> str:
     """The place that the setting `name` holds: `~` is a person's home, file:// a path of this machine.
 
     Invalid for a URL of another kind, which a file system would take for a directory; `stored` places may
-    also be s3://BUCKET/PREFIX.
+    also be s3://BUCKET/PREFIX, or models:/ where registered models are read.
     """
     if text.startswith("file:"):
         url = urlsplit(text)
         if url.netloc not in ("", "localhost"):
             raise Invalid(name, f"is {text}, a file of another machine; use a path that this one has.")
         return url2pathname(url.path)
-    if "://" in text and not (stored and in_store(text)):
+    # With one slash too: the file system would make a directory called s3: for that.
+    if ADDRESS.match(text) and not (stored and text.startswith(("s3://", "models:/"))):
         ways = "a path, or s3://BUCKET/PREFIX" if stored else "a path of a local or shared file system"
         raise Invalid(name, f"is {text}; use {ways}.")
     return os.path.expanduser(text)

@@ -1,7 +1,6 @@
 """Files by name, in a directory or under an s3:// prefix: small enough to be written in one go."""
 
 import os
-import re
 from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO
@@ -9,9 +8,8 @@ from typing import BinaryIO
 from pyarrow import ArrowInvalid, NativeFile
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
 
+from infra.settings import ADDRESS
 from infra.storage.local import whole_file
-
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Files:
@@ -22,7 +20,7 @@ class Files:
 
     def __init__(self, location: str):
         """ValueError for a location that is neither a path nor s3://BUCKET/PREFIX; nothing is read yet."""
-        if not _SCHEME.match(location):
+        if not ADDRESS.match(location):
             self.location = os.path.abspath(location)
             self._system: FileSystem = LocalFileSystem()
             self._root = self.location

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from infra.settings import ADDRESS
+
 Location = str | os.PathLike[str]
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ def local(location: Location) -> Path:
     StorageError for an address: where s3:// can be, it is asked for first.
     """
     text = os.fspath(location)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # `Path` turns s3://bucket into s3:/bucket
+    if ADDRESS.match(text):  # `Path` turns s3://bucket into s3:/bucket
         advice = "give a local path or a path on a shared file system"
         raise StorageError(f"{text!r} is not supported as a location here yet; {advice}.")
     return Path(text).absolute()

@@ -100,8 +100,9 @@ def test_settings_take_every_kind_of_place(home: Path) -> None:
 
 @pytest.mark.parametrize("name", ["root", *SETTINGS])
 def test_a_place_of_another_kind_is_one_sentence(name: str) -> None:
-    with pytest.raises(Invalid, match=f"^{name} is gs://bucket/x; use a path"):
-        configured({name: "gs://bucket/x"})
+    for other in ("gs://bucket/x", "s3:/bucket/x"):
+        with pytest.raises(Invalid, match=f"^{name} is {other}; use a path"):
+            configured({name: other})
     if name in LOCAL:
         with pytest.raises(Invalid, match=f"^{name} is s3://.*; use a path of a local or shared file system"):
             configured({name: "s3://bucket/x"})
@@ -119,8 +120,9 @@ def test_a_setting_of_serve_takes_every_kind_of_place(name: str, home: Path) -> 
 
     for written, meant in kinds(home).items():
         assert configured(written) == meant
-    with pytest.raises(ValueError, match=f"^{name} is gs://bucket/x; use a path"):
-        configured("gs://bucket/x")
+    for other in ("gs://bucket/x", "s3:/bucket/x"):
+        with pytest.raises(ValueError, match=f"^{name} is {other}; use a path"):
+            configured(other)
     if name in LOCAL:
         with pytest.raises(ValueError, match=f"^{name} is s3://bucket/x; use a path of a local"):
             configured("s3://bucket/x")
@@ -150,5 +152,6 @@ def test_an_option_takes_every_kind_of_place(command: str, name: str, home: Path
             given("s3://bucket/x")
     else:
         assert given(f"s3://bucket/{WORDS}") == f"s3://bucket/{WORDS}"
-    with pytest.raises(Invalid, match=f"^{name} is gs://bucket/x; use a path"):
-        given("gs://bucket/x")
+    for other in ("gs://bucket/x", "s3:/bucket/x"):
+        with pytest.raises(Invalid, match=f"^{name} is {other}; use a path"):
+            given(other)

@@ -88,22 +88,21 @@ def shards(folder: Path, *, but: Iterable[str] = ()) -> list[Path]:
     Raises:
         ValueError: the index cannot be read, or names a file that is not there.
     """
-    indices = sorted(folder.glob("*.index.json"))
-    if indices:
+    # Hidden files are leftovers of copying tools.
+    if indices := _shown(folder, "*.index.json"):
         named = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
         for name in named:
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is incomplete: {indices[0].name} names {name}, which is missing.")
         return [folder / name for name in named]
     for suffix in SUFFIXES:
-        found = sorted(
-            path
-            for path in folder.glob(f"*{suffix}")
-            if not path.name.startswith((".", *but))  # hidden ones are leftovers of copying tools
-        )
-        if found:
+        if found := [path for path in _shown(folder, f"*{suffix}") if not path.name.startswith(tuple(but))]:
             return found
     return []
+
+
+def _shown(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def read_json(path: Path) -> dict[str, Any]:
