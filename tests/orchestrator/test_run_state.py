@@ -105,6 +105,7 @@ def test_what_decides_no_number_never_refuses(root: Path, stage: run_state.Stage
     [
         ("pretrain", "pretrain.batch=8", "pretrain.batch 4 → 8"),
         ("pretrain", "pretrain.role.engine.learning_rate=1", "pretrain.role.engine.learning_rate 0.001 → 1"),
+        ("pretrain", "seed=4", "seed 3 → 4"),
         ("pretrain", "pretrain.updates=9", "pretrain.updates 4 → 9"),
         ("initialize", "initialize.batch=8", "initialize.batch 4 → 8"),
         ("initialize", "initialize.method=teacher_forcing", "initialize.method 'ode' → 'teacher_forcing'"),

@@ -46,11 +46,11 @@ def test_a_rank_computes_on_the_device_that_ray_train_names(monkeypatch: pytest.
 
 
 class Line(Task):
-    """A linear model of the numbers at each position of the data; the update `bad` has no finite loss."""
+    """A linear model of the numbers at each position of the data; `bad` updates have no finite loss."""
 
     compile = False
 
-    def __init__(self, bad: int | None = None):
+    def __init__(self, *bad: int):
         self.bad = bad
         self.seen: list[tuple[int, int]] = []
 
@@ -65,7 +65,7 @@ class Line(Task):
     ) -> Tensor:
         self.seen.append((update, position))
         x = torch.tensor([[float(position + sample)] for sample in samples]).cos()
-        return module(x).square().mean() * (torch.nan if update == self.bad else 1)
+        return module(x).square().mean() * (torch.nan if update in self.bad else 1)
 
     def export(self, engine: TrainEngine, path: str) -> None:
         pass
@@ -82,13 +82,14 @@ class Only:
         single_model.join = lambda: (0, 1)
 
     def run(self, settings: PretrainConfig, state: RunState, task: Line) -> list[tuple[int, int]]:
-        self.said: list[str] = []
-        reports = SimpleNamespace(put=lambda told: self.said.append(told) if isinstance(told, str) else None)
+        self.said: list[Any] = []
+        reports = SimpleNamespace(put=self.said.append)
         asked = {"reports": reports, "orders": SimpleNamespace(get=Event().wait)}
         single_model._loop({"settings": settings, "seed": 0, "state": state, "task": task, **asked})
         return task.seen
 
-    def warnings(self) -> list[str]:
+    def reported(self) -> list[Any]:
+        """Warnings, and what was measured after updates."""
         return self.said
 
 
@@ -114,7 +115,7 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
     assert ray.get(rank.run.remote(longer, resumed, Line())) == [(3, 6), (4, 11), (5, 16)]
 
     with pytest.raises(FloatingPointError) as stopped:
-        ray.get(rank.run.remote(replace(longer, not_finite="stop"), resumed, Line(bad=5)))
+        ray.get(rank.run.remote(replace(longer, not_finite="stop"), resumed, Line(5)))
     rate = "pretrain.role.engine.learning_rate"
     assert (
         f"pretrain: the loss of update 5 is not finite; go on with a lower {rate}, as in --{rate} VALUE "
@@ -124,15 +125,23 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
 
     # Otherwise such an update is dropped, and changes nothing.
     each = replace(settings, updates=5, checkpoint_every=1)
-    assert len(ray.get(rank.run.remote(each, resumed, Line(bad=4)))) == 2
+    assert len(ray.get(rank.run.remote(each, resumed, Line(4)))) == 2
     dropped, before = weights(state.path(5)), weights(state.path(4))
     assert all(torch.equal(value, before[name]) for name, value in dropped.items())
+    _, measured = ray.get(rank.reported.remote())[-1]
+    assert measured["dropped_updates"] == 1
+    more = replace(settings, updates=30, checkpoint_every=50)
+    assert len(ray.get(rank.run.remote(more, resumed, Line(*range(4, 13))))) == 27
+    counts = [(told[0], told[1]["dropped_updates"]) for told in ray.get(rank.reported.remote())]
+    assert counts == [(10, 6), (20, 9), (30, 9)]
+    with pytest.raises(FloatingPointError, match=r"gradients of 10 updates in a row, up to 13, are not fin"):
+        ray.get(rank.run.remote(more, resumed, Line(*range(4, 14))))
 
     # What cannot be stored is said, and training goes on; without the last checkpoint it does not end well.
     (tmp_path / "file").write_text("no directory")
     broken = RunState("pretrain", f"{tmp_path}/file", {}, keep=9)
     with pytest.raises(storage.StorageError, match=r"file/checkpoints/0000004 cannot be written"):
         ray.get(rank.run.remote(replace(settings, checkpoint_every=2), broken, Line()))
-    (warned,) = ray.get(rank.warnings.remote())
+    warned, _ = ray.get(rank.reported.remote())
     assert warned.startswith("pretrain: WARNING: no checkpoint after update 1, the next will be tried: ")
     ray.kill(rank)

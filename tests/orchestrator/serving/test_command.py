@@ -35,6 +35,8 @@ def test_it_ends_alone_and_is_not_silently_elsewhere(
 
     said = refused(f"--host={host}", "--port=1")
     assert f"port is 1, and Ray Serve runs on this cluster already with {port}; give host {host}" in said
+    said = refused("--host=localhost", f"--port={port}")
+    assert f"host is localhost, and Ray Serve runs on this cluster already with {host}" in said
     held = os.open(videos, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     assert f"videos.storage: another server keeps its videos in {videos}" in refused()
