@@ -93,7 +93,17 @@ def show(figures: list[Figure]) -> None:
 def machine() -> str:
     if CUDA:
         return f"one {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}), one thread"
+    return f"{os.cpu_count()} cores ({processor()}), one thread"
+
+
+def processor() -> str:
+    """What /proc/cpuinfo calls it, and whether it multiplies bf16."""
+    file = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in (file.read_text() if file.exists() else "").splitlines()]
+    told = {name.strip(): value.split() for name, _, value in lines}
+    named = " ".join(told.get("model name", [platform.machine()]))
+    low = not {"avx512_bf16", "amx_bf16"}.isdisjoint(told.get("flags", []))
+    return f"{named}, {'with' if low else 'without'} bf16 arithmetic"
 
 
 def page(figures: list[Figure], path: Path) -> None:
