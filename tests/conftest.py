@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,15 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 # Ray Train looks at its ranks every so often, and every training of a few seconds ends with such a wait.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run two at a time, those that share the roles' actors, or a Serve, stay with one of the
+    two; others with those of their file."""
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent)
+        together = file.parts[0] if file.parts[0] == "orchestrator" else file.as_posix()
+        item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest.fixture(scope="session")

@@ -372,7 +372,7 @@ def test_a_replayed_gradient_changes_no_number(
     check(run(groups, spread(replayed, **how)), base)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.by_hand)])
 def test_weights_gathered_once_a_rollout_are_the_same(
     groups: Groups, base: Outcome, config: RunConfig, compiled: bool
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_folder_of_videos_is_trained_on(
     assert cli.main(["pretrain", str(TINY_RECIPE), *pretrain]) == 0
 
 
+@pytest.mark.by_hand
 def test_tars_and_tables_give_what_a_folder_gives(
     videos: Path, ray_cluster: object, s3_server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +188,7 @@ def test_latents_and_embeddings_are_those_of_the_recipes_vae_and_encoder(
     assert frames.shape == (1, 9, 3, 32, 48) and storage.is_complete(output)
 
 
+@pytest.mark.by_hand
 def test_a_real_video_goes_through_an_adversarial_run_and_what_plays_then_has_its_rate(
     ray_cluster: object, tmp_path: Path
 ) -> None:

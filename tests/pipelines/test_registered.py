@@ -61,6 +61,7 @@ def shape_of(file: Path) -> tuple[int, float]:
         return frames, float(container.streams.video[0].average_rate)
 
 
+@pytest.mark.by_hand
 def test_a_run_registers_its_student_past_a_password_and_others_play_it(
     ray_cluster: object,
     s3_server: S3Server,

@@ -233,6 +233,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_stored_but_does_not_end_w
     assert newest == f"{config.distill.output}/checkpoints/0000004"
 
 
+@pytest.mark.by_hand
 def test_pairs_evaluation_exports_and_versions_lie_in_s3(
     server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

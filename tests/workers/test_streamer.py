@@ -206,6 +206,7 @@ def test_what_cannot_stream_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_compiled_streams_are_the_same_and_nothing_is_compiled_once_viewers_come(model: str) -> None:
     dynamo.reset()
     counters.clear()

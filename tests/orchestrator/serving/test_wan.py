@@ -77,6 +77,7 @@ def encoders(application: str) -> int:
     return deployments["PromptEncoder"].replica_states.get("RUNNING", 0)
 
 
+@pytest.mark.by_hand
 def test_the_text_encoder_is_shared_and_mended(client: Client, wan: Path, shared_url: str) -> None:
     assert encoders("wan") == 1 and encoders("shared") == 0
     too_long = r"has \d+ tokens, more than the 32 that this model reads"
