@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import requests
 from ray.exceptions import AuthenticationError
+from ray.experimental import internal_kv
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from infra.provenance import carried
@@ -191,15 +192,22 @@ def job_client(address: str | None, *, timeout_s: float = 10.0) -> JobSubmission
 
 @contextmanager
 def _ray_address(address: str) -> Iterator[None]:
-    """Ray's client lets these variables overrule the address that it is given; here they say the same."""
+    """Ray's client lets these variables overrule the address that it is given; here they say the same.
+
+    It also makes the cluster's control service that of the whole process, which may be the driver of another
+    one: Ray would end it a minute after the first cluster's end.
+    """
     name = "RAY_API_SERVER_ADDRESS"
     before = {name: os.environ[name]} if name in os.environ else {}
+    driven = internal_kv.internal_kv_get_gcs_client()
     os.environ[name] = address
     try:
         yield
     finally:
         os.environ.pop(name, None)
         os.environ |= before
+        if driven is not None:
+            internal_kv._initialize_internal_kv(driven)
 
 
 def _complain(text: str) -> None:

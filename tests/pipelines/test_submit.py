@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from ray.experimental import internal_kv
 
 from infra import storage
 from infra.provenance import git_commit
@@ -197,6 +198,14 @@ def test_what_cannot_run_is_refused_before_anything_is_sent(tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=sentence):
             handed_in([*arguments, *nowhere])
+
+
+def test_a_driver_of_one_cluster_that_submits_to_another_stays_its_driver(
+    ray_cluster: object, two_nodes: TwoNodeCluster
+) -> None:
+    own = internal_kv.internal_kv_get_gcs_client()
+    assert submit.job_client(two_nodes.address).list_jobs() is not None
+    assert own is not None and internal_kv.internal_kv_get_gcs_client() is own
 
 
 FAIL_UNLESS_RESUMED = (
