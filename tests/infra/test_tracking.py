@@ -166,21 +166,20 @@ def test_run_that_was_never_recorded_and_killed_catches_up_when_resumed(
     assert client.get_run(child.run_id).data.tags["lineage.student"] == tracker.run_id
 
 
-def test_server_that_never_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_that_never_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "300")  # so who waits for one request is found out
     with socket.socket() as silent, caplog.at_level(logging.WARNING):
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # accepts, and never says a word
         uri = f"http://me:pa55word@127.0.0.1:{silent.getsockname()[1]}"
         began = time.perf_counter()
         tracker = start(uri, tmp_path)
-        assert time.perf_counter() - began < 10  # the import of mlflow; no request is waited for
-        began = time.perf_counter()
         for step in range(1000):
             tracker.metrics(step, {"loss": 1.0, "norm": 2.0})
-        assert time.perf_counter() - began < 0.5
-        began = time.perf_counter()
         sentence = tracker.finish(timeout_s=0.5)
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 150
     spool = tmp_path / "tracking" / tracker.run_id / "spool.jsonl"
     assert "2000 metric points, 1 artifacts" in sentence and str(spool) in sentence
     assert sentence in caplog.text and tracker.finish() is None
