@@ -67,7 +67,7 @@ def place(text: str, name: str, *, stored: bool) -> str:
     """The place that the setting `name` holds: `~` is a person's home, file:// a path of this machine.
 
     Invalid for a URL of another kind, which a file system would take for a directory; `stored` places may
-    also be s3://BUCKET/PREFIX, or models:/ where registered models are read.
+    also be s3://BUCKET/PREFIX.
     """
     if text.startswith("file:"):
         url = urlsplit(text)
@@ -75,7 +75,7 @@ def place(text: str, name: str, *, stored: bool) -> str:
             raise Invalid(name, f"is {text}, a file of another machine; use a path that this one has.")
         return url2pathname(url.path)
     # With one slash too: the file system would make a directory called s3: for that.
-    if ADDRESS.match(text) and not (stored and text.startswith(("s3://", "models:/"))):
+    if ADDRESS.match(text) and not (stored and in_store(text)):
         ways = "a path, or s3://BUCKET/PREFIX" if stored else "a path of a local or shared file system"
         raise Invalid(name, f"is {text}; use {ways}.")
     return os.path.expanduser(text)

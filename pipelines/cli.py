@@ -57,7 +57,8 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Any]:
     except ArgumentError as error:
         raise ValueError(f"{shown(' '.join(str(error).split()), 300).rstrip('.')}.") from None
     for option in command.options:
-        if option.path and (value := options[option.key]) is not None:
+        value = options[option.key] if option.path else None
+        if value is not None and not (option.registered and value.startswith("models:/")):
             options[option.key] = place(value, option.name, stored=option.stored)
     if command.passes_on:
         options["overrides"] = overrides

@@ -9,8 +9,9 @@ RUN_CONFIG = "orchestrator.config:RunConfig"
 class Option:
     """An argument of one command, as `add_argument` takes it.
 
-    A `path` is a place in a file system, or, where it is `stored`, also in S3; a `preset` the name of
-    settings that ship, or a file of such, on top of which others may be given.
+    A `path` is a place in a file system, or, where it is `stored`, also in S3, or, where it is `registered`,
+    a model of the registry too; a `preset` the name of settings that ship, or a file of such, on top of which
+    others may be given.
     """
 
     def __init__(
@@ -20,12 +21,13 @@ class Option:
         *,
         path: bool = False,
         stored: bool = False,
+        registered: bool = False,
         preset: bool = False,
         required: bool = False,
         **how: Any,
     ):
         self.name, self.help, self.path, self.preset = name, help, path or stored, preset
-        self.stored = stored
+        self.stored, self.registered = stored, registered
         positional = not name.startswith("-")
         self.is_required = required or (positional and how.get("nargs") != "?")
         self.is_flag = how.get("action") == "store_true"

@@ -60,7 +60,13 @@ COMMANDS: Mapping[str, Command] = {
         "make a video from a prompt",
         "pipelines.generate:command",
         options=(
-            Option("--model", "directory of a student, or models:/NAME@ALIAS", stored=True, required=True),
+            Option(
+                "--model",
+                "directory of a student, or models:/NAME@ALIAS",
+                stored=True,
+                registered=True,
+                required=True,
+            ),
             Option(
                 "--registry", "tracking URI of the model registry; MLFLOW_TRACKING_URI where it is not given"
             ),

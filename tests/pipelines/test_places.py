@@ -100,7 +100,7 @@ def test_settings_take_every_kind_of_place(home: Path) -> None:
 
 @pytest.mark.parametrize("name", ["root", *SETTINGS])
 def test_a_place_of_another_kind_is_one_sentence(name: str) -> None:
-    for other in ("gs://bucket/x", "s3:/bucket/x"):
+    for other in ("gs://bucket/x", "s3:/bucket/x", "models:/x/1"):
         with pytest.raises(Invalid, match=f"^{name} is {other}; use a path"):
             configured({name: other})
     if name in LOCAL:
