@@ -81,7 +81,12 @@ class Checkpoints:
     _gone: Event = field(default_factory=Event)
     begun: int | None = None
     """Updates of the last one that was begun."""
+    saved: RunState = field(init=False)
+    """The run after the newest that is there; none that was found damaged when the run began."""
     _held: list[Held] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.saved = self.state
 
     def __enter__(self) -> Self:
         return self
@@ -132,17 +137,15 @@ class Checkpoints:
         """Every rank of a role that learns returns to the newest state that is whole, in memory or in a
         checkpoint: its updates, and the samples of the data that they used; (0, 0) where there is none.
         """
-        path = storage.newest_complete(f"{self.state.output}/checkpoints")
-        saved = storage.read_metadata(path) if path else {"done": 0, "position": 0}
-        held, self._held = self._held, []
+        saved, (held, self._held) = self.saved, (self._held, [])
         for each in reversed(held):
-            if each.done > saved["done"] and each.there(self.groups) and self._received(each):
+            if each.done > saved.done and each.there(self.groups) and self._received(each):
                 for role in LEARNING:
                     self.groups[role].wait(self.groups[role].broadcast("take"))
                 return each.done, each.position
-        if path:
-            load(path, self.groups)
-        return saved["done"], saved["position"]
+        if saved.checkpoint:
+            load(saved.checkpoint, self.groups)
+        return saved.done, saved.position
 
     def _received(self, held: Held) -> bool:
         """Whether every rank has got its part: those on a node that is gone are gone with it, and what is not
@@ -176,6 +179,7 @@ class Checkpoints:
                 for rank in range(len(group.actors)):
                     self._wait_for(group, rank)
             self.state.publish(staging, done, position)
+            self.saved = self.state.at(done, position)
         except BaseException:
             self._remove(staging, groups)
             raise

@@ -15,8 +15,9 @@ import logging
 import math
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,24 @@ def code_environment(working_dir: Path | None) -> dict:
 def draining_nodes() -> set[str]:
     """Ids of nodes that are to go away: spot instances that are reclaimed, nodes that are scaled down."""
     return set(state.get_draining_nodes())
+
+
+class Draining:
+    """Which of a run's nodes Ray has begun to drain; looked up every few seconds at most."""
+
+    EVERY_S = 5.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self._looked, self._known = clock, -math.inf, set[str]()
+
+    def begun(self, used: set[str]) -> set[str]:
+        """Those of `used` that are being drained, and were not when this was last asked."""
+        if not used or self.clock() - self._looked < self.EVERY_S:
+            return set()
+        self._looked = self.clock()
+        draining = draining_nodes() & used
+        told, self._known = draining - self._known, draining
+        return told
 
 
 def reserve(

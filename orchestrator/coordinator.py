@@ -286,9 +286,7 @@ class Coordinator:
             steps = stats.pop("steps", None)
             # What is only watched of a scorer shows in the loss, if it matters.
             bad = [name for name in stats if not math.isfinite(stats[name]) and not for_a_band(name)]
-            if bad and (
-                self.config.distill.not_finite == "stop" or self.dropped[role] + 1 >= DROPPED_AT_MOST
-            ):
+            if bad and self.dropped[role] + 1 >= self._dropped_at_most(role):
                 batch = self.plan.batch_index(iteration, purpose)
                 stepped = purpose == "critic" and self.plan.updates_student(iteration)
                 raise NotFinite(
@@ -304,6 +302,14 @@ class Coordinator:
                 if dropped:
                     stats["dropped"] = 1.0
             timer.add(request.verb, role, stats)
+
+    def _dropped_at_most(self, role: str) -> int:
+        """Updates of a role in a row whose drop ends the run: all that there are, where those are few."""
+        settings = self.config.distill
+        if settings.not_finite == "stop":
+            return 1
+        every = 1 if role == "critic" else settings.student_every
+        return min(DROPPED_AT_MOST, math.ceil(settings.iterations / every))
 
     def _stepped(self, role: str, steps: int, *, dropped: bool) -> None:
         """Take down the one step that an update makes, or none where it was dropped; Fault where it was not

@@ -20,7 +20,7 @@ from workers.dataset import digest
 
 FORMAT = 2
 DROPPED_AT_MOST = 10
-"""Updates in a row whose gradients are not finite and are dropped; each of them changes nothing."""
+"""Updates in a row that may be dropped, less one, as their gradients are not finite; of fewer not all."""
 Identity = Mapping[str, Any]
 Stage = Literal["pretrain", "pairs", "initialize", "distill"]
 
@@ -154,6 +154,10 @@ class RunState:
     def path(self, done: int) -> str:
         """Where the checkpoint after `done` updates lies."""
         return f"{self.output}/checkpoints/{done:07d}"
+
+    def at(self, done: int, position: int) -> "RunState":
+        """Where the run stands after the checkpoint of so many updates, which used so many samples."""
+        return replace(self, checkpoint=self.path(done), done=done, position=position)
 
     def publish(self, staging: str, done: int, position: int) -> None:
         """Turn what every rank has written to `staging` into the checkpoint after `done` updates; old ones
@@ -299,7 +303,7 @@ def _decides(config: RunConfig, stage: Stage, name: str) -> bool:
     if name.rpartition(".")[2] in _NO_NUMBERS or name in _INPUTS:
         return False
     if name == "distill.iterations" or name.startswith(
-        ("distill.selection.", "distill.alarms.", "distill.faults.")
+        ("distill.selection.", "distill.alarms.", f"{stage}.faults.")
     ):
         return False  # where it ends, what is exported and what is said moves no number of any state
     if name == _NEGATIVE and config.text.column == "embedding":

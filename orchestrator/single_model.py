@@ -8,6 +8,7 @@ resumed run goes on with the same numbers.
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
@@ -18,23 +19,29 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train import RunConfig as RayRunConfig
-from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from infra import storage
 from infra.tracking import Tracker
 from orchestrator.checkpoints import Cadence
+from orchestrator.cluster import Draining
 from orchestrator.config import RunConfig
+from orchestrator.fault import Fault, told
+from orchestrator.recovery import Recovery
 from orchestrator.run_state import DROPPED_AT_MOST, RunState
 from orchestrator.stages import InitializeConfig, PretrainConfig
 from workers.engine import TrainEngine, init_process_group
 from workers.engine_state import Snapshot
+from workers.failure import kind_of
 
 LOOK_EVERY_S = 0.2
-"""Seconds between two looks at whether training is to stop."""
+"""Seconds between two looks at what the ranks are to do."""
 REPORT_EVERY = 10
 TIMEOUT_S = 600.0
 
@@ -88,56 +95,89 @@ def train(
 ) -> str:
     """Train on the connected cluster until the last update, and return the model directory's path.
 
+    Where ranks are lost, all are started anew and go on from the newest checkpoint, with the same numbers.
     `progress` is told how many updates are done already, and gives what to report the others to; `say` takes
     what a person should know; `asked_to_stop` is looked at now and then.
 
-    Raises FloatingPointError where the loss, or the gradients of many updates in a row, are not finite, and
-    Interrupted where it ended by request.
+    Raises FloatingPointError where the loss, or the gradients of many updates in a row, are not finite,
+    Interrupted where it ended by request, and GivenUp where a fault cannot be overcome.
     """
-    settings: Settings = getattr(config, state.stage)
-    reports, orders = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    stage = state.stage
+    recovery = Recovery(getattr(config, stage).faults, stage=stage, furthest=state.done)
     with progress(state.done) as report:
-        ended = _Reader(reports, report, tracker, say)
-        trainer = TorchTrainer(
-            _loop,
-            train_loop_config={
-                "settings": settings,
-                "seed": config.seed,
-                "state": state,
-                "task": task,
-                "reports": reports,
-                "orders": orders,
-            },
-            torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
-            scaling_config=ScalingConfig(
-                num_workers=settings.role.ranks,
-                use_gpu=settings.role.gpus > 0,
-                resources_per_worker={"CPU": settings.role.cpus, "GPU": settings.role.gpus},
-            ),
-            run_config=RayRunConfig(
-                name=state.stage, storage_path=str(storage.scratch(settings.output) / "ray")
-            ),
-        )
-        # Beside the main thread, of which Ray Train would take the handler of Ctrl-C.
-        fitted: Future[Any] = Future()
-        threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
-        told = False
-        try:
-            while not wait([fitted], LOOK_EVERY_S).done:
-                if asked_to_stop() and not told:
-                    orders.put("stop")
-                    told = True
-            fitted.result()
-        except ray.train.WorkerGroupError as error:
-            raise _cause(error) from None
-        finally:
-            reports.put(None)
-            ended.join()
-            reports.shutdown()
-            orders.shutdown()
-    if ended.at is not None:
-        raise Interrupted(ended.at)
+        while True:
+            reader = _Reader(state, report, tracker, say)
+            try:
+                return _attempt(config, state, task, reader, asked_to_stop)
+            except Fault as fault:
+                recovery.progressed(reader.done)
+                time.sleep(recovery.failed(fault, reader.done))
+                state = reader.state
+                storage.clean(f"{state.output}/checkpoints")
+                recovery.recovered(state.done)
+                tracker.metrics(reader.done, {"fault/faults": len(recovery.events)})
+                say(
+                    f"{stage}: FAULT ({fault.kind}, found after {reader.done} updates: {fault}); going on "
+                    f"from {state.done}"
+                )
+
+
+def _attempt(
+    config: RunConfig, state: RunState, task: Task, reader: "_Reader", asked_to_stop: Callable[[], bool]
+) -> str:
+    """Ranks that train from `state` on to the last update; Fault where some are lost."""
+    settings: Settings = getattr(config, state.stage)
+    orders = queue()
+    trainer = TorchTrainer(
+        _loop,
+        train_loop_config={
+            "settings": settings,
+            "seed": config.seed,
+            "state": state,
+            "task": task,
+            "reports": reader.reports,
+            "orders": orders,
+        },
+        torch_config=TorchConfig(timeout_s=int(TIMEOUT_S)),
+        scaling_config=ScalingConfig(
+            num_workers=settings.role.ranks,
+            use_gpu=settings.role.gpus > 0,
+            resources_per_worker={"CPU": settings.role.cpus, "GPU": settings.role.gpus},
+        ),
+        run_config=RayRunConfig(
+            name=state.stage,
+            storage_path=str(storage.scratch(settings.output) / "ray"),
+            # `train` makes the ranks anew: it knows what is worth it, and from where they go on.
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    # Beside the main thread, of which Ray Train would take the handler of Ctrl-C.
+    fitted: Future[Any] = Future()
+    threading.Thread(target=_fit, args=(trainer, fitted), daemon=True).start()
+    stopping, draining = False, Draining()
+    try:
+        while not wait([fitted], LOOK_EVERY_S).done:
+            if asked_to_stop() and not stopping:
+                orders.put("stop")
+                stopping = True
+            if nodes := draining.begun(reader.nodes):
+                reader.say(f"{state.stage}: node {', '.join(nodes)} is being drained: a checkpoint is made")
+                orders.put("checkpoint")
+        fitted.result()
+    except WorkerGroupError as error:
+        raise _cause(state.stage, error) from error
+    finally:
+        reader.end()
+        orders.shutdown()
+    if reader.at is not None:
+        raise Interrupted(reader.at)
     return state.model
+
+
+def queue() -> Queue:
+    """A queue between driver and ranks, which ends with the driver's node and with no other."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
 def _fit(trainer: TorchTrainer, fitted: "Future[Any]") -> None:
@@ -147,23 +187,42 @@ def _fit(trainer: TorchTrainer, fitted: "Future[Any]") -> None:
         fitted.set_exception(error)
 
 
-def _cause(error: "ray.train.WorkerGroupError") -> BaseException:
-    """The user's mistake behind a failed worker group, or the failure itself."""
-    for failure in error.worker_failures.values():
-        for known in (ValueError, FloatingPointError):
-            if isinstance(failure, known) or isinstance(getattr(failure, "cause", None), known):
-                return known(str(getattr(failure, "cause", failure)))
-    return error
+def _cause(stage: str, error: WorkerGroupError) -> Exception:
+    """The user's mistake behind a failed worker group, or else a Fault."""
+    found = [_failure(stage, failure) for failure in error.worker_failures.values()]
+    mistakes = (each for each in found if not isinstance(each, Fault))
+    # A rank that is lost leaves the others waiting, whose word therefore counts least.
+    faults = sorted((each for each in found if isinstance(each, Fault)), key=lambda each: each.kind == "peer")
+    return next(mistakes, None) or next(iter(faults), Fault(stage, "peer", str(error)))
+
+
+def _failure(stage: str, failure: Exception) -> Exception:
+    """What one rank says, or what is said of it."""
+    failure = getattr(failure, "health_check_failure", failure)
+    if isinstance(failure, ray.exceptions.RayError):
+        return told(stage, failure)
+    if isinstance(failure, WorkerHealthCheckTimeoutError):
+        return Fault(stage, "lost", f"a {stage} rank gives no answer")
+    for known in (ValueError, FloatingPointError):
+        if isinstance(failure, known):
+            return known(str(failure))
+    return Fault(stage, kind_of(failure), f"{stage}: {type(failure).__name__}: {failure}")
 
 
 class _Reader(threading.Thread):
-    """Reads what rank 0 reports."""
+    """Reads what rank 0 of one group of ranks reports."""
 
-    def __init__(self, reports: Queue, report: Report, tracker: Tracker, say: Callable[[str], None]):
+    def __init__(self, state: RunState, report: Report, tracker: Tracker, say: Callable[[str], None]):
         super().__init__(daemon=True)
-        self.reports, self.report, self.tracker, self.say = reports, report, tracker, say
+        self.reports, self.report, self.tracker, self.say = queue(), report, tracker, say
         self.at: int | None = None
         """Updates after which the ranks ended by request."""
+        self.state = state
+        """With the newest checkpoint that is known of."""
+        self.done = state.done
+        """Updates that are made, as far as is known."""
+        self.nodes: set[str] = set()
+        """Ids of the nodes that the ranks run on."""
         self.start()
 
     def run(self) -> None:
@@ -173,11 +232,22 @@ class _Reader(threading.Thread):
                     self.say(said)
                 case int():
                     self.at = said
+                case set():
+                    self.nodes = said
+                case {"saved": (done, position)}:
+                    self.state, self.done = self.state.at(done, position), max(self.done, done)
                 case update, values:
+                    self.done = update
                     dropped = values["dropped_updates"]
                     losses = {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})}
                     self.report(update, losses)
                     self.tracker.metrics(update, values)
+
+    def end(self) -> None:
+        """Wait until all is read that was reported."""
+        self.reports.put(None)
+        self.join()
+        self.reports.shutdown()
 
 
 def join() -> tuple[int, int]:
@@ -201,6 +271,11 @@ def _loop(config: Mapping[str, Any]) -> None:
     task: Task = config["task"]
     torch.set_num_threads(settings.role.threads)
     rank, ranks = join()
+    orders = _Orders(config["orders"]) if rank == 0 else None
+    nodes: list[str] = [""] * ranks
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    if orders:
+        config["reports"].put(set(nodes))
     torch.manual_seed(config["seed"])
     engine = task.engine()
     task.open(engine.device)
@@ -213,7 +288,6 @@ def _loop(config: Mapping[str, Any]) -> None:
     dropped = in_a_row = 0
     checkpoints = _Checkpoints(state, config["reports"])
     cadence = Cadence(settings.checkpoint_every, settings.checkpoint_minutes)
-    asked = _asked(config["orders"]) if rank == 0 else threading.Event()
     for update in range(state.done, settings.updates):
         position = state.position + (update - state.done) * settings.batch
         total = torch.zeros((), dtype=torch.float64)
@@ -222,9 +296,11 @@ def _loop(config: Mapping[str, Any]) -> None:
             loss = task.loss(module, update, samples, batch=settings.batch, position=position)
             engine.backward(loss)
             total += loss.detach().cpu().double() / parts
-        done, stop = update + 1, asked.is_set()
-        # Whether to stop, or to make a checkpoint, is rank 0's to say: clocks and signals differ.
-        due = rank == 0 and cadence.due(done, asked=stop or done == settings.updates)
+        done, stop, due = update + 1, False, False
+        if orders:  # whether to stop, or to make a checkpoint, is rank 0's to say: clocks and signals differ
+            stop, asked = orders.stop, orders.checkpoint
+            orders.checkpoint = False
+            due = cadence.due(done, asked=stop or asked or done == settings.updates)
         shared = torch.stack([total, total.new_tensor(float(due)), total.new_tensor(float(stop))])
         if ranks > 1:
             dist.all_reduce(shared)
@@ -235,7 +311,7 @@ def _loop(config: Mapping[str, Any]) -> None:
         result = engine.step()
         dropped += not result.stepped
         in_a_row = 0 if result.stepped else in_a_row + 1
-        if in_a_row == (DROPPED_AT_MOST if settings.not_finite == "drop" else 1):
+        if in_a_row == (1 if settings.not_finite == "stop" else min(DROPPED_AT_MOST, settings.updates)):
             what = f"the gradients of {in_a_row} updates in a row, up to {update}, are not finite"
             raise _stopped(checkpoints, what, update + 1 - in_a_row, update)
         if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.updates):
@@ -267,17 +343,18 @@ def _loop(config: Mapping[str, Any]) -> None:
     task.export(engine, state.model)
 
 
-def _asked(orders: Queue) -> threading.Event:
-    """Set when the driver asks to stop."""
-    event = threading.Event()
+class _Orders(threading.Thread):
+    """What the driver asks of the ranks."""
 
-    def listen() -> None:
+    def __init__(self, orders: Queue):
+        super().__init__(daemon=True)
+        self.orders, self.stop, self.checkpoint = orders, False, False
+        self.start()
+
+    def run(self) -> None:
         with suppress(ray.exceptions.RayError):  # the run is over
-            orders.get()
-            event.set()
-
-    threading.Thread(target=listen, daemon=True).start()
-    return event
+            while order := self.orders.get():
+                setattr(self, order, True)
 
 
 class _Checkpoints:
@@ -328,6 +405,8 @@ class _Checkpoints:
                 return problem
             if self._publishing:
                 self._writing = None
+                if dist.get_rank() == 0:
+                    self.reports.put({"saved": (self.done, self._position)})
             else:
                 self._publishing = True
                 publish = self.state.publish if dist.get_rank() == 0 else _nothing

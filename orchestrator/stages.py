@@ -9,7 +9,7 @@ from model.initialization import MethodConfig
 from model.objectives import ObjectiveConfig
 from model.objectives.gan import DiscriminatorConfig
 from orchestrator.alarms import AlarmConfig
-from orchestrator.recovery import FaultConfig
+from orchestrator.recovery import FaultConfig, RetryConfig
 from workers.engine_config import EngineConfig, ScheduleConfig
 from workers.teacher import TeacherWorker
 
@@ -188,6 +188,8 @@ class PretrainConfig(Places):
     not_finite: Literal["stop", "drop"] = "drop"
     """What becomes of an update whose loss or gradient is not finite: it ends the run, or is dropped by every
     rank and counted; ten in a row end it in any case."""
+    faults: RetryConfig = RetryConfig()
+    """Going on after lost ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,6 +233,8 @@ class InitializeConfig(MethodConfig, Places):
     not_finite: Literal["stop", "drop"] = "drop"
     """What becomes of an update whose loss or gradient is not finite: it ends the run, or is dropped by every
     rank and counted; ten in a row end it in any case."""
+    faults: RetryConfig = RetryConfig()
+    """Going on after lost ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

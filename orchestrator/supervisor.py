@@ -12,24 +12,16 @@ from dataclasses import dataclass
 
 from infra.storage import StorageError
 from orchestrator.checkpoints import Checkpoints
-from orchestrator.cluster import draining_nodes
+from orchestrator.cluster import Draining
 from orchestrator.coordinator import Coordinator, Metrics
 from orchestrator.fault import Fault
 from orchestrator.pulses import Pulses
-from orchestrator.recovery import LEARNING, Event, GiveUp, Recovery
+from orchestrator.recovery import LEARNING, Event, FaultConfig, GivenUp, Recovery
 from orchestrator.roles import Roles
 from orchestrator.run_state import RunState
 
-DRAINING_EVERY_S = 5.0
-"""Seconds between two looks at which nodes are being drained."""
-
-
 ROOM_EVERY_S = 1.0
 """Seconds between two looks at whether nodes have come."""
-
-
-class GivenUp(RuntimeError):
-    """A run that ends because of a fault, with an account of it."""
 
 
 @dataclass
@@ -39,16 +31,16 @@ class Supervisor:
     state: RunState
     roles: Roles
     checkpoints: Checkpoints
-    recovery: Recovery
+    faults: FaultConfig
     returned: Callable[[Event], None]
     """Told of every fault that is overcome, before updates go on; what is known of later ones is void."""
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        faults = self.recovery.config
-        self.done = self.recovery.furthest = self.state.done
-        self._looked, self._draining = 0.0, set[str]()
+        faults, self.done = self.faults, self.state.done
+        self.recovery = Recovery(faults, self.clock, furthest=self.done)
+        self._draining = Draining(self.clock)
         self._last: int | None = None  # updates after which the run ended
         self.pulses = Pulses(faults.silence_s, faults.stuck_s, faults.replace_s, self.clock)
         for group in self.roles.groups.values():
@@ -83,7 +75,7 @@ class Supervisor:
             if after(done, metrics):
                 self._last = done
                 return True
-            every = self.recovery.config.snapshot_every
+            every = self.faults.snapshot_every
             if every and done % every == 0 and self.checkpoints.begun != done:
                 self.checkpoints.hold(done, self.coordinator.plan.position(done, "student", 0))
             if self.checkpoints.begun == done and self._grown():
@@ -91,15 +83,8 @@ class Supervisor:
         return True
 
     def leaving(self) -> set[str]:
-        """Ids of nodes with ranks that Ray has begun to drain since this was last asked, which is looked up
-        every few seconds."""
-        if self.clock() - self._looked < DRAINING_EVERY_S:
-            return set()
-        self._looked = self.clock()
-        used = {node for role in self.roles.groups for node in self.roles.nodes(role)}
-        draining = draining_nodes() & used
-        told, self._draining = draining - self._draining, draining
-        return told
+        """Ids of nodes with ranks that Ray has begun to drain since this was last asked."""
+        return self._draining.begun({node for role in self.roles.groups for node in self.roles.nodes(role)})
 
     def mend(self, fault: Fault) -> None:
         """Make a scorer that learns nothing anew, in the middle of an update; what cannot be mended there is
@@ -107,7 +92,7 @@ class Supervisor:
         if fault.role != "teacher":
             raise fault
         while True:
-            self._decide(fault)
+            self.sleep(self.recovery.failed(fault, self.done))
             if not self.roles.has_places(fault.role):
                 raise fault
             try:
@@ -134,7 +119,7 @@ class Supervisor:
     def _overcome(self, fault: Fault) -> None:
         """Bring every group that learns back to one checkpoint, with all that are lost made anew."""
         while True:
-            self._decide(fault)
+            self.sleep(self.recovery.failed(fault, self.done))
             try:
                 self.done, position = self._return(fault)
             except Fault as another:
@@ -143,12 +128,6 @@ class Supervisor:
                 self.coordinator = self._coordinator(self.done, position)
                 self.returned(self.recovery.recovered(self.done))
                 return
-
-    def _decide(self, fault: Fault) -> None:
-        decision = self.recovery.failed(fault, self.done)
-        if isinstance(decision, GiveUp):
-            raise GivenUp(decision.account) from fault
-        self.sleep(decision.delay_s)
 
     def _return(self, fault: Fault) -> tuple[int, int]:
         """Updates and samples of the data that the checkpoint holds."""
@@ -167,7 +146,7 @@ class Supervisor:
 
     def _find_room(self) -> None:
         """Wait until there is room for every role, on fewer ranks where it may have fewer."""
-        limit = self.recovery.config.replace_s
+        limit = self.faults.replace_s
         until = self.clock() + limit
         while not self.roles.fit():
             if self.clock() >= until:

@@ -17,6 +17,8 @@ from typing import Any
 # Before Ray or DeepSpeed are imported, by this process or by one that it starts.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+# Whether nodes are being drained is looked at by the driver, in every stage.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # A proxy that the environment names cannot reach services of this machine, such as a tracking server.
 _direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{_direct},localhost,127.0.0.1,::1".lstrip(",")

@@ -19,7 +19,7 @@ from orchestrator.cluster import Cluster, connect
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator, NotFinite
 from orchestrator.handover import check_roles
-from orchestrator.recovery import Event, Recovery
+from orchestrator.recovery import Event
 from orchestrator.roles import placed_roles, ranks_of
 from orchestrator.run_state import RunState
 from orchestrator.supervisor import Supervisor
@@ -105,7 +105,7 @@ def distill(
                 if roles.config is not roles.full:
                     ranks = ", ".join(f"{each.ranks} {role}" for role, each in ranks_of(roles.config).items())
                     say(f"distill: with {ranks}, until nodes are back")
-                counts = {"faults": len(recovery.events), "seconds/recovery": event.seconds}
+                counts = {"faults": len(supervisor.recovery.events), "seconds/recovery": event.seconds}
                 tracker.metrics(event.at, {f"fault/{name}": value for name, value in counts.items()})
                 watch.back_to(event.back_to)
 
@@ -138,9 +138,8 @@ def distill(
                 tracker.metrics(done, checkpoints.end())
                 return states.publish(done)
 
-            recovery = Recovery(settings.faults)
             cadence = Cadence(settings.checkpoint_every, settings.checkpoint_minutes)
-            supervisor = Supervisor(state, roles, checkpoints, recovery, returned)
+            supervisor = Supervisor(state, roles, checkpoints, settings.faults, returned)
             try:
                 return finish(state.done) if states.ended(state.done) else supervisor.run(after, finish)
             except (FloatingPointError, Diverging) as error:

@@ -20,6 +20,7 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 # Ray Train looks at its ranks every so often, and every training of a few seconds ends with such a wait.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # as on the command line
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

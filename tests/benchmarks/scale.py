@@ -27,7 +27,7 @@ from orchestrator.checkpoints import Checkpoints
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.fault import Fault
-from orchestrator.recovery import LEARNING, FaultConfig, Recovery
+from orchestrator.recovery import LEARNING, FaultConfig
 from orchestrator.roles import Roles, actor_class, ranks_of
 from orchestrator.run_state import RunState
 from orchestrator.supervisor import Supervisor
@@ -165,16 +165,14 @@ class SimulatedCheckpoints(Checkpoints):
         for group in trained:
             group.free = clock.now
         self.state.publish(storage.begin(self.state.path(done)), done, position)
-        self.begun = done
+        self.begun, self.saved = done, self.state.at(done, position)
 
     def end(self) -> dict[str, float]:
         return {}
 
     def restore(self) -> tuple[int, int]:
         self.groups["student"].cluster.clock.now += LOAD  # type: ignore[attr-defined]
-        path = storage.newest_complete(f"{self.state.output}/checkpoints")
-        saved = storage.read_metadata(path) if path else {"done": 0, "position": 0}
-        return saved["done"], saved["position"]
+        return self.saved.done, self.saved.position
 
 
 def config_of(iterations: int, *, fewest: int | None) -> RunConfig:
@@ -202,9 +200,8 @@ def simulate(
         roles.begin(cluster)
         checkpoints = SimulatedCheckpoints(state, roles.groups)
         faults = FaultConfig(attempts=1000, backoff_s=0.0, replace_s=1e12)
-        recovery = Recovery(faults, clock)
         supervisor = Supervisor(
-            state, roles, checkpoints, recovery, lambda event: None, clock=clock, sleep=clock.sleep
+            state, roles, checkpoints, faults, lambda event: None, clock=clock, sleep=clock.sleep
         )
         made = 0
 
@@ -219,7 +216,7 @@ def simulate(
     iterations = config.distill.iterations
     return {
         "again": (made - iterations) / iterations,
-        "faults": len(recovery.events),
+        "faults": len(supervisor.recovery.events),
         "hours": clock.now / HOUR,
         "cpu_s": time.process_time() - began,
         "updates": made,

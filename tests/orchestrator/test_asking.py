@@ -158,6 +158,13 @@ def test_an_update_that_is_not_finite_is_dropped_and_counted_where_the_recipe_sa
         list(coordinator.run(3))
     assert stopped.value.since == 3  # nine were dropped since then, and this is the tenth
 
+    # A run that has fewer must not drop them all.
+    short = replace(config, distill=replace(config.distill, iterations=5, student_every=2))
+    coordinator, _ = noted(short, teacher=("real",), critic=("fake",))
+    coordinator.student.steps += stepped(*[(7, math.inf)] * 3)
+    with pytest.raises(FloatingPointError, match="in iteration 4 "):
+        list(coordinator.run(0))
+
 
 def test_an_update_is_one_step_of_each_role(config: RunConfig) -> None:
     config = replace(config, distill=replace(config.distill, student_every=1))

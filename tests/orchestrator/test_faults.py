@@ -12,7 +12,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 
-from orchestrator import supervisor
+from orchestrator import cluster
 from orchestrator.config import RunConfig
 from orchestrator.roles import Roles
 from orchestrator.worker_group import WorkerGroup
@@ -177,8 +177,8 @@ def test_a_node_that_is_drained_makes_a_checkpoint_once(
 ) -> None:
     furnished(tmp_path)
     here = ray.get_runtime_context().get_node_id()
-    monkeypatch.setattr(supervisor, "DRAINING_EVERY_S", 0.0)
-    monkeypatch.setattr(supervisor, "draining_nodes", lambda: {here, "another"})
+    monkeypatch.setattr(cluster.Draining, "EVERY_S", 0.0)
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {here, "another"})
     said = distilled("iterations=3", "checkpoint_every=100", "sample_every=0", "keep=9")
     assert said.count(f"node {here} is being drained: a checkpoint is made") == 1
     made = sorted(path.name for path in (tmp_path / "outputs/distilled/checkpoints").iterdir())

@@ -1,7 +1,10 @@
 """The loop that trains one model: the device of a rank, and what becomes of numbers that are not finite."""
 
 import os
-from collections.abc import Callable
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -14,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from infra import storage
-from orchestrator import single_model
+from orchestrator import cluster, single_model
+from orchestrator.config import RunConfig
+from orchestrator.fault import Fault
+from orchestrator.recovery import GivenUp, RetryConfig
 from orchestrator.run_state import RunState
 from orchestrator.single_model import Task
-from orchestrator.stages import PretrainConfig
+from orchestrator.stages import PretrainConfig, TrainRole
 from workers import zero
 from workers.engine import EngineConfig, TrainEngine, free_port, init_process_group
 
@@ -81,16 +87,21 @@ class Only:
         )
         single_model.join = lambda: (0, 1)
 
-    def run(self, settings: PretrainConfig, state: RunState, task: Line) -> list[tuple[int, int]]:
+    def run(
+        self, settings: PretrainConfig, state: RunState, task: Line, *orders: str
+    ) -> list[tuple[int, int]]:
         self.said: list[Any] = []
-        reports = SimpleNamespace(put=self.said.append)
-        asked = {"reports": reports, "orders": SimpleNamespace(get=Event().wait)}
+        reports, left = SimpleNamespace(put=self.said.append), list(orders)
+        asked = {
+            "reports": reports,
+            "orders": SimpleNamespace(get=lambda: left.pop(0) if left else Event().wait()),
+        }
         single_model._loop({"settings": settings, "seed": 0, "state": state, "task": task, **asked})
         return task.seen
 
     def reported(self) -> list[Any]:
         """Warnings, and what was measured after updates."""
-        return self.said
+        return [each for each in self.said if isinstance(each, str | tuple)]
 
 
 def weights(checkpoint: str) -> dict[str, Tensor]:
@@ -114,6 +125,14 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
     longer = replace(settings, updates=6, batch=5, checkpoint_every=1)
     assert ray.get(rank.run.remote(longer, resumed, Line())) == [(3, 6), (4, 11), (5, 16)]
 
+    # What the driver asks for.
+    seldom = replace(settings, updates=9, checkpoint_every=100, output=f"{tmp_path}/asked")
+    asked = replace(state, output=seldom.output)
+    assert len(ray.get(rank.run.remote(seldom, asked, Line(), "checkpoint"))) == 9
+    made = sorted(path.name for path in Path(seldom.output, "checkpoints").iterdir())
+    assert len(made) == 2 and made[1] == "0000009"
+    assert len(ray.get(rank.run.remote(seldom, asked, Line(), "stop"))) < 9
+
     with pytest.raises(FloatingPointError) as stopped:
         ray.get(rank.run.remote(replace(longer, not_finite="stop"), resumed, Line(5)))
     rate = "pretrain.role.engine.learning_rate"
@@ -136,6 +155,10 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
     assert counts == [(10, 6), (20, 9), (30, 9)]
     with pytest.raises(FloatingPointError, match=r"gradients of 10 updates in a row, up to 13, are not fin"):
         ray.get(rank.run.remote(more, resumed, Line(*range(4, 14))))
+    with pytest.raises(
+        FloatingPointError, match=r"gradients of 3 updates in a row.* nothing was learned yet"
+    ):
+        ray.get(rank.run.remote(replace(more, updates=3), state, Line(0, 1, 2)))
 
     # What cannot be stored is said, and training goes on; without the last checkpoint it does not end well.
     (tmp_path / "file").write_text("no directory")
@@ -145,3 +168,99 @@ def test_the_loop_goes_on_where_the_data_stood_and_stops_with_a_way_to_go_on(
     warned, _ = ray.get(rank.reported.remote())
     assert warned.startswith("pretrain: WARNING: no checkpoint after update 1, the next will be tried: ")
     ray.kill(rank)
+
+
+class Mortal(Line):
+    """One of its ranks is killed when it first comes to an update."""
+
+    def __init__(self, mark: Path, dies: int):
+        super().__init__()
+        self.mark, self.dies = mark, dies
+
+    def loss(
+        self, module: Callable[..., Tensor], update: int, samples: range, *, batch: int, position: int
+    ) -> Tensor:
+        if update == self.dies and samples.stop == batch and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(module, update, samples, batch=batch, position=position)
+
+
+def train(config: RunConfig, state: RunState, task: Task, said: list[str]) -> None:
+    @contextmanager
+    def progress(done: int) -> Iterator[single_model.Report]:
+        yield lambda done, losses: None
+
+    tracker: Any = SimpleNamespace(metrics=lambda step, values: None)
+    single_model.train(config, state, task, tracker=tracker, progress=progress, say=said.append)
+
+
+def config(output: Path, ranks: int) -> RunConfig:
+    settings = PretrainConfig(
+        output=str(output),
+        updates=18,
+        batch=4,
+        checkpoint_every=7,
+        role=TrainRole(ranks=ranks, cpus=0.1),
+        faults=RetryConfig(backoff_s=0.0),
+    )
+    return replace(RunConfig(), pretrain=settings)
+
+
+def test_a_fault_is_overcome_as_often_as_it_is_worth_it(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    def attempt(config: RunConfig, state: RunState, task: Task, reader: Any, *_: object) -> str:
+        begun.append(state.done)
+        for report in ((10, {"loss": 1.0, "dropped_updates": 0}), {"saved": (14, 56)}):
+            reader.reports.put(report)
+        reader.end()
+        raise Fault("pretrain", "lost", "a pretrain rank was lost")
+
+    monkeypatch.setattr(single_model, "_attempt", attempt)
+    said = list[str]()
+    with pytest.raises(
+        GivenUp, match="pretrain: update 14 failed twice in the same way: a pretrain rank was"
+    ):
+        train(config(tmp_path, 1), RunState("pretrain", str(tmp_path), {}, keep=9), Line(), said)
+    assert begun == [0, 14]
+    told = "lost, found after 14 updates: a pretrain rank was lost"
+    assert said == [f"pretrain: FAULT ({told}); going on from 14"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.by_hand)])
+def test_lost_ranks_are_started_anew_and_change_no_number(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    here, said = ray.get_runtime_context().get_node_id(), list[str]()
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {here})
+    ill = config(tmp_path / "ill", ranks)
+    state = RunState("pretrain", ill.pretrain.output, {}, keep=9)
+    train(ill, state, Mortal(tmp_path / "died", 17), said)
+    (fault,) = (each for each in said if "FAULT" in each)
+    # Whether the second checkpoint was whole by then is a matter of time.
+    assert re.search(
+        r"\(lost, found after 1[04] updates: a pretrain rank was.*; going on from (7|14)$", fault
+    )
+    # Each of the two groups of ranks was told that its node is being drained.
+    assert said.count(f"pretrain: node {here} is being drained: a checkpoint is made") == 2
+
+    well = config(tmp_path / "well", ranks)
+    undisturbed = replace(state, output=well.pretrain.output)
+    if ranks == 1:
+        rank = Only.remote()
+        ray.get(rank.run.remote(well.pretrain, undisturbed, Line()))
+        ray.kill(rank)
+    else:
+        train(well, undisturbed, Line(), said)
+    for number in range(ranks):
+        name = f"engine-{number:05d}-of-{ranks:05d}.pt"
+        mine, other = (
+            torch.load(f"{each.path(18)}/{name}", weights_only=True)["parameters"]
+            for each in (state, undisturbed)
+        )
+        assert mine.keys() == other.keys() != set()
+        assert all(torch.equal(mine[each]["value"], other[each]["value"]) for each in other)

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.checkpoints import Cadence
 from orchestrator.config import RunConfig
 from orchestrator.fault import Fault
-from orchestrator.recovery import Event, FaultConfig, Recovery
+from orchestrator.recovery import Event, FaultConfig
 from orchestrator.roles import ranks_of
 from orchestrator.run_state import RunState
 from orchestrator.supervisor import GivenUp, Supervisor
@@ -41,7 +41,7 @@ class Run:
             self.checkpoints.state,
             self.roles,
             self.checkpoints,
-            Recovery(faults, self.clock),
+            faults,
             self.events.append,
             clock=self.clock,
             sleep=self.clock.sleep,
