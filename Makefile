@@ -8,8 +8,8 @@ export OMP_NUM_THREADS ?= 1
 quickstart: .venv/installed  ## distil a streaming generator of moving digits and measure it
 	$(BIN)/self-forcing run quickstart
 
-test: test-fast  ## every test that CI runs, two at a time, the slowest of them by name, and how fast the rollout is
-	$(BIN)/python -m pytest -m "slow and not by_hand" -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
+test: .venv/installed  ## every test that CI runs, two at a time, the slowest of them by name, and how fast the rollout is
+	$(BIN)/python -m pytest -m "not by_hand" -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 	$(BIN)/python -m tests.benchmarks --fast
 
 test-fast: .venv/installed  ## the tests that take seconds, two at a time

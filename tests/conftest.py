@@ -4,12 +4,18 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+import torch.distributed as dist
 
-from orchestrator import cluster
+from orchestrator import cluster, single_model
+from pipelines import distill
 from tests.mlflow_server import Server
+from tests.orchestrator.groups import Groups, all_groups, reused_roles
 from tests.s3_server import S3Server, reached
+from workers.engine import free_port, init_process_group
 
 # Before anything reads a token: Ray caches the one it finds, one a process, and would otherwise read or write
 # one in the home directory.
@@ -24,12 +30,12 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # as on the command lin
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run two at a time, those that share the roles' actors, or a Serve, stay with one of the
-    two; others with those of their file."""
+    """Where tests run two at a time, those that share the roles' actors, ranks, or a Serve, stay with one of
+    the two; others with those of their file."""
     for item in items:
         file = item.path.relative_to(Path(__file__).parent)
-        together = file.parts[0] if file.parts[0] == "orchestrator" else file.as_posix()
-        item.add_marker(pytest.mark.xdist_group(together))
+        shared = file.parts[0] in ("orchestrator", "workers")
+        item.add_marker(pytest.mark.xdist_group((file.parent if shared else file).as_posix()))
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +76,54 @@ def s3_bucket(s3_server: S3Server) -> Callable[[str], str]:
     host = s3_server.url.removeprefix("http://")
     query = f"endpoint_override={host}&scheme=http&region=us-east-1"
     return lambda prefix: f"s3://key:secret@bucket/{prefix}?{query}"
+
+
+@pytest.fixture(scope="session")
+def groups(ray_cluster: object) -> Iterator[Groups]:
+    """The roles' actors, as far as they are asked for."""
+    with all_groups() as made:
+        yield made
+
+
+@pytest.fixture
+def reused_actors(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`distill` in this process finds its actors started. For tests that look at other things than their
+    start."""
+    monkeypatch.setattr(
+        distill, "placed_roles", lambda config, grows, reference: reused_roles(groups, config, reference)
+    )
+
+
+@ray.remote(num_cpus=0)
+class _Rank:
+    """A rank that trains one model after the other."""
+
+    def run(self, loop: Callable[[Any], None], config: Any) -> None:
+        if not dist.is_initialized():
+            init_process_group(
+                rank=0, world_size=1, master_addr="127.0.0.1", master_port=free_port(), timeout_s=600
+            )
+        single_model.join = lambda: (0, 1)
+        loop(config)
+
+
+@pytest.fixture(scope="session")
+def _rank(ray_cluster: object) -> Iterator[Any]:
+    rank = _Rank.remote()
+    yield rank
+    ray.kill(rank)
+
+
+@pytest.fixture
+def reused_rank(_rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training of one model finds its rank started. For tests that look at what is trained; others start Ray
+    Train."""
+
+    class Trainer:
+        def __init__(self, loop: Callable[[Any], None], *, train_loop_config: Any, **_: Any) -> None:
+            self.work = (loop, train_loop_config)
+
+        def fit(self) -> None:
+            ray.get(_rank.run.remote(*self.work))
+
+    monkeypatch.setattr(single_model, "TorchTrainer", Trainer)

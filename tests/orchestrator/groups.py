@@ -101,16 +101,20 @@ KINDS: dict[str, type[Worker]] = {
 
 
 class Groups:
-    """Groups of one and of two ranks of every role."""
+    """Groups of one and of two ranks of every role, each of them made when it is first asked for."""
 
     def __init__(self) -> None:
-        self.made = {
-            (role, ranks): WorkerGroup(role, self._actors(role, ranks), kind.makes)
-            for role, kind in KINDS.items()
-            for ranks in (1, 2)
-        }
-        for group in self.made.values():
-            group.wait(group.start(timeout_s=120))
+        self.made: dict[tuple[str, int], WorkerGroup] = {}
+
+    def group(self, role: str, ranks: int) -> WorkerGroup:
+        """That group, whatever a test has left of it."""
+        if (group := self.made.get((role, ranks))) is not None:
+            self._repair(group, ranks)
+            return group
+        group = WorkerGroup(role, self._actors(role, ranks), KINDS[role].makes)
+        group.wait(group.start(timeout_s=120))
+        self.made[role, ranks] = group
+        return group
 
     def _actors(self, role: str, ranks: int) -> list[ActorHandle]:
         make = actor_class(KINDS[role]).options(num_cpus=0)
@@ -137,9 +141,8 @@ class Groups:
     def roles(self, config: RunConfig) -> Roles:
         """Freshly built roles; their predecessors are gone."""
         ranks, settings = ranks_of(config), settings_of(config)
-        groups = {role: self.made[role, each.ranks] for role, each in ranks.items()}
+        groups = {role: self.group(role, each.ranks) for role, each in ranks.items()}
         for role, group in groups.items():
-            self._repair(group, ranks[role].ranks)
             group.together = ranks[role].ranks // ranks[role].groups
         options = {role: [{"num_cpus": 0}] * len(group.actors) for role, group in groups.items()}
         pending = {role: group.broadcast("become", settings[role]) for role, group in groups.items()}

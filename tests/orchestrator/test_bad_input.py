@@ -210,6 +210,7 @@ def test_videos_that_do_not_fit_are_named_by_pretraining_too(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("reused_actors")
+@pytest.mark.by_hand
 def test_damaged_shards_are_left_out_where_the_recipe_says_so(
     ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice_that_works(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("reused_actors")
+@pytest.mark.by_hand
 def test_a_model_that_is_not_finite_is_blamed_on_its_role(
     complaint: Refused, ray_cluster: object, tmp_path: Path
 ) -> None:

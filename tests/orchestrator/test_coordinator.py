@@ -101,6 +101,7 @@ def test_no_tensor_reaches_the_coordinators_process(groups: Groups, tmp_path: Pa
     assert asdict(ModelDirectory(path).card)["lineage"] == {"distilled": "run"}
 
 
+@pytest.mark.by_hand
 def test_a_group_that_lost_a_rank_is_made_anew_and_goes_on_with_the_same_numbers(
     groups: Groups, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_four_faults_change_no_number(distilled: Callable[..., str], tmp_path: P
     assert tracked(config, "disturbed") == tracked(config, "whole")
 
 
+@pytest.mark.by_hand
 def test_a_lost_replica_is_made_anew_and_rolls_out_with_the_weights_of_now(
     distilled: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_lost_replica_is_made_anew_and_rolls_out_with_the_weights_of_now(
     assert all(torch.equal(disturbed[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.by_hand
 def test_a_lost_process_costs_one_update_where_snapshots_are_in_memory(
     distilled: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_lost_process_costs_one_update_where_snapshots_are_in_memory(
     assert all(torch.equal(disturbed[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.by_hand
 def test_the_same_fault_twice_at_an_update_ends_the_run_with_an_account(
     distilled: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -117,6 +120,7 @@ def test_the_same_fault_twice_at_an_update_ends_the_run_with_an_account(
     assert all(torch.equal(ended[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.by_hand
 def test_groups_shrink_where_a_node_is_lost_and_grow_again_at_a_checkpoint(
     distilled: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +155,7 @@ def test_groups_shrink_where_a_node_is_lost_and_grow_again_at_a_checkpoint(
         torch.testing.assert_close(shrunk[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.by_hand
 def test_a_lost_measurement_is_made_again(
     distilled: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,7 +79,7 @@ def unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 OFTEN = [
-    "digits-gan", "digits-long", "quickstart", "wan-1.3b-dmd-14b", "wan-1.3b-lora",
+    "digits-gan", "wan-1.3b-dmd-14b", "wan-1.3b-lora",
 ]  # fmt: skip
 """The other recipes repeat their paths, or those of test_equivalence, where SiD and given frames are."""
 

@@ -70,7 +70,7 @@ def history(uri: str, run_id: str) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bit(ray_cluster: object, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_bit(reused_actors: None, tmp_path: Path) -> None:
     config = furnished(tmp_path)
 
     def arguments(output: str) -> list[str]:

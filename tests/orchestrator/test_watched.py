@@ -14,6 +14,7 @@ from workers.model_directory import ModelDirectory
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_alarms_end_a_run_that_diverges_and_are_silent_on_a_sound_one(
     distilled: Callable[..., str], tmp_path: Path
 ) -> None:

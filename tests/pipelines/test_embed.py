@@ -32,6 +32,7 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_run_that_was_killed_makes_only_the_rest(
     encoder: Path, ray_cluster: object, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

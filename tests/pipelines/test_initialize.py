@@ -17,6 +17,7 @@ from workers.model_directory import ModelDirectory
 
 CAUSAL = ("causal_ode", "causal_consistency")
 METHODS = ("ode", *CAUSAL, "teacher_forcing", "diffusion_forcing")
+OFTEN = ("ode", "teacher_forcing")
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +55,10 @@ def test_every_method_is_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    # The pairs are made and read as those of `ode`.
-    [pytest.param(each, marks=[pytest.mark.by_hand] if each == "causal_ode" else []) for each in METHODS],
+    # The others take the same path with another loss, which is tested in tests/model.
+    [pytest.param(each, marks=[] if each in OFTEN else [pytest.mark.by_hand]) for each in METHODS],
 )
-def test_every_weight_learns_and_a_stopped_run_resumes(
-    request: pytest.FixtureRequest, ray_cluster: object, root: Path, method: str
-) -> None:
-    if method != "ode":  # that one starts Ray Train, as all of them do in the same lines
-        request.getfixturevalue("reused_rank")
+def test_every_weight_learns_and_a_stopped_run_resumes(reused_rank: None, root: Path, method: str) -> None:
     updates = {"initialize.updates": 3}
     assert cli.main(arguments(root, method, f"{method}-whole", **updates)) == 0
     whole = ModelDirectory(root / f"{method}-whole" / "model")
@@ -95,6 +92,7 @@ def test_every_weight_learns_and_a_stopped_run_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_an_initial_student_can_be_its_teacher_and_an_adapter(reused_rank: None, root: Path) -> None:
     settings = {"initialize.updates": 1, "initialize.role.adapters.rank": 2}
     assert cli.main(arguments(root, "diffusion_forcing", "adapted", **settings)) == 0

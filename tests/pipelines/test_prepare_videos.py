@@ -58,7 +58,7 @@ def of_tiny(root: Path, videos: object, output: object, *more: str) -> list[str]
 
 def test_a_folder_of_videos_is_trained_on(
     videos: Path,
-    ray_cluster: object,
+    reused_rank: None,
     s3_server: S3Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -115,6 +115,7 @@ def test_a_run_registers_its_student_past_a_password_and_others_play_it(
         assert video.read_bytes() == (tmp_path / "videos/0.mp4").read_bytes()
 
 
+@pytest.mark.by_hand
 def test_artifacts_go_straight_to_a_store(
     s3_server: S3Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_the_command_serves_who_has_a_token(
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path) -> None:
     model = write_student(tmp_path / "model")
     with socket.socket() as other:

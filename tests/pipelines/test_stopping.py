@@ -10,9 +10,9 @@ import pytest
 
 from infra import storage
 from pipelines import cli
+from pipelines.stopping import stoppable
 from tests.fixtures import TINY_RECIPE, furnished
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,17 +38,38 @@ def until(run: "subprocess.Popen[str]", word: str) -> None:
     pytest.fail(f"it never said {word!r}:\n{seen}")
 
 
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_asks_for_the_end_and_a_second_one_ends(
+    by: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(by)
+    with stoppable("distill") as stopping:
+        assert not stopping
+        os.kill(os.getpid(), by)
+        assert stopping
+        ended = stopping.stop(4)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as at_once:
+            os.kill(os.getpid(), by)
+        if by == signal.SIGTERM:
+            assert at_once.value.code == code  # type: ignore[union-attr]
+    assert (ended.code, ended.done) == (code, 4) and signal.getsignal(by) is before
+    said = capsys.readouterr().out
+    assert "distill: stopped by" in said and "after 4 updates, with a checkpoint; --resume goes on" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "by", "code"),
     [
-        # The handler of both is one.
+        # The handler of both is one; how a job stops is tested in test_submit.
         pytest.param("distill", signal.SIGINT, 130, marks=pytest.mark.by_hand),
-        ("distill", signal.SIGTERM, 143),
-        ("pretrain", signal.SIGTERM, 143),
+        pytest.param("distill", signal.SIGTERM, 143, marks=pytest.mark.by_hand),
+        # How the ranks stop is tested in test_single_model.
+        pytest.param("pretrain", signal.SIGTERM, 143, marks=pytest.mark.by_hand),
     ],
 )
 def test_it_ends_with_a_checkpoint(
-    ray_cluster: object, stage: str, by: signal.Signals, code: int, tmp_path: Path
+    reused_actors: None, reused_rank: None, stage: str, by: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     if stage == "distill":
         furnished(tmp_path)

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 
 from model.replay import replay
 from model.rollout import generate
 from tests import golden
-from tests.workers.test_engine import Rank, call
+from tests.workers.ranks import call
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).parents[1] / "golden_data"
@@ -36,15 +35,10 @@ def worst_error(rank: int, ranks: int, path: str) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", ["rollout_chunk", "rollout_image", "rollout_long"])
 def test_ranks_that_share_the_chunks_have_the_golden_gradient(
-    ray_cluster: object, ranks: int, name: str
+    ranks: dict[int, list], size: int, name: str
 ) -> None:
-    actors = [Rank.remote() for _ in range(ranks)]
-    port = ray.get(actors[0].port.remote())
-    ray.get([actor.join.remote(rank, ranks, port) for rank, actor in enumerate(actors)], timeout=120)
-    found = call(actors, worst_error, str(DATA / f"{name}.safetensors"))
-    assert len(found) == ranks and max(found) < 1e-4
-    for actor in actors:
-        ray.kill(actor)
+    found = call(ranks[size], worst_error, str(DATA / f"{name}.safetensors"))
+    assert len(found) == size and max(found) < 1e-4

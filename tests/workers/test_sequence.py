@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +11,7 @@ from model.backbone import Past
 from model.kv_cache import Window
 from model.sequence import SequenceGroup
 from tests.model.reference import CONFIG, HEIGHT, WIDTH, difference, normal, prompt, tiny_model
-from tests.workers.test_engine import Rank, call
+from tests.workers.ranks import call
 
 pytestmark = pytest.mark.slow
 BATCH, FRAMES, CHUNK = 2, 6, 2
@@ -72,13 +71,8 @@ def refused(rank: int, ranks: int) -> str:
     return ""
 
 
-def test_two_ranks_share_every_kind_of_forward_and_its_gradient(ray_cluster: object) -> None:
-    actors = [Rank.remote() for _ in range(2)]
-    port = ray.get(actors[0].port.remote())
-    ray.get([actor.join.remote(rank, 2, port) for rank, actor in enumerate(actors)], timeout=120)
+def test_two_ranks_share_every_kind_of_forward_and_its_gradient(ranks: dict[int, list]) -> None:
     for name in ways():
         for checkpointing in (False, True):
-            assert max(call(actors, worst, name, checkpointing)) < 1e-5, name
-    assert call(actors, refused) == ["2 ranks do not divide the 1 tokens of a frame."] * 2
-    for actor in actors:
-        ray.kill(actor)
+            assert max(call(ranks[2], worst, name, checkpointing)) < 1e-5, name
+    assert call(ranks[2], refused) == ["2 ranks do not divide the 1 tokens of a frame."] * 2

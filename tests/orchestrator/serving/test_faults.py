@@ -52,6 +52,7 @@ def test_a_viewer_of_a_killed_replica_goes_on_from_its_seed(deploy: Callable) ->
             assert seen + list(frames) == whole[: max(len(seen), 40)]
 
 
+@pytest.mark.by_hand
 def test_a_viewer_comes_back_to_the_replica_that_holds_the_stream(deploy: Callable) -> None:
     with deploy("two", replace(CONFIG, replicas=2)) as url:
         client = Client(url)

@@ -159,6 +159,7 @@ def test_frames_move_and_the_prompt_changes_while_they_do(page: Page) -> None:
     assert viewer.status == "Stopped." and viewer.video("paused")
 
 
+@pytest.mark.by_hand
 def test_two_viewers_stream_at_once_and_a_third_waits(page: Page, url: str) -> None:
     first, second = page.viewers[0], page.add()
     assert first.field("seed").get_attribute("value") != second.field("seed").get_attribute("value")
@@ -179,6 +180,7 @@ def test_two_viewers_stream_at_once_and_a_third_waits(page: Page, url: str) -> N
     second.moves()
 
 
+@pytest.mark.by_hand
 def test_a_pause_holds_the_picture_and_loses_nothing(page: Page) -> None:
     (viewer,) = page.viewers
     viewer.start(48)
@@ -263,6 +265,7 @@ def test_a_phone_need_not_scroll_sideways(page: Page) -> None:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.by_hand
 def test_a_broken_connection_is_taken_up_again(page: Page) -> None:
     (viewer,) = page.viewers
     viewer.start(64)
@@ -273,6 +276,7 @@ def test_a_broken_connection_is_taken_up_again(page: Page) -> None:
     assert page.download(viewer)[1] == pytest.approx([frame / FPS for frame in range(64)])
 
 
+@pytest.mark.by_hand
 def test_a_session_that_the_server_lost_starts_again_from_its_seed(page: Page) -> None:
     (viewer,) = page.viewers
     viewer.start(64)
@@ -287,6 +291,7 @@ def test_a_session_that_the_server_lost_starts_again_from_its_seed(page: Page) -
     assert page.download(viewer)[1] == pytest.approx([frame / FPS for frame in range(64)])
 
 
+@pytest.mark.by_hand
 def test_a_token_leads_to_a_stream(browser: Chrome, deploy: Callable, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text(TOKEN)
     with deploy("tokens", replace(CONFIG, access=AccessConfig(tokens=str(tmp_path / "tokens")))) as url:

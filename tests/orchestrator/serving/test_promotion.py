@@ -26,7 +26,7 @@ def register(registry: Registry, name: str, path: Path) -> Version:
     return registry.register(name, path, experiment="promotion", params={}, metrics={}, lineage={})
 
 
-@pytest.mark.parametrize("on_promotion", ["finish", "move"])
+@pytest.mark.parametrize("on_promotion", [pytest.param("finish", marks=pytest.mark.by_hand), "move"])
 def test_no_stream_is_cut_when_the_alias_moves(
     on_promotion: str, deploy: Callable, mlflow_server: Server, tmp_path: Path
 ) -> None:

@@ -144,6 +144,7 @@ def test_a_video_outlives_the_replica_that_makes_it(client: openai.OpenAI, stora
     assert len(frames) == 400 and (frames[:13] == short).all()
 
 
+@pytest.mark.by_hand
 def test_a_video_outlives_the_desk(client: openai.OpenAI, storage: Path) -> None:
     done = make(client, seconds="0.02")
     video = client.videos.create(prompt=SIX, seconds="4")

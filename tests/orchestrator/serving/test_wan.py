@@ -93,6 +93,7 @@ def test_the_text_encoder_is_shared_and_mended(client: Client, wan: Path, shared
     assert np.abs(seen.astype(int) - alone(wan, TWO, 6, 1)[:9]).mean() < 4
 
 
+@pytest.mark.by_hand
 def test_a_stream_that_was_parked_goes_on_as_if_it_had_not_been(client: Client, wan: Path) -> None:
     with client.session() as session:
         session.start(SIX, seed=3, num_frames=93)
@@ -110,6 +111,7 @@ def test_a_stream_that_was_parked_goes_on_as_if_it_had_not_been(client: Client, 
     assert np.abs(seen.astype(int) - expected).mean(axis=(1, 2, 3)).max() < 6  # no frame is another's
 
 
+@pytest.mark.by_hand
 def test_a_prompt_changes(client: Client, wan: Path) -> None:
     with client.session() as session:
         session.start(SIX, seed=3, num_frames=200)
@@ -122,6 +124,7 @@ def test_a_prompt_changes(client: Client, wan: Path) -> None:
     assert turned == [applied.chunk_index]
 
 
+@pytest.mark.by_hand
 def test_a_long_video_rolls_its_window(client: Client) -> None:
     with client.session() as session:
         session.start(SIX, seed=4, num_frames=FRAMES)

@@ -119,6 +119,7 @@ def test_metrics_and_their_averages_on_videos_whose_answer_is_known(root: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_tiny_models_are_measured_reported_and_not_generated_twice(
     ray_cluster, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
