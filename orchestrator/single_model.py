@@ -158,11 +158,11 @@ def _attempt(
     try:
         while not wait([fitted], LOOK_EVERY_S).done:
             if asked_to_stop() and not stopping:
-                orders.put("stop")
+                tell(orders, "stop")
                 stopping = True
             if nodes := draining.begun(reader.nodes):
                 reader.say(f"{state.stage}: node {', '.join(nodes)} is being drained: a checkpoint is made")
-                orders.put("checkpoint")
+                tell(orders, "checkpoint")
         fitted.result()
     except WorkerGroupError as error:
         raise _cause(state.stage, error) from error
@@ -185,6 +185,12 @@ def _fit(trainer: TorchTrainer, fitted: "Future[Any]") -> None:
         fitted.set_result(trainer.fit())
     except BaseException as error:
         fitted.set_exception(error)
+
+
+def tell(queue: Queue, what: Any) -> None:
+    """Put it into a queue; nothing where that is lost, so that nobody reads it."""
+    with suppress(ray.exceptions.RayError):
+        queue.put(what)
 
 
 def _cause(stage: str, error: WorkerGroupError) -> Exception:
@@ -226,26 +232,30 @@ class _Reader(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while (said := self.reports.get()) is not None:
-            match said:
-                case str():
-                    self.say(said)
-                case int():
-                    self.at = said
-                case set():
-                    self.nodes = said
-                case {"saved": (done, position)}:
-                    self.state, self.done = self.state.at(done, position), max(self.done, done)
-                case update, values:
-                    self.done = update
-                    dropped = values["dropped_updates"]
-                    losses = {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})}
-                    self.report(update, losses)
-                    self.tracker.metrics(update, values)
+        with suppress(ray.exceptions.RayError):  # the queue is lost, on which rank 0 fails when it reports
+            while (said := self.reports.get()) is not None:
+                self.read(said)
+
+    def read(self, said: Any) -> None:
+        match said:
+            case str():
+                self.say(said)
+            case int():
+                self.at = said
+            case set():
+                self.nodes = said
+            case {"saved": (done, position)}:
+                self.state, self.done = self.state.at(done, position), max(self.done, done)
+            case update, values:
+                self.done = update
+                dropped = values["dropped_updates"]
+                losses = {"loss": values["loss"], **({"dropped updates": dropped} if dropped else {})}
+                self.report(update, losses)
+                self.tracker.metrics(update, values)
 
     def end(self) -> None:
         """Wait until all is read that was reported."""
-        self.reports.put(None)
+        tell(self.reports, None)
         self.join()
         self.reports.shutdown()
 

@@ -134,9 +134,11 @@ class Groups:
         group.wait(group.start(timeout_s=120))
 
     def close(self) -> None:
+        """End all actors; they are made again when they are asked for."""
         for group in self.made.values():
             for actor in group.actors:
                 ray.kill(actor)
+        self.made.clear()
 
     def roles(self, config: RunConfig) -> Roles:
         """Freshly built roles; their predecessors are gone."""

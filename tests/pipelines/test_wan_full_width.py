@@ -18,6 +18,7 @@ from model.rollout import Rollout, generate
 from model.rollout_plan import RolloutPlan
 from model.transformer import TransformerConfig
 from pipelines import cli
+from tests.orchestrator.groups import Groups
 from tests.wan import RandomWeights
 from workers.build import whole
 from workers.dataset import dataset_schema, encode_tensor, tensor_fields
@@ -61,8 +62,9 @@ def watched() -> Iterator[dict[str, float]]:
 @pytest.mark.by_hand
 @pytest.mark.timeout(2400)
 def test_the_whole_configuration_of_wan_is_imported_distilled_exported_and_run(
-    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    groups.close()  # other tests' actors, whose memory is needed
     monkeypatch.setattr("workers.foreign.writer.SHARD_BYTES", GB)
     release = tmp_path / "release"
     release.mkdir()
