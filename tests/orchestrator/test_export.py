@@ -25,7 +25,12 @@ def export(path: str, output: Path, *more: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "rank"),
-    [(0, 0), pytest.param(2, 0, marks=pytest.mark.by_hand), (3, 0), (3, 2)],
+    [
+        (0, 0),
+        pytest.param(2, 0, marks=pytest.mark.by_hand),
+        (3, 0),
+        pytest.param(3, 2, marks=pytest.mark.by_hand),
+    ],
     ids=["zero-0", "zero-2", "zero-3", "adapters"],
 )
 def test_a_checkpoint_is_exported_whole(

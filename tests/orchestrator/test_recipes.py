@@ -78,10 +78,9 @@ def unchanged(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in after if torch.equal(before[name], after[name])}
 
 
-OFTEN = [
-    "digits-gan", "wan-1.3b-dmd-14b", "wan-1.3b-lora",
-]  # fmt: skip
-"""The other recipes repeat their paths, or those of test_equivalence, where SiD and given frames are."""
+OFTEN = ["digits-gan", "wan-1.3b-dmd-14b"]
+"""The other recipes repeat their paths, or those of test_equivalence, where SiD and given frames are, and of
+test_lora."""
 
 
 @pytest.mark.slow

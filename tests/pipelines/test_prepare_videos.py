@@ -59,7 +59,6 @@ def of_tiny(root: Path, videos: object, output: object, *more: str) -> list[str]
 def test_a_folder_of_videos_is_trained_on(
     videos: Path,
     reused_rank: None,
-    s3_server: S3Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -80,7 +79,25 @@ def test_a_folder_of_videos_is_trained_on(
     assert torch.allclose(means[0], 10.0 * torch.arange(6), atol=4)  # frame i is of brightness 10 i
     assert torch.allclose(means[1], 10.0 * torch.arange(6, 12), atol=4)
 
-    # The same again is there; what was killed goes on; and from S3 it is the same.
+    pretrain = [f"--root={tmp_path}", f"--data.train={output}", f"--pretrain.output={tmp_path}/teacher"]
+    assert cli.main(["pretrain", str(TINY_RECIPE), *pretrain]) == 0
+
+
+@pytest.mark.by_hand
+def test_what_was_killed_goes_on_and_from_s3_it_is_the_same(
+    videos: Path,
+    s3_server: S3Server,
+    ray_cluster: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "data"
+    monkeypatch.setattr(prepare_videos, "BLOCK", 2)
+    assert cli.main(of_tiny(tmp_path, videos, output)) == 0
+    data = ParquetDataset(output, ["prompt", "video"])
+    rows = [data.row(number) for number in range(len(data))]
+    capfd.readouterr()
     assert cli.main(of_tiny(tmp_path, videos, output)) == 0
     assert "is there already" in capfd.readouterr().out
     publish = prepare_videos._publish
@@ -111,8 +128,6 @@ def test_a_folder_of_videos_is_trained_on(
         for number, row in enumerate(rows):
             assert found.row(number)["prompt"] == row["prompt"]
             assert torch.equal(found.row(number)["video"], row["video"])
-    pretrain = [f"--root={tmp_path}", f"--data.train={output}", f"--pretrain.output={tmp_path}/teacher"]
-    assert cli.main(["pretrain", str(TINY_RECIPE), *pretrain]) == 0
 
 
 @pytest.mark.by_hand

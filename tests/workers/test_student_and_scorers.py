@@ -151,6 +151,7 @@ def test_a_graph_is_pulled_back_once_at_its_own_weights(
     assert step()["grad_norm"] > 0
 
 
+@pytest.mark.by_hand
 def test_a_score_is_pulled_back_once_at_its_own_weights(
     roles: tuple[WorkerGroup, WorkerGroup], config: RunConfig
 ) -> None:
