@@ -29,7 +29,7 @@ async def moving(student: Path) -> AsyncIterator[tuple[Engine, Engine, Viewer, V
     before.move_to(after)
     async with asyncio.timeout(60):
         while viewer.engine is before:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)  # not 0, which would keep the model's thread from its turn
         yield before, after, viewer, other, gate
         gate.set()
         for engine in (before, after):
@@ -45,7 +45,7 @@ async def reads(viewer: Viewer, chunks: int) -> None:
 
 async def until_free(engine: Engine) -> None:
     while (engine.free, len(engine.streamer.free)) != (1, 1):
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.005)  # not 0, which would keep the model's thread from its turn
 
 
 def test_who_leaves_on_the_way_ends_nobody_else(student: Path) -> None:
