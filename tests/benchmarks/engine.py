@@ -307,7 +307,7 @@ def _recompute(
         both = torch.cat([past, x], 1)
         at = torch.zeros(both.shape[:2], device=x.device)
         at[:, seen:] = timestep
-        x = clean(x, streamer.network(both, at, context)[:, seen:], sigmas[step])
+        x = clean(x, streamer.network(both, at, context).velocity[:, seen:], sigmas[step])
         if step + 1 < len(timesteps):
             x = interpolate(x, torch.randn_like(x), sigmas[step + 1])
     return x
