@@ -187,10 +187,10 @@ def _fit(trainer: TorchTrainer, fitted: "Future[Any]") -> None:
         fitted.set_exception(error)
 
 
-def tell(queue: Queue, what: Any) -> None:
+def tell(to: Queue, what: Any) -> None:
     """Put it into a queue; nothing where that is lost, so that nobody reads it."""
     with suppress(ray.exceptions.RayError):
-        queue.put(what)
+        to.put(what)
 
 
 def _cause(stage: str, error: WorkerGroupError) -> Exception:
